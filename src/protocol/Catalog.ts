@@ -1,0 +1,33 @@
+/**
+ * Messages of the `Catalog` entity, one for a node's data: the collections. It is the only writer of the catalogue object.
+ */
+import { Schema } from "effect"
+import { Entity } from "effect/cluster"
+import { Rpc } from "effect/rpc"
+import { Collection, CollectionRequest } from "./Collection.ts"
+import { CollectionConflict, CollectionNotFound, InvalidInput, Overloaded, StorageUnavailable } from "./Errors.ts"
+import { CollectionName } from "./Fields.ts"
+
+/** The id of the one Catalog entity. */
+export const catalogId = "catalog"
+
+export const Catalog = Entity.make("Catalog", [
+  /** Creates a collection, or finds the one that is there with the same parameters. */
+  Rpc.make("Create", {
+    payload: { name: CollectionName, request: CollectionRequest },
+    success: Schema.Struct({ collection: Collection, created: Schema.Boolean }),
+    error: Schema.Union([CollectionConflict, StorageUnavailable, Overloaded, InvalidInput]),
+  }),
+  Rpc.make("Read", {
+    payload: { name: CollectionName },
+    success: Collection,
+    error: Schema.Union([CollectionNotFound, StorageUnavailable]),
+  }),
+  Rpc.make("List", { success: Schema.Array(Collection), error: StorageUnavailable }),
+  /** Takes the collection out of the catalogue, then its partitions and their objects. */
+  Rpc.make("Delete", {
+    payload: { name: CollectionName },
+    success: Schema.Void,
+    error: Schema.Union([CollectionNotFound, StorageUnavailable]),
+  }),
+])

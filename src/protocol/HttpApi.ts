@@ -1,0 +1,211 @@
+/**
+ * The REST contract as an `HttpApi`, from which the OpenAPI document is made. Request bodies are decoded by the schemas
+ * named `*Request` (they turn number arrays into float32 in one pass); what stands here describes the same for people
+ * and generators.
+ */
+import { Schema } from "effect"
+import { HttpApi, HttpApiEndpoint, HttpApiGroup, HttpApiSchema, OpenApi } from "effect/http-api"
+import { CollectionInfo, CollectionRequest } from "./Collection.ts"
+import { Problem } from "./Errors.ts"
+import * as Fields from "./Fields.ts"
+import * as Limits from "./Limits.ts"
+import { querySource, SearchRequest } from "./Search.ts"
+
+const collection = { collection: Schema.optionalKey(Fields.CollectionName) }
+const Numbers = Schema.Array(Schema.Finite).annotate({
+  description: `1 to ${Limits.dimensionsMax} numbers, kept as float32`,
+})
+const JsonObject = Schema.Record(Schema.String, Schema.Json)
+
+/** Body of `POST /insert`. */
+export const InsertRequest = Schema.Struct({
+  ...collection,
+  vectors: Schema.Array(
+    Schema.Struct({
+      id: Fields.VectorId,
+      vector: Fields.VectorFromNumbers,
+      metadata: Schema.optionalKey(Fields.MetadataObject),
+    }),
+  ).check(
+    Schema.makeFilter((vectors: ReadonlyArray<unknown>) => vectors.length > 0 && vectors.length <= Limits.batchItemsMax, {
+      expected: `1 to ${Limits.batchItemsMax} vectors`,
+    }),
+  ),
+  ack: Schema.optionalKey(Fields.Ack),
+})
+export type InsertRequest = typeof InsertRequest.Type
+
+/** Body of `POST /delete`. */
+export const DeleteRequest = Schema.Struct({
+  ...collection,
+  ids: Schema.Array(Fields.VectorId).check(
+    Schema.makeFilter((ids: ReadonlyArray<string>) => ids.length > 0 && ids.length <= Limits.batchItemsMax, {
+      expected: `1 to ${Limits.batchItemsMax} ids`,
+    }),
+  ),
+}).annotate({ identifier: "DeleteRequest" })
+
+/** Body of `PATCH /vectors/{id}`. */
+export const PatchRequest = Schema.Struct({ metadata: Fields.MetadataObject })
+
+/** Query string of `GET /search` and of `GET /stream/search`; numbers as text. */
+export const SearchQueryString = Schema.Struct({
+  ...collection,
+  query_b64: querySource.query_b64,
+  query_vector_id: querySource.query_vector_id,
+  k: Schema.optionalKey(Schema.String),
+  ef: Schema.optionalKey(Schema.String),
+  metric: Schema.optionalKey(Schema.String),
+  filter: Schema.optionalKey(Schema.String),
+  include: Schema.optionalKey(Schema.String),
+  deadline_ms: Schema.optionalKey(Schema.String),
+  keep_open: Schema.optionalKey(Schema.String),
+})
+
+const documented = {
+  insert: Schema.Struct({
+    ...collection,
+    vectors: Schema.Array(
+      Schema.Struct({ id: Fields.VectorId, vector: Numbers, metadata: Schema.optionalKey(JsonObject) }),
+    ),
+    ack: Schema.optionalKey(Fields.Ack),
+  }).annotate({ identifier: "InsertRequest" }),
+  search: Schema.Struct({
+    ...collection,
+    query: Schema.optionalKey(Numbers),
+    query_b64: Schema.optionalKey(Schema.String.annotate({ description: "base64url of little-endian float32" })),
+    query_vector_id: Schema.optionalKey(Fields.VectorId),
+    k: Schema.optionalKey(Fields.K),
+    ef: Schema.optionalKey(Fields.Ef),
+    metric: Schema.optionalKey(Fields.Metric),
+    filter: Schema.optionalKey(JsonObject),
+    include: Schema.optionalKey(Fields.Include),
+    deadline_ms: Schema.optionalKey(Fields.DeadlineMillis),
+  }).annotate({ identifier: "SearchRequest", description: "Exactly one of query, query_b64 and query_vector_id." }),
+  patch: Schema.Struct({ metadata: JsonObject }).annotate({ identifier: "PatchRequest" }),
+  query: {
+    ...collection,
+    query_vector_id: Schema.optionalKey(Schema.String),
+    query_b64: Schema.optionalKey(Schema.String),
+    k: Schema.optionalKey(Schema.String),
+    ef: Schema.optionalKey(Schema.String),
+    metric: Schema.optionalKey(Schema.String),
+    filter: Schema.optionalKey(Schema.String),
+    include: Schema.optionalKey(Schema.String),
+    deadline_ms: Schema.optionalKey(Schema.String),
+  },
+}
+
+const SearchResult = Schema.Struct({
+  vector_id: Schema.String,
+  score: Schema.Number,
+  metadata: Schema.optionalKey(JsonObject),
+  vector: Schema.optionalKey(Numbers),
+}).annotate({ identifier: "SearchResult" })
+
+const SearchResponse = Schema.Struct({
+  query_id: Schema.String,
+  results: Schema.Array(SearchResult),
+  total_results: Schema.Int,
+  partial: Schema.Boolean,
+  missing_partitions: Schema.optionalKey(Schema.Array(Schema.Int)),
+  took_ms: Schema.Number,
+}).annotate({ identifier: "SearchResponse" })
+
+const problem = (status: number) => Problem.pipe(HttpApiSchema.status(status))
+const badInput = [problem(400), problem(413), problem(415), problem(429), problem(503)] as const
+const notFound = [...badInput, problem(404)] as const
+const searching = [...notFound, problem(504)] as const
+
+const name = { name: Fields.CollectionName }
+const id = { id: Schema.String }
+
+const CollectionsGroup = HttpApiGroup.make("collections").add(
+  HttpApiEndpoint.put("putCollection", "/api/v1/collections/:name", {
+    params: name,
+    payload: CollectionRequest,
+    success: [CollectionInfo, CollectionInfo.pipe(HttpApiSchema.status(201))],
+    error: [...badInput, problem(409)],
+  }),
+  HttpApiEndpoint.get("listCollections", "/api/v1/collections", {
+    success: Schema.Struct({ collections: Schema.Array(CollectionInfo) }),
+    error: badInput,
+  }),
+  HttpApiEndpoint.get("getCollection", "/api/v1/collections/:name", {
+    params: name,
+    success: CollectionInfo,
+    error: notFound,
+  }),
+  HttpApiEndpoint.delete("deleteCollection", "/api/v1/collections/:name", {
+    params: name,
+    success: HttpApiSchema.NoContent,
+    error: notFound,
+  }),
+)
+
+const VectorsGroup = HttpApiGroup.make("vectors").add(
+  HttpApiEndpoint.post("insert", "/api/v1/insert", {
+    payload: documented.insert,
+    success: Schema.Struct({ inserted: Schema.Int }),
+    error: notFound,
+  }),
+  HttpApiEndpoint.get("embed", "/api/v1/embed/:id", {
+    params: id,
+    query: collection,
+    success: Schema.Struct({
+      vector_id: Schema.String,
+      vector: Numbers,
+      metadata: JsonObject,
+      version: Schema.String,
+    }).annotate({ identifier: "StoredVector" }),
+    error: notFound,
+  }),
+  HttpApiEndpoint.patch("updateMetadata", "/api/v1/vectors/:id", {
+    params: id,
+    query: collection,
+    payload: documented.patch,
+    success: Schema.Struct({ vector_id: Schema.String, metadata: JsonObject, version: Schema.String }),
+    error: notFound,
+  }),
+  HttpApiEndpoint.delete("deleteVector", "/api/v1/vectors/:id", {
+    params: id,
+    query: collection,
+    success: HttpApiSchema.NoContent,
+    error: notFound,
+  }),
+  HttpApiEndpoint.post("deleteVectors", "/api/v1/delete", {
+    payload: DeleteRequest,
+    success: Schema.Struct({ deleted: Schema.Int }),
+    error: notFound,
+  }),
+)
+
+const SearchGroup = HttpApiGroup.make("search").add(
+  HttpApiEndpoint.post("search", "/api/v1/search", {
+    payload: documented.search,
+    success: SearchResponse,
+    error: searching,
+  }),
+  HttpApiEndpoint.get("searchById", "/api/v1/search", {
+    query: documented.query,
+    success: SearchResponse,
+    error: searching,
+  }),
+)
+
+/** The REST contract. Streams (`/api/v1/stream/search`, `/api/v1/ws`) are described in its text and in `docs/protocol.md`. */
+export const RuvectorApi = HttpApi.make("ruvector")
+  .add(CollectionsGroup)
+  .add(VectorsGroup)
+  .add(SearchGroup)
+  .annotateMerge(
+    OpenApi.annotations({
+      title: "ruvector-streaming",
+      version: "1",
+      description:
+        "Vectors in, searches streamed out. Beside these calls: `GET /api/v1/stream/search` (Server-Sent Events), " +
+        "`GET /api/v1/ws` (WebSocket), `/api/v1/rpc` (Effect RPC). Errors are problem details (RFC 9457).",
+    }),
+  )
+
+export { SearchRequest }

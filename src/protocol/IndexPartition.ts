@@ -1,0 +1,146 @@
+/**
+ * Messages of the `IndexPartition` entity: one slice of a collection. Its id is `<collection name>/<uid>/<partition>`, so
+ * that a collection made anew under an old name has other partitions.
+ *
+ * Calls are at least once: every mutation is idempotent by the versions its records carry.
+ */
+import { Schema } from "effect"
+import { Entity } from "effect/cluster"
+import { Rpc } from "effect/rpc"
+import { Collection } from "./Collection.ts"
+import {
+  CollectionNotFound,
+  InvalidInput,
+  Overloaded,
+  PartitionCorrupt,
+  PartitionUnavailable,
+  StorageUnavailable,
+  VectorNotFound,
+} from "./Errors.ts"
+import { Float32FromBytes, VectorFromBytes } from "./Fields.ts"
+import { VersionText } from "./Version.ts"
+
+export interface PartitionAddress {
+  readonly collection: string
+  readonly uid: string
+  readonly partition: number
+}
+
+export const partitionId = (address: PartitionAddress): string => `${address.collection}/${address.uid}/${address.partition}`
+
+export const partitionAddressOf = (entityId: string): PartitionAddress => {
+  const [collection, uid, partition] = entityId.split("/") as [string, string, string]
+  return { collection, uid, partition: Number(partition) }
+}
+
+/** What a partition answers when it cannot do what it is asked, whatever it is. */
+export const PartitionError = Schema.Union([
+  InvalidInput,
+  CollectionNotFound,
+  Overloaded,
+  StorageUnavailable,
+  PartitionUnavailable,
+  PartitionCorrupt,
+])
+export type PartitionError = typeof PartitionError.Type
+
+/** One record to be written. `metadata` is JSON text of an object, empty for none. */
+export const UpsertRecord = Schema.Struct({ id: Schema.String, vector: VectorFromBytes, metadata: Schema.String })
+export type UpsertRecord = typeof UpsertRecord.Type
+
+export const PartitionQuery = Schema.Struct({
+  vector: VectorFromBytes,
+  k: Schema.Int,
+  /** 0: the collection's. */
+  ef: Schema.Int,
+  /** JSON text of a filter, empty for none. */
+  filter: Schema.String,
+  includeMetadata: Schema.Boolean,
+  includeVector: Schema.Boolean,
+})
+export type PartitionQuery = typeof PartitionQuery.Type
+
+/** Nearest first. */
+export const PartitionHits = Schema.Struct({
+  ids: Schema.Array(Schema.String),
+  scores: Float32FromBytes,
+  /** JSON texts beside the ids, where asked for. */
+  metadata: Schema.optionalKey(Schema.Array(Schema.String)),
+  /** `ids.length * dimensions` components, where asked for. */
+  vectors: Schema.optionalKey(Float32FromBytes),
+})
+export type PartitionHits = typeof PartitionHits.Type
+
+export const PartitionRecord = Schema.Struct({
+  id: Schema.String,
+  vector: Float32FromBytes,
+  metadata: Schema.String,
+  version: VersionText,
+})
+export type PartitionRecord = typeof PartitionRecord.Type
+
+export const PartitionStats = Schema.Struct({
+  count: Schema.Int,
+  tombstones: Schema.Int,
+  bytes: Schema.Int,
+  epoch: Schema.Int,
+  last_seq: Schema.Int,
+  snapshot_seq: Schema.Int,
+  /** Log objects that were cut off as damaged at activation, and snapshots passed over. */
+  log_objects_cut: Schema.Int,
+  snapshots_refused: Schema.Int,
+})
+export type PartitionStats = typeof PartitionStats.Type
+
+/** One change of one record, in log order. */
+export const Change = Schema.Struct({
+  /** Position of the change: log object, and operation within it. */
+  seq: Schema.Int,
+  index: Schema.Int,
+  kind: Schema.Literals(["upsert", "metadata", "delete"]),
+  id: Schema.String,
+  version: VersionText,
+})
+export type Change = typeof Change.Type
+
+/** The feed does not reach back that far: read the current state, then follow from `oldestSeq`. */
+export class Compacted extends Schema.TaggedError<Compacted>()("Compacted", { oldestSeq: Schema.Int }) {}
+
+export const IndexPartition = Entity.make("IndexPartition", [
+  /** Makes the partition resident and waits until it is. */
+  Rpc.make("Activate", { success: PartitionStats, error: PartitionError }),
+  /** All or nothing, in the order given. */
+  Rpc.make("Upsert", {
+    payload: { records: Schema.Array(UpsertRecord) },
+    success: Schema.Struct({ inserted: Schema.Int }),
+    error: PartitionError,
+  }),
+  /** Sets the fields of `patch` (JSON text of an object); `null` removes one. */
+  Rpc.make("UpdateMetadata", {
+    payload: { id: Schema.String, patch: Schema.String },
+    success: Schema.Struct({ metadata: Schema.String, version: VersionText }),
+    error: Schema.Union([PartitionError, VectorNotFound]),
+  }),
+  Rpc.make("Delete", {
+    payload: { ids: Schema.Array(Schema.String) },
+    success: Schema.Struct({ deleted: Schema.Int }),
+    error: PartitionError,
+  }),
+  /** `null` where there is no visible record. */
+  Rpc.make("Get", {
+    payload: { ids: Schema.Array(Schema.String) },
+    success: Schema.Array(Schema.NullOr(PartitionRecord)),
+    error: PartitionError,
+  }),
+  Rpc.make("Search", { payload: PartitionQuery.fields, success: PartitionHits, error: PartitionError }),
+  Rpc.make("Stats", { success: PartitionStats, error: PartitionError }),
+  /** Every change after position (seq, index), then those to come. From (0, 0): all that is retained. */
+  Rpc.make("Changes", {
+    payload: { seq: Schema.Int, index: Schema.Int },
+    success: Change,
+    error: Schema.Union([PartitionError, Compacted]),
+    stream: true,
+  }),
+  /** Deactivates the partition and deletes its objects. Only the Catalog asks this. */
+  Rpc.make("Remove", { payload: { collection: Collection }, success: Schema.Void, error: PartitionError }),
+])

@@ -1,0 +1,49 @@
+/**
+ * Bounds that are part of the contract with clients: a value outside them is refused with a typed error that names the
+ * bound, on every wire and in every version. Bounds an operator may choose are in `config.ts`.
+ */
+
+/** Components of one vector. */
+export const dimensionsMax = 4_096
+
+/** Results of one search. */
+export const kMax = 10_000
+
+/** Width of the search beam (`ef`), candidates. */
+export const efMax = 10_000
+
+/** UTF-8 bytes of a vector's id. */
+export const idBytesMax = 512
+
+/** Characters of a collection's name. */
+export const collectionNameCharsMax = 128
+
+/** Collections on one node. */
+export const collectionsMax = 10_000
+
+/** Partitions of one collection. */
+export const partitionsMax = 256
+
+/** Bytes of one record's metadata, as JSON. */
+export const metadataBytesMax = 65_536
+
+/** Levels of nesting of metadata and of filters. */
+export const nestingMax = 16
+
+/** Conditions in one filter, over all its levels. */
+export const filterConditionsMax = 64
+
+/** Values in one `in` condition. */
+export const filterValuesMax = 1_024
+
+/** Characters of a string that metadata is indexed by, and so of one that a filter can name. */
+export const filterStringCharsMax = 1_024
+
+/** Vectors of one insert, ids of one delete. */
+export const batchItemsMax = 10_000
+
+/** Characters of a request id or session label given by a client. */
+export const clientIdCharsMax = 128
+
+/** Milliseconds a caller may ask to wait. */
+export const deadlineMillisMax = 60_000

@@ -1,0 +1,56 @@
+/**
+ * Messages of the `StreamSession` entity: one client's logical stream. Many share a connection; the connection is the
+ * gateway's, the session is here. It bounds what the client has in flight, runs its searches over all partitions, and
+ * keeps the newest answers for a while, so that a stream cut in the middle goes on where it was (`Resume`).
+ */
+import { Schema } from "effect"
+import { Entity } from "effect/cluster"
+import { Rpc } from "effect/rpc"
+import { ApiError } from "./Errors.ts"
+import { CollectionName, Float32FromBytes, Metric, VectorFromBytes } from "./Fields.ts"
+
+/** A search with its vector in the form our own processes use. Exactly one of `vector` and `vectorId` is set. */
+export const SessionQuery = Schema.Struct({
+  queryId: Schema.String,
+  collection: CollectionName,
+  vector: Schema.optionalKey(VectorFromBytes),
+  vectorId: Schema.optionalKey(Schema.String),
+  k: Schema.Int,
+  /** 0: the collection's. */
+  ef: Schema.Int,
+  /** The metric the caller believes the collection has. */
+  metric: Schema.optionalKey(Metric),
+  /** JSON text, empty for none. */
+  filter: Schema.String,
+  includeMetadata: Schema.Boolean,
+  includeVector: Schema.Boolean,
+  /** 0: the server's. */
+  deadlineMillis: Schema.Int,
+})
+export type SessionQuery = typeof SessionQuery.Type
+
+/** The merged answer of all partitions, nearest first. */
+export const SearchAnswer = Schema.Struct({
+  queryId: Schema.String,
+  ids: Schema.Array(Schema.String),
+  scores: Float32FromBytes,
+  /** JSON texts beside the ids, where asked for. */
+  metadata: Schema.optionalKey(Schema.Array(Schema.String)),
+  /** Components one after the other, where asked for. */
+  vectors: Schema.optionalKey(Float32FromBytes),
+  dimensions: Schema.Int,
+  /** Partitions that had not answered at the deadline. */
+  missing: Schema.Array(Schema.Int),
+  tookMillis: Schema.Number,
+})
+export type SearchAnswer = typeof SearchAnswer.Type
+
+export const StreamSession = Entity.make("StreamSession", [
+  /** Makes the session. Idempotent. */
+  Rpc.make("Open", { success: Schema.Void, error: ApiError }),
+  Rpc.make("Search", { payload: SessionQuery.fields, success: SearchAnswer, error: ApiError }),
+  /** An answer given before; `null` where it is no longer kept. */
+  Rpc.make("Resume", { payload: { queryId: Schema.String }, success: Schema.NullOr(SearchAnswer), error: ApiError }),
+  /** Ends the session and everything it has under way. */
+  Rpc.make("Close", { success: Schema.Void }),
+])

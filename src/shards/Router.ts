@@ -1,0 +1,402 @@
+/**
+ * From a collection's name to answers of its partitions: finds the collection, sends every record to the partition that
+ * holds its id, asks all partitions at once for a search and merges their sorted lists.
+ *
+ * A partition resident in this process is asked directly; any other through its entity. A search waits no longer than its
+ * deadline: partitions that are late or gone are named in the answer, and only if none answered does it fail.
+ */
+import { Context, Effect, Exit, Layer, Option } from "effect"
+import type { ClusterError } from "effect/cluster"
+import { Settings } from "../config.ts"
+import * as Catalog from "../protocol/Catalog.ts"
+import type { Collection, CollectionRequest } from "../protocol/Collection.ts"
+import {
+  type ApiError,
+  type CollectionConflict,
+  CollectionNotFound,
+  DeadlineExceeded,
+  InvalidInput,
+  Overloaded,
+  PartitionUnavailable,
+  StorageUnavailable,
+  VectorNotFound,
+} from "../protocol/Errors.ts"
+import {
+  IndexPartition,
+  type PartitionError,
+  type PartitionHits,
+  type PartitionQuery,
+  type PartitionRecord,
+  type PartitionStats,
+  partitionId,
+  type UpsertRecord,
+} from "../protocol/IndexPartition.ts"
+import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
+import { LocalActors } from "./LocalActors.ts"
+import { groupByPartition, partitionOf } from "./PartitionMap.ts"
+
+/** What a mailbox or the transport can refuse a call with. */
+type DeliveryError =
+  | ClusterError.MailboxFull
+  | ClusterError.AlreadyProcessingMessage
+  | ClusterError.PersistenceError
+  | ClusterError.EntityNotAssignedToRunner
+
+export class Router extends Context.Service<
+  Router,
+  {
+    readonly createCollection: (
+      name: string,
+      request: CollectionRequest,
+    ) => Effect.Effect<
+      { readonly collection: Collection; readonly created: boolean },
+      CollectionConflict | StorageUnavailable | Overloaded | InvalidInput
+    >
+    readonly collection: (name: string) => Effect.Effect<Collection, CollectionNotFound | StorageUnavailable>
+    readonly collections: Effect.Effect<ReadonlyArray<Collection>, StorageUnavailable>
+    readonly deleteCollection: (name: string) => Effect.Effect<void, CollectionNotFound | StorageUnavailable>
+    /** Visible vectors over all partitions. */
+    readonly count: (collection: Collection) => Effect.Effect<number, ApiError>
+    readonly stats: (collection: Collection) => Effect.Effect<ReadonlyArray<PartitionStats>, ApiError>
+    /** Makes all partitions of a collection resident. */
+    readonly activate: (collection: Collection) => Effect.Effect<void, ApiError>
+    /** Writes records, all or nothing a partition. The default collection comes into being with its first insert. */
+    readonly upsert: (name: string, records: ReadonlyArray<UpsertRecord>) => Effect.Effect<number, ApiError>
+    readonly get: (name: string, id: string) => Effect.Effect<PartitionRecord, ApiError>
+    /** `patch` is JSON text of an object. */
+    readonly updateMetadata: (
+      name: string,
+      id: string,
+      patch: string,
+    ) => Effect.Effect<{ readonly metadata: string; readonly version: string }, ApiError>
+    readonly remove: (name: string, ids: ReadonlyArray<string>) => Effect.Effect<number, ApiError>
+    readonly search: (query: SessionQuery) => Effect.Effect<SearchAnswer, ApiError>
+  }
+>()("ruvector/shards/Router") {
+  /** `createOnInsert` names the collection that the first insert creates. */
+  static readonly layer = (options: { readonly createOnInsert: string }) =>
+    Layer.effect(
+      Router,
+      Effect.gen(function* () {
+        const settings = yield* Settings
+        const local = yield* LocalActors
+        const catalog = (yield* Catalog.Catalog.client)(Catalog.catalogId)
+        const partitionClient = yield* IndexPartition.client
+        /** Collections seen; an entry whose uid is out of date is dropped when a partition says so. */
+        const known = new Map<string, Collection>()
+
+        const undelivered = (_: DeliveryError) =>
+          new StorageUnavailable({ detail: "The catalogue cannot be reached now.", retryAfterMillis: 1_000 })
+
+        const isDelivery = (error: { readonly _tag: string }): error is DeliveryError =>
+          error._tag === "MailboxFull" ||
+          error._tag === "AlreadyProcessingMessage" ||
+          error._tag === "PersistenceError" ||
+          error._tag === "EntityNotAssignedToRunner"
+
+        const collection = (name: string): Effect.Effect<Collection, CollectionNotFound | StorageUnavailable> => {
+          const found = known.get(name)
+          if (found !== undefined) return Effect.succeed(found)
+          return catalog.Read({ name }).pipe(
+            Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)),
+            Effect.tap((read) => Effect.sync(() => remember(read))),
+          )
+        }
+
+        const remember = (read: Collection) => {
+          // Bounded by the catalogue's own bound on collections; entries of deleted ones are dropped when found out.
+          known.set(read.name, read)
+        }
+
+        const createCollection = Effect.fn("Router.createCollection")(function* (name: string, request: CollectionRequest) {
+          const result = yield* catalog
+            .Create({ name, request })
+            .pipe(Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)))
+          remember(result.collection)
+          return result
+        })
+
+        const deleteCollection = Effect.fn("Router.deleteCollection")(function* (name: string) {
+          known.delete(name)
+          yield* catalog
+            .Delete({ name })
+            .pipe(Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)))
+          known.delete(name)
+        })
+
+        const delivered = <A, E extends { readonly _tag: string }>(
+          of: Collection,
+          partition: number,
+          call: Effect.Effect<A, E>,
+        ): Effect.Effect<A, Exclude<E, DeliveryError> | PartitionUnavailable | Overloaded> =>
+          Effect.mapError(call, (error) => {
+            if (!isDelivery(error)) return error as Exclude<E, DeliveryError>
+            if (error._tag === "MailboxFull") return new Overloaded({ bound: "mailbox", retryAfterMillis: 250 })
+            return new PartitionUnavailable({
+              collection: of.name,
+              partition,
+              detail: "It cannot be reached now.",
+              retryAfterMillis: 1_000,
+            })
+          })
+
+        const idOf = (of: Collection, partition: number) =>
+          partitionId({ collection: of.name, uid: of.uid, partition })
+
+        /** Runs with the collection, and once more with a fresh reading of it where the one at hand was out of date. */
+        const withCollection = <A, E>(
+          name: string,
+          use: (of: Collection) => Effect.Effect<A, E | CollectionNotFound>,
+        ): Effect.Effect<A, E | CollectionNotFound | StorageUnavailable> => {
+          const cached = known.has(name)
+          const run = Effect.flatMap(collection(name), use)
+          if (!cached) return run
+          return Effect.catchIf(
+            run,
+            (error): error is CollectionNotFound & (E | CollectionNotFound | StorageUnavailable) =>
+              error instanceof CollectionNotFound,
+            () => Effect.suspend(() => (known.delete(name), Effect.flatMap(collection(name), use))),
+          )
+        }
+
+        const eachPartition = <A, E>(of: Collection, call: (partition: number) => Effect.Effect<A, E>) =>
+          Effect.forEach(
+            Array.from({ length: of.partitions }, (_, partition) => partition),
+            call,
+            { concurrency: "unbounded" },
+          )
+
+        const stats = (of: Collection) =>
+          eachPartition(of, (partition) => delivered(of, partition, partitionClient(idOf(of, partition)).Stats()))
+
+        const activate = (of: Collection) =>
+          Effect.asVoid(
+            eachPartition(of, (partition) => delivered(of, partition, partitionClient(idOf(of, partition)).Activate())),
+          )
+
+        const checkVector = (of: Collection, vector: Float32Array, field: string): InvalidInput | undefined => {
+          if (vector.length !== of.dimensions) {
+            return new InvalidInput({
+              field,
+              expected: `${of.dimensions} numbers, the dimensions of collection ${of.name}`,
+              got: `${vector.length}`,
+            })
+          }
+          if (of.metric === "cosine" && isZero(vector)) {
+            return new InvalidInput({ field, expected: "a vector that is not zero (metric cosine)", got: "all zeros" })
+          }
+          return undefined
+        }
+
+        const upsert = Effect.fnUntraced(function* (name: string, records: ReadonlyArray<UpsertRecord>) {
+          const first = records[0]
+          if (first === undefined) return 0
+          if (name === options.createOnInsert && !known.has(name)) {
+            yield* Effect.catchTag(collection(name), "CollectionNotFound", () =>
+              createCollection(name, { dimensions: first.vector.length }).pipe(
+                // Two first inserts at once: the other's collection is as good, or the check below says what differs.
+                Effect.catchTag("CollectionConflict", () => collection(name)),
+              ),
+            )
+          }
+          return yield* withCollection(name, (of): Effect.Effect<number, ApiError> => {
+            for (let i = 0; i < records.length; i++) {
+              const fault = checkVector(of, (records[i] as UpsertRecord).vector, `vectors[${i}].vector`)
+              if (fault !== undefined) return Effect.fail(fault)
+            }
+            const groups = groupByPartition(records, (record) => record.id, of.partitions)
+            return Effect.map(
+              Effect.forEach(
+                groups,
+                ([partition, group]) =>
+                  delivered(of, partition, partitionClient(idOf(of, partition)).Upsert({ records: group })),
+                { concurrency: "unbounded" },
+              ),
+              (results) => results.reduce((sum, result) => sum + result.inserted, 0),
+            )
+          })
+        })
+
+        const getFrom = (
+          of: Collection,
+          id: string,
+        ): Effect.Effect<PartitionRecord | null, PartitionError | CollectionNotFound> => {
+          const partition = partitionOf(id, of.partitions)
+          const entityId = idOf(of, partition)
+          const resident = local.partitions.get(entityId)
+          const records =
+            resident === undefined
+              ? delivered(of, partition, partitionClient(entityId).Get({ ids: [id] }))
+              : resident.get([id])
+          return Effect.map(records, (found) => found[0] ?? null)
+        }
+
+        const get = (name: string, id: string) =>
+          withCollection(name, (of) =>
+            Effect.flatMap(getFrom(of, id), (record) =>
+              record === null ? Effect.fail(new VectorNotFound({ collection: name, id })) : Effect.succeed(record),
+            ),
+          )
+
+        const updateMetadata = (name: string, id: string, patch: string) =>
+          withCollection(name, (of) => {
+            const partition = partitionOf(id, of.partitions)
+            return delivered(of, partition, partitionClient(idOf(of, partition)).UpdateMetadata({ id, patch }))
+          })
+
+        const remove = (name: string, ids: ReadonlyArray<string>) =>
+          withCollection(name, (of) =>
+            Effect.map(
+              Effect.forEach(
+                groupByPartition(ids, (id) => id, of.partitions),
+                ([partition, group]) =>
+                  delivered(of, partition, partitionClient(idOf(of, partition)).Delete({ ids: group })),
+                { concurrency: "unbounded" },
+              ),
+              (results) => results.reduce((sum, result) => sum + result.deleted, 0),
+            ),
+          )
+
+        const ask = (of: Collection, partition: number, query: PartitionQuery): Effect.Effect<PartitionHits, PartitionError> => {
+          const entityId = idOf(of, partition)
+          const resident = local.partitions.get(entityId)
+          if (resident !== undefined) return resident.search(query)
+          return delivered(of, partition, partitionClient(entityId).Search(query))
+        }
+
+        const scatter = Effect.fnUntraced(function* (
+          of: Collection,
+          query: SessionQuery,
+          vector: Float32Array,
+          deadlineMillis: number,
+        ) {
+          const partitionQuery: PartitionQuery = {
+            vector,
+            k: query.k,
+            ef: query.ef === 0 ? of.index.ef_search : query.ef,
+            filter: query.filter,
+            includeMetadata: query.includeMetadata,
+            includeVector: query.includeVector,
+          }
+          if (of.partitions === 1) {
+            const hits = yield* Effect.timeoutOrElse(ask(of, 0, partitionQuery), {
+              duration: deadlineMillis,
+              orElse: () => Effect.fail(new DeadlineExceeded({ deadlineMillis })),
+            })
+            return { hits, missing: [] }
+          }
+          const exits = yield* eachPartition(of, (partition) =>
+            Effect.exit(Effect.timeoutOption(ask(of, partition, partitionQuery), deadlineMillis)),
+          )
+          const lists: Array<PartitionHits> = []
+          const missing: Array<number> = []
+          let failure: PartitionError | undefined
+          for (let partition = 0; partition < exits.length; partition++) {
+            const exit = exits[partition] as Exit.Exit<Option.Option<PartitionHits>, PartitionError>
+            if (Exit.isSuccess(exit)) {
+              if (Option.isSome(exit.value)) lists.push(exit.value.value)
+              else missing.push(partition)
+              continue
+            }
+            const error = Exit.findErrorOption(exit)
+            if (Option.isNone(error)) return yield* Effect.failCause(exit.cause)
+            // What is wrong with the request is wrong everywhere; what is wrong with one partition is that one's.
+            if (error.value._tag === "InvalidInput" || error.value._tag === "CollectionNotFound") return yield* error.value
+            failure ??= error.value
+            missing.push(partition)
+          }
+          if (lists.length === 0) return yield* failure ?? new DeadlineExceeded({ deadlineMillis })
+          return { hits: mergeHits(lists, query.k, of.dimensions), missing }
+        })
+
+        const search = Effect.fnUntraced(function* (query: SessionQuery) {
+          const started = performance.now()
+          const deadlineMillis = query.deadlineMillis === 0 ? settings.searchDeadlineMillis : query.deadlineMillis
+          return yield* withCollection(
+            query.collection,
+            Effect.fnUntraced(function* (of: Collection) {
+              if (query.metric !== undefined && query.metric !== of.metric) {
+                return yield* new InvalidInput({ field: "metric", expected: `${of.metric}, the metric of the collection`, got: query.metric })
+              }
+              let vector = query.vector
+              if (vector === undefined) {
+                const id = query.vectorId as string
+                const record = yield* getFrom(of, id)
+                if (record === null) return yield* new VectorNotFound({ collection: of.name, id })
+                vector = record.vector
+              } else {
+                const fault = checkVector(of, vector, "query")
+                if (fault !== undefined) return yield* fault
+              }
+              const { hits, missing } = yield* scatter(of, query, vector, deadlineMillis)
+              return {
+                queryId: query.queryId,
+                ...hits,
+                dimensions: of.dimensions,
+                missing,
+                tookMillis: performance.now() - started,
+              } satisfies SearchAnswer
+            }),
+          )
+        })
+
+        return Router.of({
+          createCollection,
+          collection,
+          collections: Effect.mapError(catalog.List(), (error) => (isDelivery(error) ? undelivered(error) : error)),
+          deleteCollection,
+          count: (of) => Effect.map(stats(of), (all) => all.reduce((sum, one) => sum + one.count, 0)),
+          stats,
+          activate,
+          upsert,
+          get,
+          updateMetadata,
+          remove,
+          search,
+        })
+      }),
+    )
+}
+
+const isZero = (vector: Float32Array): boolean => {
+  for (let i = 0; i < vector.length; i++) if (vector[i] !== 0) return false
+  return true
+}
+
+/** Merges lists that are sorted by falling score into the k best; equal scores in the lists' order. */
+export const mergeHits = (lists: ReadonlyArray<PartitionHits>, k: number, dimensions: number): PartitionHits => {
+  if (lists.length === 1) return lists[0] as PartitionHits
+  const total = Math.min(
+    k,
+    lists.reduce((sum, list) => sum + list.ids.length, 0),
+  )
+  const ids: Array<string> = []
+  const scores = new Float32Array(total)
+  const metadata = lists.some((list) => list.metadata !== undefined) ? ([] as Array<string>) : undefined
+  const vectors = lists.some((list) => list.vectors !== undefined) ? new Float32Array(total * dimensions) : undefined
+  const heads = new Array<number>(lists.length).fill(0)
+  for (let n = 0; n < total; n++) {
+    let best = -1
+    let bestScore = 0
+    for (let i = 0; i < lists.length; i++) {
+      const head = heads[i] as number
+      const list = lists[i] as PartitionHits
+      if (head >= list.ids.length) continue
+      const score = list.scores[head] as number
+      if (best === -1 || score > bestScore) {
+        best = i
+        bestScore = score
+      }
+    }
+    const list = lists[best] as PartitionHits
+    const head = heads[best] as number
+    heads[best] = head + 1
+    ids.push(list.ids[head] as string)
+    scores[n] = bestScore
+    if (metadata !== undefined) metadata.push(list.metadata?.[head] ?? "")
+    if (vectors !== undefined && list.vectors !== undefined) {
+      vectors.set(list.vectors.subarray(head * dimensions, (head + 1) * dimensions), n * dimensions)
+    }
+  }
+  return { ids, scores, ...(metadata === undefined ? {} : { metadata }), ...(vectors === undefined ? {} : { vectors }) }
+}
