@@ -1,0 +1,110 @@
+/**
+ * The ways a search reaches a server. Each is opened with a number of lanes, one search in flight on each: over HTTP a
+ * lane is a connection, over the others all lanes share one. What is sent is made before anything is timed.
+ */
+import { WebSocket } from "ws"
+import { type Answer, HttpConnection, postJson } from "./HttpConnection.ts"
+import { filterOf, type ShareField, truthK } from "./truth.ts"
+import { vectorText, type WordVectors } from "./words.ts"
+
+export interface SearchOptions {
+  readonly url: URL
+  readonly lanes: number
+  readonly queries: WordVectors
+  readonly ef?: number
+  readonly filter?: ShareField
+  readonly onFailure: (error: Error) => void
+}
+
+export interface Wire {
+  /** Sends a query on a free lane, and calls back when its answer is there. */
+  readonly ask: (lane: number, query: number, onAnswer: () => void) => void
+  /** The newest answer to each query that was asked: ids, nearest first. Read after the measurement. */
+  readonly answers: () => Array<ReadonlyArray<string> | undefined>
+  readonly close: () => void
+}
+
+export type WireName = "http" | "ws"
+
+/** A wire more is an entry more here, in `WireName`, and in the scenarios that `run.ts` lists. */
+export const openWire: Record<WireName, (options: SearchOptions) => Promise<Wire>> = {
+  http: async ({ url, lanes, queries, onFailure, ...rest }) => {
+    const requests = queries.words.map((_, query) =>
+      postJson(url, "/api/v1/search", `{${searchFields(queries, query, rest)}}`)
+    )
+    const connections = await Promise.all(Array.from({ length: lanes }, () => HttpConnection.open(url, onFailure)))
+    const answers = new Array<Answer | undefined>(requests.length)
+    return {
+      ask: (lane, query, onAnswer) =>
+        connections[lane]?.send(requests[query] as Buffer, (answer) => {
+          if (answer.status !== 200) onFailure(new Error(`search answered ${answer.status}: ${answer.body}`))
+          answers[query] = answer
+          onAnswer()
+        }),
+      answers: () => answers.map((answer) => answer && idsOf(JSON.parse(answer.body.toString()) as SearchResults)),
+      close: () => {
+        for (const connection of connections) connection.close()
+      }
+    }
+  },
+
+  ws: async ({ url, lanes, queries, onFailure, ...rest }) => {
+    if (lanes > queries.words.length) throw new Error("a query in flight is known by its number: too few for the lanes")
+    const frames = queries.words.map((_, query) =>
+      Buffer.from(`{"type":"search","id":"${query}",${searchFields(queries, query, rest)}}`)
+    )
+    const answers = new Array<SearchResults | undefined>(frames.length)
+    const waiting = new Map<string, () => void>()
+    const socket = await openWebSocket(url)
+    socket.on("error", onFailure)
+    socket.on("close", (code) => onFailure(new Error(`the server closed the WebSocket with ${code}`)))
+    socket.on("message", (data) => {
+      const event = JSON.parse(data.toString()) as SearchResults & { readonly event: string; readonly id: string }
+      const onAnswer = waiting.get(event.id)
+      if (event.event !== "results" || onAnswer === undefined) {
+        onFailure(new Error(`not an answer to a search: ${data.toString()}`))
+        return
+      }
+      waiting.delete(event.id)
+      answers[Number(event.id)] = event
+      onAnswer()
+    })
+    return {
+      ask: (_, query, onAnswer) => {
+        waiting.set(String(query), onAnswer)
+        socket.send(frames[query] as Buffer, { binary: false })
+      },
+      answers: () => answers.map((answer) => answer && idsOf(answer)),
+      close: () => {
+        socket.removeAllListeners("close")
+        socket.terminate()
+      }
+    }
+  }
+}
+
+export const openWebSocket = (url: URL): Promise<WebSocket> =>
+  new Promise((resolve, reject) => {
+    const socket = new WebSocket(new URL("/api/v1/ws", url.href.replace("http", "ws")), { perMessageDeflate: false })
+    socket.once("error", reject)
+    socket.once("open", () => {
+      socket.off("error", reject)
+      resolve(socket)
+    })
+  })
+
+/** What a search says in any JSON form, without its braces. */
+export const searchFields = (
+  queries: WordVectors,
+  query: number,
+  { ef, filter }: Pick<SearchOptions, "ef" | "filter">
+): string =>
+  `"query":${vectorText(queries, query)},"k":${truthK}` +
+  (ef === undefined ? "" : `,"ef":${ef}`) +
+  (filter === undefined ? "" : `,"filter":${JSON.stringify(filterOf(filter, query))}`)
+
+interface SearchResults {
+  readonly results: ReadonlyArray<{ readonly vector_id: string }>
+}
+
+const idsOf = ({ results }: SearchResults): Array<string> => results.map((result) => result.vector_id)
