@@ -2,13 +2,13 @@
 //
 //   tests: 123 passed, 0 failed, 0 skipped
 //
-// Fails if a test failed, if none ran, or if there is no result to read.
+// Fails if a test failed, if none ran, or if there is no result to read; with RUVECTOR_CI set, also if one was skipped.
 //
 //   node scripts/test-summary.mjs RESULT.json
 
 import { readFileSync } from "node:fs"
 
-/** @typedef {{ status: "passed" | "failed" | "skipped" | "pending" | "todo" | "disabled" }} Test */
+/** @typedef {{ status: "passed" | "failed" | "skipped" | "pending" | "todo" | "disabled", fullName: string }} Test */
 /** @typedef {{ status: "passed" | "failed", assertionResults: Array<Test> }} File */
 
 /** @type {{ success: boolean, testResults: Array<File> }} */
@@ -32,3 +32,11 @@ const skipped = tests.length + brokenFiles - passed - failed
 process.stdout.write(`tests: ${passed} passed, ${failed} failed, ${skipped} skipped\n`)
 if (passed + failed === 0) process.stderr.write("no test ran\n")
 if (failed > 0 || passed === 0 || !result.success) process.exitCode = 1
+
+if (process.env["RUVECTOR_CI"] && skipped > 0) {
+  for (const { fullName, status } of tests) {
+    if (status !== "passed" && status !== "failed")
+      process.stderr.write(`${status}, though nothing may be: ${fullName}\n`)
+  }
+  process.exitCode = 1
+}
