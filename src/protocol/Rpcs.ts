@@ -1,44 +1,84 @@
 /**
- * The public RPC group: everything the HTTP contract offers, typed, with vectors as little-endian float32 bytes. Served
- * over HTTP and WebSocket, as SchemaBinary and as NDJSON.
+ * The public RPC group: everything the HTTP contract offers, typed. A vector is a `Float32Array`, on the wire its
+ * little-endian bytes (base64 in NDJSON). Metadata and filters are JSON texts. Served over HTTP and WebSocket, as
+ * SchemaBinary and as NDJSON.
+ *
+ * What a value may be is checked where a request is decoded, so by the server: a client that sends one out of its bound
+ * is answered with the typed `InvalidInput` that every wire gives.
  */
-import { Schema } from "effect"
+import { Effect, Schema, SchemaParser, SchemaTransformation } from "effect"
 import { Rpc, RpcGroup } from "effect/rpc"
-import { CollectionInfo, CollectionRequest } from "./Collection.ts"
+import { CollectionInfo } from "./Collection.ts"
 import { ApiError } from "./Errors.ts"
 import * as Fields from "./Fields.ts"
 
-const collection = { collection: Schema.optionalKey(Fields.CollectionName) }
+/** The same values unchecked for who makes a request, and checked for who is given it. */
+const checkedOnArrival = <A, W extends A>(plain: Schema.Codec<A>, checked: Schema.Codec<W, A>) => {
+  const check = SchemaParser.decodeEffect(checked)
+  return plain.pipe(
+    Schema.decodeTo(
+      Schema.toType(plain),
+      SchemaTransformation.transformEffect({
+        decode: (value: A, options) => check(value, options),
+        encode: (value: A) => Effect.succeed(value)
+      })
+    )
+  )
+}
+
+const text = (checked: Schema.Codec<string>) => checkedOnArrival(Schema.String, checked)
+const number = (checked: Schema.Codec<number>) => checkedOnArrival(Schema.Finite, checked)
+
+const CollectionName = text(Fields.CollectionName)
+const VectorId = text(Fields.VectorId)
+
+const collection = { collection: Schema.optionalKey(CollectionName) }
 
 const search = {
   ...collection,
-  /** Float32 bytes; or name a vector of the collection by `query_vector_id`. */
-  query: Schema.optionalKey(Schema.Uint8Array),
-  query_vector_id: Schema.optionalKey(Fields.VectorId),
-  k: Schema.optionalKey(Fields.K),
-  ef: Schema.optionalKey(Fields.Ef),
+  /** Exactly one of `query` and `query_vector_id`, the id of a vector of the collection. */
+  query: Schema.optionalKey(Fields.VectorFromBytes),
+  query_vector_id: Schema.optionalKey(VectorId),
+  k: Schema.optionalKey(number(Fields.K)),
+  ef: Schema.optionalKey(number(Fields.Ef)),
+  metric: Schema.optionalKey(Fields.Metric),
   /** JSON text of a filter. */
   filter: Schema.optionalKey(Schema.String),
   include_metadata: Schema.optionalKey(Schema.Boolean),
   include_vector: Schema.optionalKey(Schema.Boolean),
-  deadline_ms: Schema.optionalKey(Fields.DeadlineMillis),
+  deadline_ms: Schema.optionalKey(number(Fields.DeadlineMillis))
 }
+
+const SearchPayload = Schema.Struct(search)
+/** What is searched for, and how. */
+export type SearchPayload = typeof SearchPayload.Type
 
 export const RpcResult = Schema.Struct({
   vector_id: Schema.String,
   score: Schema.Number,
-  /** JSON text, where asked for. */
+  /** JSON text of an object, where asked for. */
   metadata: Schema.optionalKey(Schema.String),
-  vector: Schema.optionalKey(Schema.Uint8Array),
+  vector: Schema.optionalKey(Fields.Float32FromBytes)
 })
 export type RpcResult = typeof RpcResult.Type
 
+export const RpcSearchResponse = Schema.Struct({
+  query_id: Schema.String,
+  results: Schema.Array(RpcResult),
+  total_results: Schema.Int,
+  partial: Schema.Boolean,
+  missing_partitions: Schema.Array(Schema.Int),
+  took_ms: Schema.Number
+})
+export type RpcSearchResponse = typeof RpcSearchResponse.Type
+
 export const RpcRecord = Schema.Struct({
   vector_id: Schema.String,
-  vector: Schema.Uint8Array,
+  vector: Fields.Float32FromBytes,
   metadata: Schema.String,
-  version: Schema.String,
+  version: Schema.String
 })
+export type RpcRecord = typeof RpcRecord.Type
 
 /** Events of a streamed search; the same as on the other wires. */
 export const RpcSearchEvent = Schema.Union([
@@ -48,54 +88,61 @@ export const RpcSearchEvent = Schema.Union([
     event: Schema.Literal("search_complete"),
     total_results: Schema.Int,
     partial: Schema.Boolean,
-    missing_partitions: Schema.Array(Schema.Int),
-  }),
+    missing_partitions: Schema.Array(Schema.Int)
+  })
 ])
 export type RpcSearchEvent = typeof RpcSearchEvent.Type
 
 export const RuvectorRpcs = RpcGroup.make(
+  /** What is left out takes the server's defaults. Found as it is where it is there with the same parameters. */
   Rpc.make("CreateCollection", {
-    payload: { name: Fields.CollectionName, request: CollectionRequest },
+    payload: {
+      name: CollectionName,
+      dimensions: number(Fields.Dimensions),
+      metric: Schema.optionalKey(Fields.Metric),
+      partitions: Schema.optionalKey(number(Fields.Partitions)),
+      index: Schema.optionalKey(
+        Schema.Struct({
+          m: Schema.optionalKey(number(Fields.HnswM)),
+          ef_construction: Schema.optionalKey(number(Fields.HnswEfConstruction)),
+          ef_search: Schema.optionalKey(number(Fields.Ef))
+        })
+      )
+    },
     success: Schema.Struct({ collection: CollectionInfo, created: Schema.Boolean }),
-    error: ApiError,
+    error: ApiError
   }),
   Rpc.make("ListCollections", { success: Schema.Array(CollectionInfo), error: ApiError }),
-  Rpc.make("GetCollection", { payload: { name: Fields.CollectionName }, success: CollectionInfo, error: ApiError }),
-  Rpc.make("DeleteCollection", { payload: { name: Fields.CollectionName }, success: Schema.Void, error: ApiError }),
+  Rpc.make("GetCollection", { payload: { name: CollectionName }, success: CollectionInfo, error: ApiError }),
+  Rpc.make("DeleteCollection", { payload: { name: CollectionName }, success: Schema.Void, error: ApiError }),
   Rpc.make("Insert", {
     payload: {
       ...collection,
       vectors: Schema.Array(
-        Schema.Struct({ id: Fields.VectorId, vector: Schema.Uint8Array, metadata: Schema.optionalKey(Schema.String) }),
+        Schema.Struct({
+          id: VectorId,
+          vector: Fields.VectorFromBytes,
+          /** JSON text of an object. */
+          metadata: Schema.optionalKey(Schema.String)
+        })
       ),
-      ack: Schema.optionalKey(Fields.Ack),
+      ack: Schema.optionalKey(Fields.Ack)
     },
     success: Schema.Struct({ inserted: Schema.Int }),
-    error: ApiError,
+    error: ApiError
   }),
-  Rpc.make("Search", {
-    payload: search,
-    success: Schema.Struct({
-      query_id: Schema.String,
-      results: Schema.Array(RpcResult),
-      total_results: Schema.Int,
-      partial: Schema.Boolean,
-      missing_partitions: Schema.Array(Schema.Int),
-      took_ms: Schema.Number,
-    }),
-    error: ApiError,
-  }),
-  Rpc.make("SearchStream", { payload: search, success: RpcSearchEvent, error: ApiError, stream: true }),
-  Rpc.make("Get", { payload: { ...collection, id: Fields.VectorId }, success: RpcRecord, error: ApiError }),
+  Rpc.make("Search", { payload: SearchPayload, success: RpcSearchResponse, error: ApiError }),
+  Rpc.make("SearchStream", { payload: SearchPayload, success: RpcSearchEvent, error: ApiError, stream: true }),
+  Rpc.make("Get", { payload: { ...collection, id: VectorId }, success: RpcRecord, error: ApiError }),
   Rpc.make("UpdateMetadata", {
     /** JSON text of an object: its fields are set, `null` removes one. */
-    payload: { ...collection, id: Fields.VectorId, metadata: Schema.String },
+    payload: { ...collection, id: VectorId, metadata: Schema.String },
     success: Schema.Struct({ vector_id: Schema.String, metadata: Schema.String, version: Schema.String }),
-    error: ApiError,
+    error: ApiError
   }),
   Rpc.make("Delete", {
-    payload: { ...collection, ids: Schema.Array(Fields.VectorId) },
+    payload: { ...collection, ids: Schema.Array(VectorId) },
     success: Schema.Struct({ deleted: Schema.Int }),
-    error: ApiError,
-  }),
+    error: ApiError
+  })
 )
