@@ -1,0 +1,184 @@
+/**
+ * The vector threads: worker threads that own whole partitions (records, graph, metadata index) and do all vector work.
+ * The main thread sends them log segments and queries; it never touches a graph.
+ *
+ * A thread that dies takes its partitions along, and nothing else: whatever is asked of them fails with {@link IndexLost},
+ * and another thread takes its place.
+ */
+import { availableParallelism } from "node:os"
+import { Context, Data, Effect, Layer, type Scope } from "effect"
+import { Settings } from "../config.ts"
+import type { Metric } from "../protocol/Fields.ts"
+import type { Version } from "../protocol/Version.ts"
+import { ThreadClient } from "./index/ThreadClient.ts"
+
+export interface IndexSpec {
+  readonly dimensions: number
+  readonly metric: Metric
+  readonly m: number
+  readonly efConstruction: number
+}
+
+/** Files of a snapshot that the index is opened from; the thread only reads them. */
+export interface SnapshotFiles {
+  readonly records: string
+  readonly graph: string
+}
+
+export interface IndexQuery {
+  readonly vector: Float32Array
+  readonly k: number
+  /** Width of the search beam; at least `k` is used. */
+  readonly ef: number
+  /** JSON text of a filter that `checkFilter` has passed. */
+  readonly filter: string | undefined
+  readonly includeMetadata: boolean
+  readonly includeVector: boolean
+}
+
+/**
+ * Nearest first: as many as match, at most k. `scores`: higher is nearer (cosine; inner product; negative Euclidean
+ * distance), the same whether a graph was walked or all was looked at.
+ */
+export interface IndexHits {
+  readonly ids: ReadonlyArray<string>
+  readonly scores: Float32Array
+  /** JSON text (empty for none), beside each id, where asked for. */
+  readonly metadata: ReadonlyArray<string> | undefined
+  /** `ids.length * dimensions` components as they were inserted, where asked for. */
+  readonly vectors: Float32Array | undefined
+}
+
+export interface IndexRecord {
+  readonly id: string
+  readonly vector: Float32Array
+  /** JSON text of an object; empty for none. */
+  readonly metadata: string
+  /** The greatest of the versions of its vector and its metadata. */
+  readonly version: Version
+}
+
+/** What applying one segment did, operation by operation. */
+export interface Applied {
+  /** Per operation: 0 older than what is there (no effect), 1 set a record that was not visible, 2 changed a visible one, 3 deleted a visible one, 4 tombstone or orphan only. */
+  readonly effects: Uint8Array
+}
+
+export interface IndexStats {
+  /** Visible records. */
+  readonly count: number
+  readonly tombstones: number
+  /** Vectors that live in the graph's memory, replaced and deleted ones included; 0 while there is no graph. */
+  readonly graphSlots: number
+  /** Bytes held for the partition, counted by the thread. */
+  readonly bytes: number
+  /** Greatest version applied, and the greatest counter by region. */
+  readonly maxTime: bigint
+  readonly counters: ReadonlyMap<string, number>
+}
+
+/** The thread died, or the partition was closed or could not be kept in step; it has to be opened again. */
+export class IndexLost extends Data.TaggedError("IndexLost")<{ readonly detail: string }> {}
+
+/** As many searches as may wait for the thread do; this one was not begun. */
+export class IndexBusy extends Data.TaggedError("IndexBusy")<{ readonly bound: string }> {}
+
+/** A snapshot's files could not be read, are not whole, or are not of this index; or could not be written. */
+export class SnapshotUnreadable extends Data.TaggedError("SnapshotUnreadable")<{ readonly detail: string }> {}
+
+/** One partition, resident in a thread. */
+export interface PartitionIndex {
+  /**
+   * Applies a log segment's bytes (checked by the caller), after all segments given before. Sliced: searches go in
+   * between. The bytes may be used otherwise once this has begun. A segment that cannot be applied leaves a gap, so the
+   * partition is lost by it. How much is under way at once is the caller's to bound.
+   */
+  readonly apply: (segment: Uint8Array) => Effect.Effect<Applied, IndexLost>
+  /** An interrupted search is not begun where it has not been yet. */
+  readonly search: (query: IndexQuery) => Effect.Effect<IndexHits, IndexLost | IndexBusy>
+  /** Records by id, `undefined` where there is none. Not ordered with applies under way. */
+  readonly get: (ids: ReadonlyArray<string>) => Effect.Effect<ReadonlyArray<IndexRecord | undefined>, IndexLost>
+  readonly stats: Effect.Effect<IndexStats, IndexLost>
+  /** Writes the state after all applies given before into two files of `directory`; searches go on meanwhile, applies wait. */
+  readonly snapshot: (directory: string) => Effect.Effect<SnapshotFiles, IndexLost | SnapshotUnreadable>
+  /** Whether all that is asked fails by now. */
+  readonly lost: () => boolean
+}
+
+export interface VectorThreadState {
+  readonly partitions: number
+  readonly bytes: number
+  readonly restarts: number
+}
+
+export interface VectorIndexOptions {
+  /** Threads; 0 or none: one for each core beyond the first, at least one. */
+  readonly threads?: number
+  /** Milliseconds of insertion work between two looks at waiting searches. */
+  readonly insertSliceMillis?: number
+  /** Searches waiting for one thread, at most. */
+  readonly threadPendingMax?: number
+  /** The module that a thread runs, where it is another one. */
+  readonly entry?: URL
+}
+
+export class VectorIndex extends Context.Service<
+  VectorIndex,
+  {
+    /**
+     * Opens a partition in the thread that holds least; closed, and its memory given back, with the scope. Fails over to
+     * no other state: an unreadable snapshot is the caller's to handle.
+     */
+    readonly open: (
+      spec: IndexSpec,
+      snapshot: SnapshotFiles | undefined
+    ) => Effect.Effect<PartitionIndex, IndexLost | SnapshotUnreadable, Scope.Scope>
+    readonly threads: Effect.Effect<ReadonlyArray<VectorThreadState>>
+  }
+>()("ruvector/tiers/VectorIndex") {
+  static readonly layerWith = (options: VectorIndexOptions): Layer.Layer<VectorIndex> =>
+    Layer.effect(
+      VectorIndex,
+      Effect.gen(function* () {
+        const count = options.threads || Math.max(1, availableParallelism() - 1)
+        const context = yield* Effect.context<never>()
+        const threads = yield* Effect.acquireRelease(
+          Effect.sync(() =>
+            Array.from(
+              { length: count },
+              (_, i) =>
+                new ThreadClient({
+                  name: `vector-${i}`,
+                  entry: options.entry ?? new URL("./vectorThread.ts", import.meta.url),
+                  thread: { insertSliceMillis: options.insertSliceMillis ?? 4 },
+                  pendingMax: options.threadPendingMax ?? 4_096,
+                  onDeath: (detail, delayMillis) => {
+                    const said = Effect.logError("A vector thread died and is replaced", {
+                      thread: i,
+                      detail,
+                      delayMillis
+                    })
+                    Effect.runForkWith(context)(said)
+                  }
+                })
+            )
+          ),
+          (threads) => Effect.promise(() => Promise.all(threads.map((thread) => thread.stop())))
+        )
+        return VectorIndex.of({
+          open: (spec, snapshot) =>
+            Effect.suspend(() =>
+              threads.reduce((least, thread) => (thread.load < least.load ? thread : least)).open(spec, snapshot)
+            ),
+          threads: Effect.sync(() =>
+            threads.map(({ partitions, bytes, restarts }) => ({ partitions, bytes, restarts }))
+          )
+        })
+      })
+    )
+
+  /** The threads that the settings ask for. */
+  static readonly layer: Layer.Layer<VectorIndex, never, Settings> = Layer.unwrap(
+    Effect.map(Settings, (settings) => VectorIndex.layerWith(settings))
+  )
+}

@@ -1,0 +1,352 @@
+/**
+ * The records file of a snapshot: everything of a partition but the links of its graph. The layout is written down in
+ * `docs/format.md`; little-endian. The header is written last, so a file that was not finished is not one.
+ */
+import { type FileHandle, open } from "node:fs/promises"
+import { crc32 } from "node:zlib"
+import type { Version } from "../../protocol/Version.ts"
+import type { IndexSpec } from "../VectorIndex.ts"
+import type { Graph } from "./Graph.ts"
+import type { RecordTable } from "./RecordTable.ts"
+import type { VectorArena } from "./VectorArena.ts"
+import { settled, type Work } from "./Work.ts"
+
+/** Version of the layout; a reader refuses any other. */
+export const recordsFormat = 1
+
+/** A file that is not what was asked for. */
+export class FileFault extends Error {}
+
+/** Writes a new file, a block a step. Nothing may change meanwhile. */
+export function* writeRecords(
+  file: string,
+  spec: IndexSpec,
+  table: RecordTable,
+  arena: VectorArena,
+  graph: Graph | undefined
+): Work<void> {
+  const handle = yield* settled(open(file, "wx"))
+  try {
+    const writer = new Writer(handle, headerBytes)
+    for (const [region, counter] of table.counters) {
+      if (writer.isFull(9 + region.length)) yield* writer.flush()
+      writer.u8(region.length)
+      writer.f64(counter)
+      writer.text(region)
+    }
+    const regionOf = new Map(table.regions.map((region, i) => [region, i]))
+    const version = (of: Version) => {
+      writer.u64(of.time)
+      writer.f64(of.counter)
+      writer.u16(regionOf.get(of.region)!)
+    }
+    for (let slot = table.live.next(0); slot !== -1; slot = table.live.next(slot + 1)) {
+      const id = table.ids[slot]!
+      const metadata = table.metadata[slot]!
+      const metadataVersion = table.metadataVersions.get(slot)
+      if (writer.isFull(recordBytesMax + 3 * (id.length + metadata.length))) yield* writer.flush()
+      version(table.vectorVersion(slot))
+      writer.u16(metadataVersion === undefined ? 0 : hasMetadataVersion)
+      writer.u32(graph === undefined ? 0 : graph.nodeOf(slot))
+      writer.u16(Buffer.byteLength(id))
+      writer.u32(Buffer.byteLength(metadata))
+      if (metadataVersion !== undefined) version(metadataVersion)
+      writer.text(id)
+      writer.text(metadata)
+    }
+    for (const [id, { deleted, orphan }] of table.hidden) {
+      if (writer.isFull(recordBytesMax + 3 * (id.length + (orphan?.metadata.length ?? 0)))) yield* writer.flush()
+      writer.u16((deleted === undefined ? 0 : hasDeletion) | (orphan === undefined ? 0 : hasOrphan))
+      writer.u16(Buffer.byteLength(id))
+      writer.u32(orphan === undefined ? 0 : Buffer.byteLength(orphan.metadata))
+      if (deleted !== undefined) version(deleted)
+      if (orphan !== undefined) version(orphan.version)
+      writer.text(id)
+      if (orphan !== undefined) writer.text(orphan.metadata)
+    }
+    const textEnd = writer.position
+    if (writer.isFull(vectorsAlign)) yield* writer.flush()
+    writer.zeros(align(textEnd) - textEnd)
+    for (let slot = table.live.next(0); slot !== -1; slot = table.live.next(slot + 1)) {
+      if (writer.isFull(spec.dimensions * 4)) yield* writer.flush()
+      writer.vector(arena.row(slot))
+    }
+    yield* writer.flush()
+    const header = Buffer.alloc(headerBytes)
+    header.writeUInt32LE(magic, 0)
+    header.writeUInt16LE(recordsFormat, 4)
+    header.writeUInt8(metrics.indexOf(spec.metric), 6)
+    header.writeUInt32LE(spec.dimensions, 8)
+    header.writeUInt32LE(spec.m, 12)
+    header.writeUInt32LE(spec.efConstruction, 16)
+    header.writeUInt32LE(table.regions.length, 20)
+    header.writeUInt32LE(table.count, 24)
+    header.writeUInt32LE(table.hidden.size, 28)
+    header.writeUInt32LE(graph === undefined ? 0 : graph.nodes, 32)
+    header.writeBigUInt64LE(table.maxTime, 40)
+    header.writeDoubleLE(textEnd, 48)
+    header.writeDoubleLE(writer.position, 56)
+    header.writeUInt32LE(crc32(header.subarray(0, 64)), 64)
+    yield* settled(writeAll(handle, header, 0))
+  } finally {
+    yield* settled(handle.close())
+  }
+}
+
+export interface RecordsRead {
+  /** 0: there is no graph. */
+  readonly graphNodes: number
+  readonly nodeOfSlot: Uint32Array
+}
+
+/** Reads a file into an empty table and arena, a block a step. Throws {@link FileFault} where it is not whole or not of `spec`. */
+export function* readRecords(file: string, spec: IndexSpec, table: RecordTable, arena: VectorArena): Work<RecordsRead> {
+  const handle = yield* settled(open(file, "r"))
+  try {
+    const { size } = yield* settled(handle.stat())
+    const header = Buffer.alloc(headerBytes)
+    if (size < headerBytes) throw new FileFault(`${size} bytes, a header has ${headerBytes}`)
+    yield* settled(readAll(handle, header, 0))
+    if (header.readUInt32LE(0) !== magic) throw new FileFault("not a records file")
+    if (header.readUInt32LE(64) !== crc32(header.subarray(0, 64))) throw new FileFault("header checksum differs")
+    const format = header.readUInt16LE(4)
+    if (format !== recordsFormat) throw new FileFault(`format ${format}, this version reads ${recordsFormat}`)
+    expectSame("metric", metrics[header.readUInt8(6)], spec.metric)
+    expectSame("dimensions", header.readUInt32LE(8), spec.dimensions)
+    expectSame("m", header.readUInt32LE(12), spec.m)
+    expectSame("efConstruction", header.readUInt32LE(16), spec.efConstruction)
+    const count = header.readUInt32LE(24)
+    const graphNodes = header.readUInt32LE(32)
+    const textEnd = header.readDoubleLE(48)
+    const vectorsAt = align(textEnd)
+    expectSame("size", size, header.readDoubleLE(56))
+    expectSame("size by its counts", size, vectorsAt + count * spec.dimensions * 4)
+
+    const reader = new Reader(handle, headerBytes, textEnd)
+    const regions: Array<string> = []
+    for (let i = 0; i < header.readUInt32LE(20); i++) {
+      yield* reader.need(9)
+      const length = reader.u8()
+      const counter = reader.f64()
+      yield* reader.need(length)
+      const region = reader.text(length)
+      regions.push(region)
+      table.observe({ time: 0n, region, counter })
+    }
+    const version = (): Version => {
+      const time = reader.u64()
+      const counter = reader.f64()
+      const region = regions[reader.u16()]
+      if (region === undefined) throw new FileFault("a version of no known region")
+      return { time, region, counter }
+    }
+    if (regions.length > 0) table.observe({ time: header.readBigUInt64LE(40), region: regions[0]!, counter: 0 })
+    const nodeOfSlot = new Uint32Array(graphNodes === 0 ? 0 : count)
+    for (let slot = 0; slot < count; slot++) {
+      yield* reader.need(recordBytesMax)
+      const vectorVersion = version()
+      const flags = reader.u16()
+      const node = reader.u32()
+      const idBytes = reader.u16()
+      const metadataBytes = reader.u32()
+      const metadataVersion = (flags & hasMetadataVersion) === 0 ? undefined : version()
+      yield* reader.need(idBytes + metadataBytes)
+      table.place(slot, reader.text(idBytes), vectorVersion)
+      if (metadataBytes > 0 || metadataVersion !== undefined) {
+        table.restoreMetadata(slot, reader.text(metadataBytes), metadataVersion)
+      }
+      if (graphNodes > 0) nodeOfSlot[slot] = node
+    }
+    for (let i = 0; i < header.readUInt32LE(28); i++) {
+      yield* reader.need(recordBytesMax)
+      const flags = reader.u16()
+      const idBytes = reader.u16()
+      const metadataBytes = reader.u32()
+      const deleted = (flags & hasDeletion) === 0 ? undefined : version()
+      const orphanVersion = (flags & hasOrphan) === 0 ? undefined : version()
+      yield* reader.need(idBytes + metadataBytes)
+      const id = reader.text(idBytes)
+      const metadata = reader.text(metadataBytes)
+      table.hide(id, {
+        deleted,
+        orphan: orphanVersion === undefined ? undefined : { version: orphanVersion, metadata }
+      })
+    }
+    if (reader.left !== 0) throw new FileFault(`${reader.left} bytes after the last record`)
+    if (table.slots.size !== count) throw new FileFault("an id that is there twice")
+
+    arena.reserve(count)
+    for (let slot = 0; slot < count; slot += arena.chunkRows) {
+      const rows = Math.min(arena.chunkRows, count - slot)
+      const chunk = arena.chunk(slot / arena.chunkRows)!
+      const bytes = new Uint8Array(chunk.buffer, 0, rows * spec.dimensions * 4)
+      yield* settled(readAll(handle, bytes, vectorsAt + slot * spec.dimensions * 4))
+      for (let i = slot; i < slot + rows; i++) arena.normed(i)
+    }
+    return { graphNodes, nodeOfSlot }
+  } finally {
+    yield* settled(handle.close())
+  }
+}
+
+const magic = 0x54525652 // "RVRT"
+const headerBytes = 96
+const vectorsAlign = 64
+const metrics = ["cosine", "l2", "ip"] as const
+const align = (n: number): number => Math.ceil(n / vectorsAlign) * vectorsAlign
+
+const hasMetadataVersion = 1
+const hasDeletion = 1
+const hasOrphan = 2
+
+/** Bytes of a record beside its texts, at most. */
+const recordBytesMax = 64
+
+/** Bytes read or written at once; what is done with them is one step. */
+const blockBytes = 1 << 20
+
+const expectSame = (what: string, got: unknown, expected: unknown): void => {
+  if (got !== expected) throw new FileFault(`${what} ${String(got)}, expected ${String(expected)}`)
+}
+
+const writeAll = async (handle: FileHandle, bytes: Uint8Array, position: number): Promise<void> => {
+  for (let at = 0; at < bytes.length; ) {
+    const { bytesWritten } = await handle.write(bytes, at, bytes.length - at, position + at)
+    at += bytesWritten
+  }
+}
+
+const readAll = async (handle: FileHandle, bytes: Uint8Array, position: number): Promise<void> => {
+  for (let at = 0; at < bytes.length; ) {
+    const { bytesRead } = await handle.read(bytes, at, bytes.length - at, position + at)
+    if (bytesRead === 0) throw new FileFault("a file that ends early")
+    at += bytesRead
+  }
+}
+
+class Writer {
+  readonly #handle: FileHandle
+  #buffer = Buffer.allocUnsafe(blockBytes)
+  #at = 0
+  #flushed: number
+
+  constructor(handle: FileHandle, position: number) {
+    this.#handle = handle
+    this.#flushed = position
+  }
+
+  get position(): number {
+    return this.#flushed + this.#at
+  }
+
+  /** Whether so many more bytes need a {@link flush} first. Grows the block where one item is larger than it. */
+  isFull(bytes: number): boolean {
+    if (this.#at + bytes <= this.#buffer.length) return false
+    if (this.#at === 0) this.#buffer = Buffer.allocUnsafe(bytes)
+    return this.#at > 0
+  }
+
+  *flush(): Work<void> {
+    yield* settled(writeAll(this.#handle, this.#buffer.subarray(0, this.#at), this.#flushed))
+    this.#flushed += this.#at
+    this.#at = 0
+  }
+
+  u8(value: number): void {
+    this.#at = this.#buffer.writeUInt8(value, this.#at)
+  }
+
+  u16(value: number): void {
+    this.#at = this.#buffer.writeUInt16LE(value, this.#at)
+  }
+
+  u32(value: number): void {
+    this.#at = this.#buffer.writeUInt32LE(value, this.#at)
+  }
+
+  u64(value: bigint): void {
+    this.#at = this.#buffer.writeBigUInt64LE(value, this.#at)
+  }
+
+  f64(value: number): void {
+    this.#at = this.#buffer.writeDoubleLE(value, this.#at)
+  }
+
+  text(value: string): void {
+    if (value !== "") this.#at += this.#buffer.write(value, this.#at)
+  }
+
+  zeros(count: number): void {
+    this.#buffer.fill(0, this.#at, this.#at + count)
+    this.#at += count
+  }
+
+  vector(value: Float32Array): void {
+    this.#buffer.set(new Uint8Array(value.buffer, value.byteOffset, value.byteLength), this.#at)
+    this.#at += value.byteLength
+  }
+}
+
+class Reader {
+  readonly #handle: FileHandle
+  readonly #end: number
+  #buffer = Buffer.alloc(0)
+  #at = 0
+  #position: number
+
+  constructor(handle: FileHandle, position: number, end: number) {
+    this.#handle = handle
+    this.#position = position
+    this.#end = end
+  }
+
+  get left(): number {
+    return this.#end - this.#position + (this.#buffer.length - this.#at)
+  }
+
+  /** Makes so many bytes ready, or as many as there are; reading beyond those throws. */
+  *need(bytes: number): Work<void> {
+    const ready = this.#buffer.length - this.#at
+    if (ready >= bytes || this.#position === this.#end) return
+    const more = Math.min(this.#end - this.#position, Math.max(bytes - ready, blockBytes))
+    const buffer = Buffer.allocUnsafe(ready + more)
+    this.#buffer.copy(buffer, 0, this.#at)
+    yield* settled(readAll(this.#handle, buffer.subarray(ready), this.#position))
+    this.#position += more
+    this.#buffer = buffer
+    this.#at = 0
+  }
+
+  u8(): number {
+    return this.#buffer.readUInt8(this.#take(1))
+  }
+
+  u16(): number {
+    return this.#buffer.readUInt16LE(this.#take(2))
+  }
+
+  u32(): number {
+    return this.#buffer.readUInt32LE(this.#take(4))
+  }
+
+  u64(): bigint {
+    return this.#buffer.readBigUInt64LE(this.#take(8))
+  }
+
+  f64(): number {
+    return this.#buffer.readDoubleLE(this.#take(8))
+  }
+
+  text(bytes: number): string {
+    if (bytes === 0) return ""
+    const at = this.#take(bytes)
+    return this.#buffer.toString("utf8", at, at + bytes)
+  }
+
+  #take(bytes: number): number {
+    const at = this.#at
+    if (at + bytes > this.#buffer.length) throw new FileFault("a record that ends early")
+    this.#at = at + bytes
+    return at
+  }
+}

@@ -1,0 +1,448 @@
+/**
+ * The main thread's side of one vector thread: numbers what is asked, gathers what is asked in one turn of the event loop
+ * into one message, and hands the answers to those who wait. Starts another thread when this one dies.
+ */
+import { Worker } from "node:worker_threads"
+import { Effect, type Scope } from "effect"
+import {
+  IndexBusy,
+  type IndexHits,
+  IndexLost,
+  type IndexQuery,
+  type IndexRecord,
+  type IndexSpec,
+  type IndexStats,
+  type PartitionIndex,
+  type SnapshotFiles,
+  SnapshotUnreadable
+} from "../VectorIndex.ts"
+import {
+  type Answer,
+  type Command,
+  type FromThread,
+  type Hits,
+  hitWords,
+  type ThreadOptions,
+  type ToThread,
+  withMetadata,
+  withVector
+} from "./ThreadMessages.ts"
+
+export interface ThreadClientOptions {
+  readonly name: string
+  readonly entry: URL
+  readonly thread: ThreadOptions
+  /** Searches waiting, at most. */
+  readonly pendingMax: number
+  /** Called when the thread died of itself; another one is started after the delay. */
+  readonly onDeath: (detail: string, delayMillis: number) => void
+}
+
+/** One that waits for an answer. */
+interface Waiting {
+  readonly seat: Seat
+  readonly isSearch: boolean
+  /** Only of a search. */
+  readonly hits: ((hits: IndexHits) => void) | undefined
+  readonly answer: (answer: Answer) => void
+  readonly lost: (error: IndexLost) => void
+}
+
+/** A partition, and why it is there no longer. */
+interface Seat {
+  readonly number: number
+  readonly spec: IndexSpec
+  lost: IndexLost | undefined
+}
+
+export class ThreadClient {
+  readonly #options: ThreadClientOptions
+  readonly #waiting = new Map<number, Waiting>()
+  readonly #seats = new Map<number, Seat>()
+  #worker: Worker | undefined
+  #stopped = false
+  #restartTimer: NodeJS.Timeout | undefined
+  #startedAt = 0
+  #deathsInARow = 0
+  #lastError: string | undefined
+  #nextRequest = 1
+  #nextSeat = 1
+  #searchesWaiting = 0
+  #bytes = 0
+  #restarts = 0
+
+  // What is asked in this turn.
+  #flushing = false
+  #searches: Array<{ readonly request: number; readonly seat: Seat; readonly query: IndexQuery }> = []
+  #commands: Array<Command> = []
+  #cancelled: Array<number> = []
+
+  constructor(options: ThreadClientOptions) {
+    this.#options = options
+    this.#start()
+  }
+
+  get partitions(): number {
+    return this.#seats.size
+  }
+
+  get bytes(): number {
+    return this.#bytes
+  }
+
+  /** Times that the thread died and was replaced. */
+  get restarts(): number {
+    return this.#restarts
+  }
+
+  /** How much the thread has, to compare threads by. */
+  get load(): number {
+    return (
+      this.#bytes + this.#seats.size * partitionBytesAssumed + (this.#worker === undefined ? Number.MAX_VALUE / 2 : 0)
+    )
+  }
+
+  open(
+    spec: IndexSpec,
+    snapshot: SnapshotFiles | undefined
+  ): Effect.Effect<PartitionIndex, IndexLost | SnapshotUnreadable, Scope.Scope> {
+    return Effect.flatMap(
+      Effect.acquireRelease(
+        Effect.sync(() => this.#takeSeat(spec)),
+        (seat) => Effect.sync(() => this.#leaveSeat(seat))
+      ),
+      (seat) =>
+        Effect.as(
+          this.#ask<void, SnapshotUnreadable>(
+            seat,
+            (request) => ({ kind: "open", request, partition: seat.number, spec, snapshot }),
+            () => Effect.void
+          ),
+          this.#partitionIndex(seat)
+        )
+    )
+  }
+
+  /** Ends the thread; everything asked of it fails. */
+  async stop(): Promise<void> {
+    this.#stopped = true
+    clearTimeout(this.#restartTimer)
+    this.#lose("the vector threads are stopped")
+    await this.#worker?.terminate()
+  }
+
+  #partitionIndex(seat: Seat): PartitionIndex {
+    const partition = seat.number
+    return {
+      lost: () => seat.lost !== undefined,
+      search: (query) => this.#search(seat, query),
+      apply: (segment) =>
+        Effect.suspend(() => {
+          // A copy that can be given away: cloning a view would clone all of the buffer that it looks at.
+          const copy = segment.slice()
+          return this.#ask(
+            seat,
+            (request) => ({ kind: "apply", request, partition, segment: copy }),
+            (answer) => (answer.kind === "applied" ? Effect.succeed({ effects: answer.effects }) : unexpected(answer))
+          )
+        }),
+      get: (ids) =>
+        this.#ask(
+          seat,
+          (request) => ({ kind: "get", request, partition, ids }),
+          (answer) =>
+            answer.kind === "records"
+              ? Effect.succeed(recordsOf(ids, answer, seat.spec.dimensions))
+              : unexpected(answer)
+        ),
+      stats: this.#ask(
+        seat,
+        (request) => ({ kind: "stats", request, partition }),
+        (answer) => {
+          if (answer.kind !== "stats") return unexpected(answer)
+          const { count, tombstones, graphSlots, bytes, maxTime, counters } = answer
+          const stats: IndexStats = { count, tombstones, graphSlots, bytes, maxTime, counters }
+          return Effect.succeed(stats)
+        }
+      ),
+      snapshot: (directory) =>
+        this.#ask<SnapshotFiles, SnapshotUnreadable>(
+          seat,
+          (request) => ({ kind: "snapshot", request, partition, directory }),
+          (answer) => (answer.kind === "written" ? Effect.succeed(answer.files) : unexpected(answer))
+        )
+    }
+  }
+
+  #search(seat: Seat, query: IndexQuery): Effect.Effect<IndexHits, IndexLost | IndexBusy> {
+    return Effect.callback<IndexHits, IndexLost | IndexBusy>((resume) => {
+      if (seat.lost !== undefined) return resume(Effect.fail(seat.lost))
+      if (this.#searchesWaiting >= this.#options.pendingMax) {
+        return resume(Effect.fail(new IndexBusy({ bound: "threadPendingMax" })))
+      }
+      const request = this.#nextRequest++
+      this.#searchesWaiting += 1
+      this.#waiting.set(request, {
+        seat,
+        isSearch: true,
+        hits: (hits) => resume(Effect.succeed(hits)),
+        answer: (answer) => resume(failureOf(answer) as Effect.Effect<never, IndexLost>),
+        lost: (error) => resume(Effect.fail(error))
+      })
+      this.#searches.push({ request, seat, query })
+      this.#schedule()
+      return Effect.sync(() => this.#forget(request))
+    })
+  }
+
+  #ask<A, E = never>(
+    seat: Seat,
+    command: (request: number) => Command,
+    answered: (answer: Answer) => Effect.Effect<A, E>
+  ): Effect.Effect<A, E | IndexLost> {
+    return Effect.callback<A, E | IndexLost>((resume) => {
+      if (seat.lost !== undefined) return resume(Effect.fail(seat.lost))
+      const request = this.#nextRequest++
+      this.#waiting.set(request, {
+        seat,
+        isSearch: false,
+        hits: undefined,
+        answer: (answer) =>
+          resume(
+            answer.kind === "failed" ? (failureOf(answer) as Effect.Effect<never, E | IndexLost>) : answered(answer)
+          ),
+        lost: (error) => resume(Effect.fail(error))
+      })
+      this.#commands.push(command(request))
+      this.#schedule()
+      return Effect.sync(() => void this.#waiting.delete(request))
+    })
+  }
+
+  /** Nobody waits for this search any more: it is not begun, where it has not been yet. */
+  #forget(request: number): void {
+    if (!this.#waiting.delete(request)) return
+    this.#searchesWaiting -= 1
+    this.#cancelled.push(request)
+    this.#schedule()
+  }
+
+  #takeSeat(spec: IndexSpec): Seat {
+    const seat: Seat = {
+      number: this.#nextSeat++,
+      spec,
+      lost: this.#stopped ? new IndexLost({ detail: "the vector threads are stopped" }) : undefined
+    }
+    if (!this.#stopped) this.#seats.set(seat.number, seat)
+    return seat
+  }
+
+  #leaveSeat(seat: Seat): void {
+    if (!this.#seats.delete(seat.number)) return
+    this.#loseSeat(seat, new IndexLost({ detail: "the partition is closed" }))
+    this.#commands.push({ kind: "close", partition: seat.number })
+    this.#schedule()
+  }
+
+  #loseSeat(seat: Seat, error: IndexLost): void {
+    seat.lost = error
+    for (const [request, waiting] of this.#waiting) {
+      if (waiting.seat !== seat) continue
+      this.#settle(request, waiting)
+      waiting.lost(error)
+    }
+  }
+
+  #settle(request: number, waiting: Waiting): void {
+    this.#waiting.delete(request)
+    if (waiting.isSearch) this.#searchesWaiting -= 1
+  }
+
+  /** Everything that the thread had is gone. */
+  #lose(detail: string): void {
+    const error = new IndexLost({ detail })
+    for (const seat of this.#seats.values()) seat.lost = error
+    this.#seats.clear()
+    this.#searches = []
+    this.#commands = []
+    this.#cancelled = []
+    this.#searchesWaiting = 0
+    this.#bytes = 0
+    const waiting = [...this.#waiting.values()]
+    this.#waiting.clear()
+    for (const one of waiting) one.lost(error)
+  }
+
+  // --- The thread ------------------------------------------------------------------------------------------------------
+
+  #start(): void {
+    const { entry, name, thread } = this.#options
+    const worker = new Worker(entry, { name, workerData: thread })
+    this.#worker = worker
+    this.#startedAt = performance.now()
+    this.#lastError = undefined
+    worker.on("message", (message: FromThread) => this.#receive(message))
+    worker.on("error", (error: unknown) => {
+      this.#lastError = error instanceof Error ? error.message : String(error)
+    })
+    worker.on("messageerror", (error) => {
+      this.#lastError = error.message
+      void worker.terminate()
+    })
+    worker.once("exit", (code) => this.#died(this.#lastError ?? `it ended with code ${code}`))
+    this.#schedule()
+  }
+
+  #died(detail: string): void {
+    this.#worker = undefined
+    if (this.#stopped) return
+    if (performance.now() - this.#startedAt > calmMillis) this.#deathsInARow = 0
+    this.#deathsInARow += 1
+    this.#restarts += 1
+    const delayMillis =
+      this.#deathsInARow === 1
+        ? 0
+        : Math.min(restartDelayMillisMin * 2 ** (this.#deathsInARow - 2), restartDelayMillisMax)
+    this.#lose(`its vector thread died: ${detail}`)
+    this.#options.onDeath(detail, delayMillis)
+    if (delayMillis === 0) this.#start()
+    else this.#restartTimer = setTimeout(() => this.#start(), delayMillis)
+  }
+
+  // --- Messages --------------------------------------------------------------------------------------------------------
+
+  #schedule(): void {
+    if (this.#flushing) return
+    this.#flushing = true
+    setImmediate(() => this.#flush())
+  }
+
+  #flush(): void {
+    this.#flushing = false
+    // What is asked while no thread is there waits for the next one.
+    if (this.#worker === undefined) return
+    const message: { -readonly [Key in keyof ToThread]: ToThread[Key] } = {}
+    const transfer: Array<ArrayBuffer> = []
+    if (this.#searches.length > 0) {
+      const head: Array<number> = []
+      const filters: Array<string> = []
+      const asked = this.#searches
+      this.#searches = []
+      let components = 0
+      for (const { query } of asked) components += query.vector.length
+      const vectors = new Float32Array(components)
+      let at = 0
+      for (const { request, seat, query } of asked) {
+        // Interrupted in the same turn.
+        if (!this.#waiting.has(request)) continue
+        const flags = (query.includeMetadata ? withMetadata : 0) | (query.includeVector ? withVector : 0)
+        const filter = query.filter === undefined ? -1 : filters.push(query.filter) - 1
+        head.push(request, seat.number, query.k, query.ef, flags, filter, query.vector.length)
+        vectors.set(query.vector, at)
+        at += query.vector.length
+      }
+      message.searches = { head, filters, vectors }
+    }
+    if (this.#commands.length > 0) {
+      message.commands = this.#commands
+      for (const command of this.#commands) {
+        if (command.kind === "apply") transfer.push(command.segment.buffer as ArrayBuffer)
+      }
+      this.#commands = []
+    }
+    if (this.#cancelled.length > 0) {
+      message.cancelled = this.#cancelled
+      this.#cancelled = []
+    }
+    if (message.searches === undefined && message.commands === undefined && message.cancelled === undefined) return
+    this.#worker.postMessage(message, transfer)
+  }
+
+  #receive(message: FromThread): void {
+    if (message.bytes !== undefined) this.#bytes = message.bytes
+    if (message.hits !== undefined) this.#receiveHits(message.hits)
+    if (message.answers !== undefined) for (const answer of message.answers) this.#receiveAnswer(answer)
+  }
+
+  #receiveHits({ head, ids, scores, metadata, vectors }: Hits): void {
+    let at = 0
+    let metadataAt = 0
+    let vectorsAt = 0
+    for (let i = 0; i < head.length; i += hitWords) {
+      const request = head[i]!
+      const count = head[i + 1]!
+      const flags = head[i + 2]!
+      const components = (flags & withVector) === 0 ? 0 : count * head[i + 3]!
+      const texts = (flags & withMetadata) === 0 ? 0 : count
+      const waiting = this.#waiting.get(request)
+      if (waiting !== undefined) {
+        this.#settle(request, waiting)
+        waiting.hits?.({
+          ids: ids.slice(at, at + count),
+          scores: scores.subarray(at, at + count),
+          metadata: (flags & withMetadata) === 0 ? undefined : metadata.slice(metadataAt, metadataAt + texts),
+          vectors: (flags & withVector) === 0 ? undefined : vectors.subarray(vectorsAt, vectorsAt + components)
+        })
+      }
+      at += count
+      metadataAt += texts
+      vectorsAt += components
+    }
+  }
+
+  #receiveAnswer(answer: Answer): void {
+    const waiting = this.#waiting.get(answer.request)
+    if (answer.kind === "failed" && answer.reason === "lost" && waiting !== undefined) {
+      this.#seats.delete(waiting.seat.number)
+      waiting.seat.lost ??= new IndexLost({ detail: answer.detail })
+    }
+    if (waiting === undefined) return
+    this.#settle(answer.request, waiting)
+    waiting.answer(answer)
+  }
+}
+
+/** Memory that a partition is taken to need before the thread has said what it does. */
+const partitionBytesAssumed = 16 << 20
+
+/** Wait before a thread that keeps dying is started again; the first time there is none. */
+const restartDelayMillisMin = 100
+const restartDelayMillisMax = 5_000
+
+/** A thread that lived so long had not been dying. */
+const calmMillis = 60_000
+
+const failureOf = (answer: Answer): Effect.Effect<never, IndexLost | SnapshotUnreadable> => {
+  if (answer.kind !== "failed") return unexpected(answer)
+  const { reason, detail } = answer
+  switch (reason) {
+    case "lost":
+      return Effect.fail(new IndexLost({ detail }))
+    case "unreadable":
+      return Effect.fail(new SnapshotUnreadable({ detail }))
+    case "refused":
+      return Effect.die(new Error(`The vector thread refused: ${detail}`))
+  }
+}
+
+const unexpected = (answer: Answer): Effect.Effect<never> => Effect.die(new Error(`an answer of kind ${answer.kind}`))
+
+const recordsOf = (
+  ids: ReadonlyArray<string>,
+  answer: Answer & { readonly kind: "records" },
+  dimensions: number
+): ReadonlyArray<IndexRecord | undefined> => {
+  const { there, metadata, times, counters, regions, vectors } = answer
+  let at = 0
+  return ids.map((id, i) => {
+    if (there[i] !== true) return undefined
+    const record: IndexRecord = {
+      id,
+      vector: vectors.slice(at * dimensions, (at + 1) * dimensions),
+      metadata: metadata[at]!,
+      version: { time: times[at]!, region: regions[at]!, counter: counters[at]! }
+    }
+    at += 1
+    return record
+  })
+}

@@ -1,0 +1,95 @@
+/** What the main thread and a vector thread say to each other. Everything asked in one turn goes in one message. */
+import type { IndexSpec, SnapshotFiles } from "../VectorIndex.ts"
+
+/** What a thread is started with. */
+export interface ThreadOptions {
+  readonly insertSliceMillis: number
+}
+
+export interface ToThread {
+  readonly searches?: Searches
+  readonly commands?: ReadonlyArray<Command>
+  /** Requests whose answer nobody waits for any more. */
+  readonly cancelled?: ReadonlyArray<number>
+}
+
+/** Searches, flat: structured cloning takes its time by the object. */
+export interface Searches {
+  /** Of each search the {@link searchWords} words: request, partition, k, ef, flags, index of its filter or -1, components. */
+  readonly head: ReadonlyArray<number>
+  readonly filters: ReadonlyArray<string>
+  /** The query vectors, one after another. */
+  readonly vectors: Float32Array
+}
+
+export const searchWords = 7
+export const withMetadata = 1
+export const withVector = 2
+
+export type Command =
+  | {
+      readonly kind: "open"
+      readonly request: number
+      readonly partition: number
+      readonly spec: IndexSpec
+      readonly snapshot: SnapshotFiles | undefined
+    }
+  | { readonly kind: "apply"; readonly request: number; readonly partition: number; readonly segment: Uint8Array }
+  | { readonly kind: "get"; readonly request: number; readonly partition: number; readonly ids: ReadonlyArray<string> }
+  | { readonly kind: "stats"; readonly request: number; readonly partition: number }
+  | { readonly kind: "snapshot"; readonly request: number; readonly partition: number; readonly directory: string }
+  | { readonly kind: "close"; readonly partition: number }
+
+export interface FromThread {
+  readonly hits?: Hits
+  readonly answers?: ReadonlyArray<Answer>
+  /** Bytes that the thread's partitions hold, now and then. */
+  readonly bytes?: number
+}
+
+/** Answers to searches, flat. */
+export interface Hits {
+  /** Of each answer the {@link hitWords} words: request, results, flags, components of a vector. */
+  readonly head: ReadonlyArray<number>
+  readonly ids: ReadonlyArray<string>
+  readonly scores: Float32Array
+  /** Of the answers with {@link withMetadata}. */
+  readonly metadata: ReadonlyArray<string>
+  /** Of the answers with {@link withVector}. */
+  readonly vectors: Float32Array
+}
+
+export const hitWords = 4
+
+export type Answer =
+  | { readonly kind: "opened"; readonly request: number }
+  | { readonly kind: "applied"; readonly request: number; readonly effects: Uint8Array }
+  | {
+      readonly kind: "records"
+      readonly request: number
+      /** Of each id asked for whether it is there, then of each that is what follows. */
+      readonly there: ReadonlyArray<boolean>
+      readonly metadata: ReadonlyArray<string>
+      readonly times: BigUint64Array
+      readonly counters: Float64Array
+      readonly regions: ReadonlyArray<string>
+      readonly vectors: Float32Array
+    }
+  | {
+      readonly kind: "stats"
+      readonly request: number
+      readonly count: number
+      readonly tombstones: number
+      readonly graphSlots: number
+      readonly bytes: number
+      readonly maxTime: bigint
+      readonly counters: ReadonlyMap<string, number>
+    }
+  | { readonly kind: "written"; readonly request: number; readonly files: SnapshotFiles }
+  | {
+      readonly kind: "failed"
+      readonly request: number
+      /** `lost`: the partition is gone. `unreadable`: a snapshot's files. `refused`: what was asked makes no sense. */
+      readonly reason: "lost" | "unreadable" | "refused"
+      readonly detail: string
+    }

@@ -1,0 +1,482 @@
+/**
+ * A vector thread: owns whole partitions and does all that is done with vectors. Plain TypeScript, no Effect, so that it
+ * starts fast and stays small.
+ *
+ * Two lanes. Searches, reads and counts are answered as soon as the thread looks. Everything else is work in steps, done
+ * in slices between two looks: while nothing is asked it goes on as it likes, and once something is, it ends after the
+ * current step, if it has had its share of the time since the last look, and after `insertSliceMillis` at the latest.
+ */
+import { mkdir, writeFile } from "node:fs/promises"
+import { join } from "node:path"
+import { parentPort, receiveMessageOnPort, workerData } from "node:worker_threads"
+import { Graph } from "./index/Graph.ts"
+import { checkGraphFile } from "./index/GraphFile.ts"
+import { Partition } from "./index/Partition.ts"
+import { readRecords, writeRecords } from "./index/RecordsFile.ts"
+import {
+  type Answer,
+  type Command,
+  type FromThread,
+  hitWords,
+  searchWords,
+  type ThreadOptions,
+  type ToThread,
+  withMetadata,
+  withVector
+} from "./index/ThreadMessages.ts"
+import { settled, type Work } from "./index/Work.ts"
+import type { IndexSpec, SnapshotFiles } from "./VectorIndex.ts"
+
+/** Share of the thread's time that work is given while searches never cease. */
+const workShare = 0.8
+
+/** Answers sent in one message, at most, and how long the first of them waits for the others. */
+const answersMax = 16
+const answerDelayMillis = 0.3
+
+/** How often the thread says how much memory it holds. */
+const bytesEveryMillis = 250
+
+interface Search {
+  readonly request: number
+  readonly seat: Seat
+  readonly k: number
+  readonly ef: number
+  readonly flags: number
+  readonly filter: string | undefined
+  readonly vector: Float32Array
+}
+
+/** Something to do in steps for a partition, and what to answer. */
+interface Job {
+  readonly request: number
+  readonly work: Work<Answer>
+}
+
+/** A partition in this thread. */
+interface Seat {
+  readonly number: number
+  readonly partition: Partition
+  /** Done in order, the first is under way. */
+  readonly jobs: Array<Job>
+  /** Whether the first job waits for a promise; nothing of the partition changes meanwhile. */
+  waiting: boolean
+  closed: boolean
+  /** Searches with a filter, until the metadata index is there. */
+  readonly parked: Map<number, Search>
+}
+
+const port = parentPort!
+const { insertSliceMillis } = workerData as ThreadOptions
+
+const seats = new Map<number, Seat>()
+/** Seats with a step to do, taken in turn, a slice each. */
+const ready: Array<Seat> = []
+/** Searches that wait, oldest first, by request. */
+const searches = new Map<number, Search>()
+const reads: Array<Command & { readonly kind: "get" | "stats" }> = []
+/** Milliseconds that work is owed by the searches done since. */
+let owedMillis = 0
+let scheduled = false
+
+// --- Answers -----------------------------------------------------------------------------------------------------------
+
+let answers: Array<Answer> = []
+let hitHead: Array<number> = []
+let hitIds: Array<string> = []
+let hitScores: Array<Float32Array> = []
+let hitMetadata: Array<string> = []
+let hitVectors: Array<Float32Array> = []
+let hitResults = 0
+let hitComponents = 0
+let waitingSince = 0
+let bytesSaid = 0
+let bytesSaidAt = 0
+
+const answer = (one: Answer): void => {
+  answers.push(one)
+}
+
+const flush = (): void => {
+  if (hitHead.length === 0 && answers.length === 0) return
+  const message: { -readonly [Key in keyof FromThread]: FromThread[Key] } = {}
+  if (hitHead.length > 0) {
+    message.hits = {
+      head: hitHead,
+      ids: hitIds,
+      scores: concatenated(hitScores, hitResults),
+      metadata: hitMetadata,
+      vectors: concatenated(hitVectors, hitComponents)
+    }
+    hitHead = []
+    hitIds = []
+    hitScores = []
+    hitMetadata = []
+    hitVectors = []
+    hitResults = 0
+    hitComponents = 0
+  }
+  if (answers.length > 0) {
+    message.answers = answers
+    answers = []
+    const now = performance.now()
+    if (now - bytesSaidAt > bytesEveryMillis) {
+      bytesSaidAt = now
+      let bytes = 0
+      for (const seat of seats.values()) bytes += seat.partition.bytes
+      if (bytes !== bytesSaid) message.bytes = bytesSaid = bytes
+    }
+  }
+  port.postMessage(message)
+}
+
+const concatenated = (parts: ReadonlyArray<Float32Array>, length: number): Float32Array => {
+  if (parts.length === 1) return parts[0]!
+  const all = new Float32Array(length)
+  let at = 0
+  for (const part of parts) {
+    all.set(part, at)
+    at += part.length
+  }
+  return all
+}
+
+// --- The lane of searches ----------------------------------------------------------------------------------------------
+
+const search = ({ request, seat, vector, k, ef, filter, flags }: Search): void => {
+  const { partition } = seat
+  const { table, arena, spec } = partition
+  if (vector.length !== spec.dimensions) {
+    answer({ kind: "failed", request, reason: "refused", detail: `a query of ${vector.length} components` })
+    return
+  }
+  let found: ReturnType<Partition["find"]>
+  try {
+    found = partition.find(vector, k, ef, filter)
+  } catch (error) {
+    answer({ kind: "failed", request, reason: "refused", detail: messageOf(error) })
+    return
+  }
+  const { slots, scores } = found
+  if (hitHead.length === 0) waitingSince = performance.now()
+  hitHead.push(request, slots.length, flags, spec.dimensions)
+  for (let i = 0; i < slots.length; i++) hitIds.push(table.ids[slots[i]!]!)
+  hitScores.push(scores)
+  hitResults += slots.length
+  if ((flags & withMetadata) !== 0) for (const slot of slots) hitMetadata.push(table.metadata[slot]!)
+  if ((flags & withVector) !== 0) {
+    const vectors = new Float32Array(slots.length * spec.dimensions)
+    for (let i = 0; i < slots.length; i++) vectors.set(arena.row(slots[i]!), i * spec.dimensions)
+    hitVectors.push(vectors)
+    hitComponents += vectors.length
+  }
+}
+
+const read = (command: Command & { readonly kind: "get" | "stats" }): void => {
+  const { request } = command
+  const seat = seats.get(command.partition)
+  if (seat === undefined) {
+    answer({ kind: "failed", request, reason: "lost", detail: "the partition is closed" })
+    return
+  }
+  const { table, arena, graph, spec, bytes } = seat.partition
+  if (command.kind === "stats") {
+    const { count, tombstones, maxTime, counters } = table
+    answer({ kind: "stats", request, count, tombstones, graphSlots: graph?.nodes ?? 0, bytes, maxTime, counters })
+    return
+  }
+  const slots: Array<number> = []
+  const there = command.ids.map((id) => {
+    const slot = table.slots.get(id)
+    if (slot !== undefined) slots.push(slot)
+    return slot !== undefined
+  })
+  const times = new BigUint64Array(slots.length)
+  const counters = new Float64Array(slots.length)
+  const regions: Array<string> = []
+  const metadata: Array<string> = []
+  const vectors = new Float32Array(slots.length * spec.dimensions)
+  for (let i = 0; i < slots.length; i++) {
+    const slot = slots[i]!
+    // A visible record's metadata is never older than its vector.
+    const version = table.metadataVersion(slot)
+    times[i] = version.time
+    counters[i] = version.counter
+    regions.push(version.region)
+    metadata.push(table.metadata[slot]!)
+    vectors.set(arena.row(slot), i * spec.dimensions)
+  }
+  answer({ kind: "records", request, there, times, counters, regions, metadata, vectors })
+}
+
+/** Answers what had arrived, or, while there is no work, all that arrives. */
+const runSearches = (): void => {
+  while (searches.size > 0 || reads.length > 0) {
+    for (const command of reads.splice(0)) read(command)
+    let left = searches.size
+    for (const [request, one] of searches) {
+      if (left-- === 0) break
+      searches.delete(request)
+      if (one.seat.closed) continue
+      if (one.filter !== undefined && !one.seat.partition.filtersReady) {
+        one.seat.parked.set(request, one)
+        continue
+      }
+      search(one)
+      if (hitHead.length >= answersMax * hitWords || performance.now() - waitingSince > answerDelayMillis) flush()
+    }
+    if (ready.length > 0) return
+    receive()
+  }
+}
+
+// --- The lane of work --------------------------------------------------------------------------------------------------
+
+const hasStep = (seat: Seat): boolean =>
+  !seat.closed && !seat.waiting && (seat.jobs.length > 0 || seat.partition.hasBackgroundWork)
+
+const makeReady = (seat: Seat): void => {
+  if (hasStep(seat) && !ready.includes(seat)) ready.push(seat)
+}
+
+/** Works for one partition until the slice is over. */
+const runSlice = (): void => {
+  const began = performance.now()
+  const seat = nextSeat()
+  for (;;) {
+    if (seat.jobs.length > 0) jobStep(seat)
+    else seat.partition.backgroundStep()
+    const millis = performance.now() - began
+    if (millis >= insertSliceMillis || !hasStep(seat)) break
+    receive()
+    if ((searches.size > 0 || reads.length > 0) && millis >= owedMillis) break
+    // Work that is asked for goes before what a partition does of its own accord.
+    if (seat.jobs.length === 0 && ready.length > 0 && ready.some((other) => other.jobs.length > 0)) break
+  }
+  owedMillis = Math.max(0, owedMillis - (performance.now() - began))
+  makeReady(seat)
+  if (seat.parked.size > 0 && seat.partition.filtersReady) {
+    for (const [request, one] of seat.parked) searches.set(request, one)
+    seat.parked.clear()
+  }
+}
+
+/** The seat whose turn it is: those with jobs, or a search that waits for them, before those without. */
+const nextSeat = (): Seat => {
+  const at = ready.findIndex((seat) => seat.jobs.length > 0 || seat.parked.size > 0)
+  return ready.splice(Math.max(at, 0), 1)[0]!
+}
+
+const jobStep = (seat: Seat, resumed?: { readonly value?: unknown; readonly error?: unknown }): void => {
+  const job = seat.jobs[0]!
+  try {
+    const step =
+      resumed === undefined
+        ? job.work.next()
+        : "error" in resumed
+          ? job.work.throw(resumed.error)
+          : job.work.next(resumed.value)
+    if (step.done === true) {
+      seat.jobs.shift()
+      answer(step.value)
+    } else if (step.value !== undefined) {
+      seat.waiting = true
+      step.value.then(
+        (value) => resume(seat, { value }),
+        (error: unknown) => resume(seat, { error })
+      )
+    }
+  } catch (error) {
+    seat.jobs.shift()
+    lose(seat, `while working: ${messageOf(error)}`)
+    answer({ kind: "failed", request: job.request, reason: "lost", detail: messageOf(error) })
+  }
+}
+
+const resume = (seat: Seat, settledWith: { readonly value?: unknown; readonly error?: unknown }): void => {
+  seat.waiting = false
+  if (seat.closed) {
+    vacate(seat)
+    return
+  }
+  jobStep(seat, settledWith)
+  makeReady(seat)
+  schedule()
+}
+
+/** A partition whose state cannot be trusted: everything asked of it fails, until it is opened again. */
+const lose = (seat: Seat, detail: string): void => {
+  for (const { request } of seat.jobs.splice(0)) answer({ kind: "failed", request, reason: "lost", detail })
+  for (const request of seat.parked.keys()) answer({ kind: "failed", request, reason: "lost", detail })
+  for (const one of searches.values()) {
+    if (one.seat === seat) answer({ kind: "failed", request: one.request, reason: "lost", detail })
+  }
+  close(seat)
+}
+
+const close = (seat: Seat): void => {
+  seat.closed = true
+  seats.delete(seat.number)
+  seat.parked.clear()
+  const at = ready.indexOf(seat)
+  if (at !== -1) ready.splice(at, 1)
+  // What is under way in another thread of the process still needs the partition's memory.
+  if (!seat.waiting) vacate(seat)
+}
+
+const vacate = (seat: Seat): void => {
+  for (const { work } of seat.jobs.splice(0)) work.return(undefined as never)
+  seat.partition.dispose()
+}
+
+function* openJob(request: number, partition: Partition, snapshot: SnapshotFiles | undefined): Work<Answer> {
+  if (snapshot === undefined) return { kind: "opened", request }
+  try {
+    const { spec, table, arena } = partition
+    const { graphNodes, nodeOfSlot } = yield* readRecords(snapshot.records, spec, table, arena)
+    let graph: Graph | undefined
+    if (graphNodes > 0) {
+      yield* checkGraphFile(snapshot.graph, spec, graphNodes)
+      graph = yield* settled(Graph.read(spec, snapshot.graph, graphNodes, nodeOfSlot))
+    }
+    partition.restored(graph)
+    return { kind: "opened", request }
+  } catch (error) {
+    return { kind: "failed", request, reason: "unreadable", detail: messageOf(error) }
+  }
+}
+
+function* applyJob(request: number, partition: Partition, segment: Uint8Array): Work<Answer> {
+  // A segment that cannot be applied throws: without it, the partition is not what its log says.
+  return { kind: "applied", request, effects: yield* partition.apply(segment) }
+}
+
+function* snapshotJob(request: number, partition: Partition, directory: string): Work<Answer> {
+  const files = { records: join(directory, "records.bin"), graph: join(directory, "graph.bin") }
+  try {
+    const { spec, table, arena, graph } = partition
+    yield* settled(mkdir(directory, { recursive: true }))
+    yield* writeRecords(files.records, spec, table, arena, graph)
+    yield* graph === undefined ? writeNoGraph(files.graph) : writeGraph(files.graph, spec, graph)
+    return { kind: "written", request, files }
+  } catch (error) {
+    return { kind: "failed", request, reason: "unreadable", detail: messageOf(error) }
+  }
+}
+
+function* writeGraph(file: string, spec: IndexSpec, graph: Graph): Work<void> {
+  yield* settled(graph.write(file))
+  // hnswlib does not look whether its writes succeed.
+  yield* checkGraphFile(file, spec, graph.nodes)
+}
+
+function* writeNoGraph(file: string): Work<void> {
+  yield* settled(writeFile(file, noGraph, { flag: "wx" }))
+}
+
+/** What the graph file of a partition without a graph says: too few records to need one. */
+const noGraph = "RVNG"
+
+// --- Messages ----------------------------------------------------------------------------------------------------------
+
+/** Takes in all messages that have arrived, without a turn of the event loop. */
+const receive = (): void => {
+  for (let one = receiveMessageOnPort(port); one !== undefined; one = receiveMessageOnPort(port)) {
+    take(one.message as ToThread)
+  }
+}
+
+const take = (message: ToThread): void => {
+  if (message.searches !== undefined) {
+    const { head, filters, vectors } = message.searches
+    let at = 0
+    for (let i = 0; i < head.length; i += searchWords) {
+      const request = head[i]!
+      const seat = seats.get(head[i + 1]!)
+      const vector = vectors.subarray(at, at + head[i + 6]!)
+      at += head[i + 6]!
+      if (seat === undefined) {
+        answer({ kind: "failed", request, reason: "lost", detail: "the partition is closed" })
+        continue
+      }
+      const filter = filters[head[i + 5]!]
+      searches.set(request, { request, seat, k: head[i + 2]!, ef: head[i + 3]!, flags: head[i + 4]!, filter, vector })
+    }
+  }
+  if (message.commands !== undefined) for (const command of message.commands) obey(command)
+  if (message.cancelled !== undefined) {
+    for (const request of message.cancelled) {
+      if (searches.delete(request)) continue
+      for (const seat of seats.values()) seat.parked.delete(request)
+    }
+  }
+}
+
+const obey = (command: Command): void => {
+  if (command.kind === "open") {
+    const partition = new Partition(command.spec)
+    const seat: Seat = {
+      number: command.partition,
+      partition,
+      jobs: [],
+      waiting: false,
+      closed: false,
+      parked: new Map()
+    }
+    seats.set(seat.number, seat)
+    seat.jobs.push({ request: command.request, work: openJob(command.request, partition, command.snapshot) })
+    makeReady(seat)
+    return
+  }
+  if (command.kind === "get" || command.kind === "stats") {
+    reads.push(command)
+    return
+  }
+  const seat = seats.get(command.partition)
+  if (command.kind === "close") {
+    if (seat !== undefined) close(seat)
+    return
+  }
+  const { request } = command
+  if (seat === undefined) {
+    answer({ kind: "failed", request, reason: "lost", detail: "the partition is closed" })
+    return
+  }
+  const { partition } = seat
+  const work =
+    command.kind === "apply"
+      ? applyJob(request, partition, command.segment)
+      : snapshotJob(request, partition, command.directory)
+  seat.jobs.push({ request, work })
+  makeReady(seat)
+}
+
+const messageOf = (error: unknown): string => (error instanceof Error ? error.message : String(error))
+
+const turn = (): void => {
+  scheduled = false
+  receive()
+  const began = performance.now()
+  runSearches()
+  if (ready.length > 0) {
+    owedMillis = Math.min(insertSliceMillis, owedMillis + ((performance.now() - began) * workShare) / (1 - workShare))
+    flush()
+    runSlice()
+    schedule()
+  } else {
+    owedMillis = 0
+  }
+  flush()
+}
+
+/** The event loop turns between two slices, so that files and promises get on. */
+const schedule = (): void => {
+  if (scheduled) return
+  scheduled = true
+  setImmediate(turn)
+}
+
+port.on("message", (message: ToThread) => {
+  take(message)
+  if (!scheduled) turn()
+})
