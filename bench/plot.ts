@@ -13,7 +13,7 @@ export const latencyPlot = (curves: ReadonlyArray<Curve>, title: string): string
   const rateMax = rateStep * Math.ceil((Math.max(...points.map((point) => point.rate)) * 1.02) / rateStep)
   const millis = points.map((point) => point.millis)
   const low = largestTick(Math.min(...millis))
-  const high = [...ticks].find((tick) => tick >= Math.max(...millis)) ?? Math.max(...millis)
+  const high = [...ticks].find((tick) => tick >= Math.max(...millis) * 1.2) ?? Math.max(...millis)
 
   const x = (rate: number): number => left + (rate / rateMax) * (right - left)
   const y = (value: number): number => bottom - (Math.log(value / low) / Math.log(high / low)) * (bottom - top)

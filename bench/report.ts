@@ -1,10 +1,11 @@
 /** Collects measurements, and shows them as one table: medians, ratios to the baselines, and the targets. */
 import type { ServerName } from "./servers.ts"
 import { targetOf } from "./targets.ts"
+import type { WireName } from "./wires.ts"
 
 export type Unit = "vectors/s" | "searches/s" | "ms" | "us" | "MB" | "KB" | "share"
 
-export type RowWire = "http" | "ws" | "sse" | "rpc" | "-"
+export type RowWire = WireName | "sse" | "-"
 
 export interface Measure {
   readonly wire: RowWire

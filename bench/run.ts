@@ -2,7 +2,7 @@
  * Measures our server against the baselines on real word vectors, and prints one table.
  *
  *   npm run bench -- [--count 100000] [--queries 1000] [--rounds 3] [--seconds 5] [--streams 5000] [--seed 1]
- *                    [--only http,ws,filter,idle,restart,inserts] [--servers ours,bare,bare-simd]
+ *                    [--only http,ws,rpc,filter,idle,restart,inserts] [--servers ours,bare,bare-simd]
  *                    [--json FILE] [--svg FILE]
  *
  * Every server is loaded once. Then the rounds alternate between the servers, the others idle meanwhile, and medians of
@@ -14,7 +14,7 @@ import { parseArgs } from "node:util"
 import { builds, sameBuildWarning } from "./bareIndex.ts"
 import { cacheDirectory } from "./cacheFile.ts"
 import { LoadClient } from "./LoadClient.ts"
-import type { Latencies } from "./load.ts"
+import type { Latencies, Outcomes } from "./load.ts"
 import { type Curve, latencyPlot } from "./plot.ts"
 import { cpuMicros, settledBytes } from "./processTree.ts"
 import { type Measure, Report, type RowWire, rowName, shown, type Unit } from "./report.ts"
@@ -24,7 +24,7 @@ import { exactTruth, shares } from "./truth.ts"
 import type { WireName } from "./wires.ts"
 import { type DataOptions, loadWords } from "./words.ts"
 
-const scenarios = ["http", "ws", "filter", "idle", "restart", "inserts"] as const
+const scenarios = ["http", "ws", "rpc", "filter", "idle", "restart", "inserts"] as const
 
 type Scenario = (typeof scenarios)[number]
 
@@ -135,7 +135,7 @@ class Bench {
   async run(): Promise<void> {
     const { rounds, servers, only, svg } = this.#options
     for (const name of servers) await this.#load(name)
-    for (const name of servers) await this.#recallAtDefaults(name)
+    for (const name of servers) await this.#recall(name, scenarioNames.defaults)
 
     const httpLanes = svg === undefined ? [1, 8, 32] : [1, 2, 4, 8, 16, 32, 64]
     for (let round = 1; round <= rounds; round++) {
@@ -143,7 +143,8 @@ class Bench {
         say(`round ${round} of ${rounds}: ${name}`)
         if (only.includes("http")) for (const lanes of httpLanes) await this.#search(name, "http", lanes)
         if (name !== "ours") continue
-        if (only.includes("ws")) await this.#search(name, "ws", 32)
+        if (only.includes("ws")) for (const wire of ["ws", "ws-binary"] as const) await this.#search(name, wire, 32)
+        if (only.includes("rpc")) await this.#search(name, "rpc", 32)
         if (only.includes("filter")) await this.#filtered(name)
       }
     }
@@ -205,7 +206,7 @@ class Bench {
   #record(server: ServerName, wire: RowWire, scenario: string, metric: string, unit: Unit, value: number): void {
     const measure: Measure = { wire, scenario, metric, unit }
     this.report.add(server, measure, value)
-    say(`  ${rowName(measure)} ${metric} ${shown(value, unit)} ${unit}`)
+    say(`  ${rowName(measure)} ${metric} ${shown(value, unit)}${unit === "share" ? "" : ` ${unit}`}`)
   }
 
   #recordSearches(server: ServerName, wire: RowWire, scenario: string, { rate, p50, p95, p99 }: Latencies): void {
@@ -247,17 +248,21 @@ class Bench {
     this.#record(name, "-", scenarioNames.afterLoad, metricNames.memory, "MB", bytes / 1e6)
   }
 
-  async #recallAtDefaults(name: ServerName, scenario: string = scenarioNames.defaults): Promise<void> {
-    const { url } = this.#server(name)
-    const { recall } = await this.#searcher.run({
+  async #recall(name: ServerName, scenario: string): Promise<void> {
+    const { recall } = await this.#askAll(name)
+    this.#record(name, "http", scenario, metricNames.recall, "share", recall)
+  }
+
+  /** Every query once. */
+  #askAll(name: ServerName): Promise<Outcomes["search"]> {
+    return this.#searcher.run({
       type: "search",
-      url,
+      url: this.#server(name).url,
       wire: "http",
       lanes: 4,
       until: { searches: this.#options.data.queries },
       ...efFor(name)
     })
-    this.#record(name, "http", scenario, metricNames.recall, "share", recall)
   }
 
   async #search(name: ServerName, wire: WireName, lanes: number): Promise<void> {
@@ -294,8 +299,11 @@ class Bench {
   }
 
   async #idle(wire: "ws" | "sse"): Promise<void> {
-    const { url, pid } = this.#server("ours")
     const { streams } = this.#options
+    // In a fresh process: what an earlier measurement left in the heap would be used again, and streams seem to cost less.
+    await this.#restartOurs("SIGTERM")
+    const { url, pid } = this.#server("ours")
+    await this.#askAll("ours")
     const before = await settledBytes(pid)
     await this.#searcher.run({ type: "openIdle", url, wire, count: streams })
     const after = await settledBytes(pid)
@@ -305,10 +313,7 @@ class Bench {
   }
 
   async #restart(scenario: string, signal: "SIGTERM" | "SIGKILL"): Promise<void> {
-    say(`restarting ours (${signal})`)
-    await this.#server("ours").stop(signal)
-    const server = await startOurs(this.#dataDirectory)
-    this.#servers.set("ours", server)
+    const server = await this.#restartOurs(signal)
     this.#record("ours", "-", scenario, metricNames.ready, "ms", server.readyMillis)
     // Ready must mean ready: not that the first search waits for what was put off.
     const first = await this.#searcher.run({
@@ -319,7 +324,15 @@ class Bench {
       until: { searches: 1 }
     })
     this.#record("ours", "http", scenario, metricNames.firstAnswer, "ms", first.p50)
-    await this.#recallAtDefaults("ours", scenario)
+    await this.#recall("ours", scenario)
+  }
+
+  async #restartOurs(signal: "SIGTERM" | "SIGKILL"): Promise<Server> {
+    say(`restarting ours (${signal})`)
+    await this.#server("ours").stop(signal)
+    const server = await startOurs(this.#dataDirectory)
+    this.#servers.set("ours", server)
+    return server
   }
 
   async #duringInserts(name: ServerName): Promise<void> {

@@ -5,7 +5,7 @@
 import { WebSocket } from "ws"
 import { type Answer, HttpConnection, postJson } from "./HttpConnection.ts"
 import { filterOf, type ShareField, truthK } from "./truth.ts"
-import { vectorText, type WordVectors } from "./words.ts"
+import { vectorOf, vectorText, type WordVectors } from "./words.ts"
 
 export interface SearchOptions {
   readonly url: URL
@@ -24,9 +24,11 @@ export interface Wire {
   readonly close: () => void
 }
 
-export type WireName = "http" | "ws"
+export const wireNames = ["http", "ws", "ws-binary", "rpc"] as const
 
-/** A wire more is an entry more here, in `WireName`, and in the scenarios that `run.ts` lists. */
+export type WireName = (typeof wireNames)[number]
+
+/** A wire more is a name more and an entry more here. */
 export const openWire: Record<WireName, (options: SearchOptions) => Promise<Wire>> = {
   http: async ({ url, lanes, queries, onFailure, ...rest }) => {
     const requests = queries.words.map((_, query) =>
@@ -48,39 +50,65 @@ export const openWire: Record<WireName, (options: SearchOptions) => Promise<Wire
     }
   },
 
-  ws: async ({ url, lanes, queries, onFailure, ...rest }) => {
-    if (lanes > queries.words.length) throw new Error("a query in flight is known by its number: too few for the lanes")
-    const frames = queries.words.map((_, query) =>
-      Buffer.from(`{"type":"search","id":"${query}",${searchFields(queries, query, rest)}}`)
-    )
-    const answers = new Array<SearchResults | undefined>(frames.length)
-    const waiting = new Map<string, () => void>()
-    const socket = await openWebSocket(url)
-    socket.on("error", onFailure)
-    socket.on("close", (code) => onFailure(new Error(`the server closed the WebSocket with ${code}`)))
-    socket.on("message", (data) => {
-      const event = JSON.parse(data.toString()) as SearchResults & { readonly event: string; readonly id: string }
-      const onAnswer = waiting.get(event.id)
-      if (event.event !== "results" || onAnswer === undefined) {
-        onFailure(new Error(`not an answer to a search: ${data.toString()}`))
-        return
-      }
-      waiting.delete(event.id)
-      answers[Number(event.id)] = event
-      onAnswer()
-    })
-    return {
-      ask: (_, query, onAnswer) => {
-        waiting.set(String(query), onAnswer)
-        socket.send(frames[query] as Buffer, { binary: false })
-      },
-      answers: () => answers.map((answer) => answer && idsOf(answer)),
-      close: () => {
-        socket.removeAllListeners("close")
-        socket.terminate()
-      }
+  ws: (options) =>
+    overWebSocket(options, false, (query) =>
+      Buffer.from(`{"type":"search","id":"${query}",${searchFields(options.queries, query, options)}}`)
+    ),
+
+  "ws-binary": (options) =>
+    overWebSocket(options, true, (query) => {
+      const fields = withoutVector(query, options)
+      return binaryFrame(`{"type":"search","id":"${query}",${fields}}`, vectorOf(options.queries, query))
+    }),
+
+  // Loaded only here: the other wires need nothing of Effect.
+  rpc: async (options) => (await import("./rpcWire.ts")).openRpc(options)
+}
+
+const overWebSocket = async (
+  { url, lanes, queries, onFailure }: SearchOptions,
+  binary: boolean,
+  frameOf: (query: number) => Buffer
+): Promise<Wire> => {
+  if (lanes > queries.words.length) throw new Error("a query in flight is known by its number: too few for the lanes")
+  const frames = queries.words.map((_, query) => frameOf(query))
+  const answers = new Array<SearchResults | undefined>(frames.length)
+  const waiting = new Map<string, () => void>()
+  const socket = await openWebSocket(url)
+  socket.on("error", onFailure)
+  socket.on("close", (code) => onFailure(new Error(`the server closed the WebSocket with ${code}`)))
+  socket.on("message", (data) => {
+    const event = JSON.parse(data.toString()) as SearchResults & { readonly event: string; readonly id: string }
+    const onAnswer = waiting.get(event.id)
+    if (event.event !== "results" || onAnswer === undefined) {
+      onFailure(new Error(`not an answer to a search: ${data.toString()}`))
+      return
+    }
+    waiting.delete(event.id)
+    answers[Number(event.id)] = event
+    onAnswer()
+  })
+  return {
+    ask: (_, query, onAnswer) => {
+      waiting.set(String(query), onAnswer)
+      socket.send(frames[query] as Buffer, { binary })
+    },
+    answers: () => answers.map((answer) => answer && idsOf(answer)),
+    close: () => {
+      socket.removeAllListeners("close")
+      socket.terminate()
     }
   }
+}
+
+/** Length of the JSON, the JSON, zero bytes up to a multiple of four, the vector as little-endian float32. */
+const binaryFrame = (json: string, vector: Float32Array): Buffer => {
+  const vectorFrom = Math.ceil((4 + Buffer.byteLength(json)) / 4) * 4
+  const frame = Buffer.alloc(vectorFrom + vector.byteLength)
+  frame.writeUInt32LE(Buffer.byteLength(json))
+  frame.write(json, 4)
+  for (const [i, component] of vector.entries()) frame.writeFloatLE(component, vectorFrom + i * 4)
+  return frame
 }
 
 export const openWebSocket = (url: URL): Promise<WebSocket> =>
@@ -97,9 +125,11 @@ export const openWebSocket = (url: URL): Promise<WebSocket> =>
 export const searchFields = (
   queries: WordVectors,
   query: number,
-  { ef, filter }: Pick<SearchOptions, "ef" | "filter">
-): string =>
-  `"query":${vectorText(queries, query)},"k":${truthK}` +
+  options: Pick<SearchOptions, "ef" | "filter">
+): string => `"query":${vectorText(queries, query)},${withoutVector(query, options)}`
+
+const withoutVector = (query: number, { ef, filter }: Pick<SearchOptions, "ef" | "filter">): string =>
+  `"k":${truthK}` +
   (ef === undefined ? "" : `,"ef":${ef}`) +
   (filter === undefined ? "" : `,"filter":${JSON.stringify(filterOf(filter, query))}`)
 
