@@ -2,11 +2,10 @@
  * The two builds of hnswlib-node: `bare` is what `npm install` compiles by default (in this folder), `bare-simd` is the
  * one that the project's set-up compiles for the processor it runs on (in the project's root).
  */
-import { createHash } from "node:crypto"
-import { readFileSync } from "node:fs"
 import { createRequire } from "node:module"
-import { dirname, join } from "node:path"
+import { dirname } from "node:path"
 import { fileURLToPath } from "node:url"
+import { compiledSimd } from "../scripts/setup.mjs"
 
 export const builds = ["bare", "bare-simd"] as const
 
@@ -19,15 +18,10 @@ export const loadHnswlib = (build: Build): typeof import("hnswlib-node") => {
   return requireOf(build)("hnswlib-node") as typeof import("hnswlib-node")
 }
 
-/** Why the two builds cannot be told apart, or undefined if they differ. */
-export const sameBuildWarning = (): string | undefined => {
-  const [first, second] = builds.map((build) => {
-    const addon = readFileSync(join(moduleDirectory(build), "build/Release/addon.node"))
-    return createHash("sha256").update(addon).digest("hex")
-  })
-  return first === second
-    ? "hnswlib-node is the same binary in the project and in bench/: bare-simd is not a SIMD build here (run the project's set-up)"
-    : undefined
+/** The vector instructions that a build uses, such as `sse`, `avx` or `avx512`. */
+export const simdOf = (build: Build): string => {
+  moduleDirectory(build)
+  return compiledSimd(fileURLToPath(folderOf(build)))
 }
 
 const folderOf = (build: Build): URL => new URL(build === "bare" ? "./" : "../", import.meta.url)

@@ -11,7 +11,7 @@
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs"
 import { cpus } from "node:os"
 import { parseArgs } from "node:util"
-import { builds, sameBuildWarning } from "./bareIndex.ts"
+import { builds, simdOf } from "./bareIndex.ts"
 import { cacheDirectory } from "./cacheFile.ts"
 import { LoadClient } from "./LoadClient.ts"
 import type { Latencies, Outcomes } from "./load.ts"
@@ -41,9 +41,8 @@ interface Options {
 
 const main = async (): Promise<void> => {
   const options = readOptions()
-  // Fails before anything is started, and fills the cache that the clients read.
-  const warning = options.servers.some((name) => name !== "ours") ? sameBuildWarning() : undefined
-  if (warning !== undefined) say(`Warning: ${warning}`)
+  // What is missing is told before anything is started; the clients then read what is cached here.
+  for (const build of builds) if (options.servers.includes(build)) simdOf(build)
   exactTruth(loadWords(options.data))
 
   // Not in the system's folder for temporary files, which may be memory: what is acknowledged has to reach a disk.
@@ -178,6 +177,7 @@ class Bench {
         `medians of ${rounds} rounds of ${seconds} s; ${streams} idle streams`,
       `Node ${process.versions.node}, ${cpus().length} x ${cpu?.model.trim() ?? "unknown processor"}` +
         `; GLIBC_TUNABLES of all servers: ${process.env["GLIBC_TUNABLES"] ?? "none"}`,
+      `hnswlib-node is compiled for ${builds.map((build) => `${simdOf(build)} (${build})`).join(" and ")}`,
       "",
       this.report.table(),
       ""
