@@ -13,7 +13,10 @@ import { instance } from "./Queries.ts"
 export interface SessionLink {
   readonly id: string
   readonly search: (query: SessionQuery) => Effect.Effect<SearchAnswer, ApiError>
+  /** Ends the session. */
   readonly close: Effect.Effect<void>
+  /** Leaves the session to be passivated; until then what it keeps can be resumed. */
+  readonly abandon: Effect.Effect<void>
 }
 
 export class Sessions extends Context.Service<
@@ -51,6 +54,10 @@ export class Sessions extends Context.Service<
             closed = true
             open -= 1
             return local.sessions.has(id) ? Effect.ignore(client(id).Close()) : Effect.void
+          }),
+          abandon: Effect.sync(() => {
+            if (!closed) open -= 1
+            closed = true
           }),
         }
       }

@@ -13,6 +13,11 @@ const Float32 = Schema.instanceOf(Float32Array<ArrayBufferLike>)
 
 const vectorFromNumbers = (input: unknown): Effect.Effect<Float32Array, SchemaIssue.Issue> => {
   const expected = `an array of 1 to ${Limits.dimensionsMax} finite numbers`
+  if (input instanceof Float32Array && input.length > 0 && input.length <= Limits.dimensionsMax) {
+    const at = input.findIndex((value) => !Number.isFinite(value))
+    if (at === -1) return Effect.succeed(input)
+    return Effect.fail(new SchemaIssue.Pointer([at], invalid("a finite float32 number", input[at])))
+  }
   if (!Array.isArray(input) || input.length === 0 || input.length > Limits.dimensionsMax) {
     return Effect.fail(invalid(expected, Array.isArray(input) ? `an array of ${input.length}` : input))
   }
@@ -27,7 +32,7 @@ const vectorFromNumbers = (input: unknown): Effect.Effect<Float32Array, SchemaIs
   return Effect.succeed(out)
 }
 
-/** JSON array of numbers <-> `Float32Array`. */
+/** JSON array of numbers (or float32s already) <-> `Float32Array`. */
 export const VectorFromNumbers = Schema.Unknown.pipe(
   Schema.decodeTo(
     Float32,

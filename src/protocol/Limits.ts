@@ -47,3 +47,6 @@ export const clientIdCharsMax = 128
 
 /** Milliseconds a caller may ask to wait. */
 export const deadlineMillisMax = 60_000
+
+/** Vector components in one answer (results times dimensions), where vectors are asked for. */
+export const answerComponentsMax = 2_097_152

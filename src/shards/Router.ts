@@ -31,6 +31,7 @@ import {
   partitionId,
   type UpsertRecord,
 } from "../protocol/IndexPartition.ts"
+import { answerComponentsMax } from "../protocol/Limits.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import { LocalActors } from "./LocalActors.ts"
 import { groupByPartition, partitionOf } from "./PartitionMap.ts"
@@ -155,7 +156,11 @@ export class Router extends Context.Service<
             run,
             (error): error is CollectionNotFound & (E | CollectionNotFound | StorageUnavailable) =>
               error instanceof CollectionNotFound,
-            () => Effect.suspend(() => (known.delete(name), Effect.flatMap(collection(name), use))),
+            () =>
+              Effect.suspend(() => {
+                known.delete(name)
+                return Effect.flatMap(collection(name), use)
+              }),
           )
         }
 
@@ -317,6 +322,13 @@ export class Router extends Context.Service<
             Effect.fnUntraced(function* (of: Collection) {
               if (query.metric !== undefined && query.metric !== of.metric) {
                 return yield* new InvalidInput({ field: "metric", expected: `${of.metric}, the metric of the collection`, got: query.metric })
+              }
+              if (query.includeVector && query.k * of.dimensions > answerComponentsMax) {
+                return yield* new InvalidInput({
+                  field: "k",
+                  expected: `at most ${Math.trunc(answerComponentsMax / of.dimensions)} where vectors are included`,
+                  got: String(query.k),
+                })
               }
               let vector = query.vector
               if (vector === undefined) {

@@ -1,0 +1,182 @@
+/**
+ * The `Catalog` entity: the one writer of the object that lists the collections. Every change is a conditional replace
+ * of that object, so that a second catalogue (another node on the same store) cannot overwrite what it has not read.
+ *
+ * A deletion is first recorded (`removing`), then the partitions are told to remove themselves, then it is forgotten: a
+ * crash in between is made good when the catalogue is next opened.
+ */
+import { randomBytes } from "node:crypto"
+import { Duration, Effect, Schema, Semaphore } from "effect"
+import { Settings } from "../config.ts"
+import { Catalog } from "../protocol/Catalog.ts"
+import { Collection, type CollectionRequest } from "../protocol/Collection.ts"
+import { CollectionConflict, CollectionNotFound, InvalidInput, Overloaded, StorageUnavailable } from "../protocol/Errors.ts"
+import { IndexPartition, partitionId } from "../protocol/IndexPartition.ts"
+import { collectionsMax } from "../protocol/Limits.ts"
+import { ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
+
+const catalogueKey = "catalog"
+const catalogueFormat = 1
+
+const Catalogue = Schema.fromJsonString(
+  Schema.Struct({
+    format: Schema.Literal(catalogueFormat),
+    collections: Schema.Array(Collection),
+    removing: Schema.Array(Collection),
+  }),
+)
+type Catalogue = typeof Catalogue.Type
+
+export const layer = Catalog.toLayer(
+  Effect.gen(function* () {
+    const settings = yield* Settings
+    const store = yield* ObjectStore
+    const partitions = yield* IndexPartition.client
+    const scope = yield* Effect.scope
+    const gate = yield* Semaphore.make(1)
+    let current: { readonly catalogue: Catalogue; readonly etag: string | undefined } | undefined
+
+    const storageError = (failure: StoreFailure) =>
+      new StorageUnavailable({ detail: `The catalogue: ${failure.detail}`, retryAfterMillis: 1_000 })
+
+    const read = Effect.gen(function* () {
+      if (current !== undefined) return current
+      const object = yield* store.get(catalogueKey).pipe(
+        Effect.catchTag("ObjectMissing", () => Effect.undefined),
+        Effect.mapError(storageError),
+      )
+      if (object === undefined) {
+        current = { catalogue: { format: catalogueFormat, collections: [], removing: [] }, etag: undefined }
+      } else {
+        const catalogue = yield* Schema.decodeUnknownEffect(Catalogue)(Buffer.from(object.body).toString("utf8")).pipe(
+          Effect.mapError(
+            (error) =>
+              new StorageUnavailable({ detail: `The catalogue cannot be read: ${error.message}`, retryAfterMillis: 10_000 }),
+          ),
+        )
+        current = { catalogue, etag: object.etag }
+        if (catalogue.removing.length > 0) yield* Effect.forkIn(gate.withPermit(finishRemovals), scope)
+      }
+      return current
+    })
+
+    /** Writes a changed catalogue; on any doubt about what is stored, what is in memory is forgotten and read anew. */
+    const write = (catalogue: Catalogue, etag: string | undefined) =>
+      Effect.gen(function* () {
+        const body = Buffer.from(yield* Effect.orDie(Schema.encodeEffect(Catalogue)(catalogue)))
+        const stored = etag === undefined ? store.create(catalogueKey, body) : store.replace(catalogueKey, body, etag)
+        current = { catalogue, etag: yield* stored }
+      }).pipe(
+        Effect.tapError(() => Effect.sync(() => (current = undefined))),
+        Effect.mapError((error) =>
+          error._tag === "StoreFailure"
+            ? storageError(error)
+            : new StorageUnavailable({ detail: "The catalogue was changed by another node.", retryAfterMillis: 100 }),
+        ),
+      )
+
+    const finishRemovals: Effect.Effect<void, StorageUnavailable> = Effect.gen(function* () {
+      const { catalogue } = yield* read
+      for (const collection of catalogue.removing) {
+        yield* Effect.forEach(
+          Array.from({ length: collection.partitions }, (_, partition) => partition),
+          (partition) =>
+            partitions(partitionId({ collection: collection.name, uid: collection.uid, partition })).Remove({ collection }),
+          { concurrency: 4, discard: true },
+        ).pipe(
+          Effect.mapError(
+            () => new StorageUnavailable({ detail: "A partition could not be removed; it will be.", retryAfterMillis: 1_000 }),
+          ),
+        )
+        const now = yield* read
+        const removing = now.catalogue.removing.filter((one) => one.uid !== collection.uid)
+        yield* write({ ...now.catalogue, removing }, now.etag)
+      }
+    })
+
+    const create = Effect.fn("Catalog.create")(function* (name: string, request: CollectionRequest) {
+      const { catalogue, etag } = yield* read
+      const there = catalogue.collections.find((collection) => collection.name === name)
+      if (there !== undefined) {
+        const conflict = conflictOf(there, request)
+        if (conflict !== undefined) return yield* conflict
+        return { collection: there, created: false }
+      }
+      if (catalogue.collections.length >= collectionsMax) {
+        return yield* new Overloaded({ bound: "collectionsMax", retryAfterMillis: 60_000 })
+      }
+      const index = {
+        m: request.index?.m ?? settings.defaultM,
+        ef_construction: request.index?.ef_construction ?? settings.defaultEfConstruction,
+        ef_search: request.index?.ef_search ?? settings.defaultEfSearch,
+      }
+      if (index.ef_construction < index.m) {
+        return yield* new InvalidInput({
+          field: "index.ef_construction",
+          expected: `at least m (${index.m})`,
+          got: String(index.ef_construction),
+        })
+      }
+      const collection: Collection = {
+        name,
+        uid: randomBytes(8).toString("hex"),
+        dimensions: request.dimensions,
+        metric: request.metric ?? "cosine",
+        partitions: request.partitions ?? settings.defaultPartitions,
+        index,
+        created_ms: Date.now(),
+      }
+      yield* write({ ...catalogue, collections: [...catalogue.collections, collection] }, etag)
+      return { collection, created: true }
+    })
+
+    const find = (name: string) =>
+      Effect.flatMap(read, ({ catalogue }) => {
+        const collection = catalogue.collections.find((candidate) => candidate.name === name)
+        return collection === undefined
+          ? Effect.fail(new CollectionNotFound({ collection: name }))
+          : Effect.succeed(collection)
+      })
+
+    const remove = Effect.fn("Catalog.remove")(function* (name: string) {
+      const collection = yield* find(name)
+      const { catalogue, etag } = yield* read
+      yield* write(
+        {
+          ...catalogue,
+          collections: catalogue.collections.filter((one) => one.name !== name),
+          removing: [...catalogue.removing, collection],
+        },
+        etag,
+      )
+      yield* finishRemovals
+    })
+
+    // Writes go one after another; reads do not wait for a long removal.
+    return Catalog.of({
+      Create: ({ payload }) => gate.withPermit(create(payload.name, payload.request)),
+      Read: ({ payload }) => find(payload.name),
+      List: () => Effect.map(read, ({ catalogue }) => catalogue.collections),
+      Delete: ({ payload }) => gate.withPermit(remove(payload.name)),
+    })
+  }),
+  { concurrency: "unbounded", disableFatalDefects: true, maxIdleTime: Duration.infinity },
+)
+
+/** What of a request contradicts the collection that is there; what it leaves out contradicts nothing. */
+const conflictOf = (there: Collection, request: CollectionRequest): CollectionConflict | undefined => {
+  const asked: ReadonlyArray<readonly [string, number | string, number | string | undefined]> = [
+    ["dimensions", there.dimensions, request.dimensions],
+    ["metric", there.metric, request.metric],
+    ["partitions", there.partitions, request.partitions],
+    ["index.m", there.index.m, request.index?.m],
+    ["index.ef_construction", there.index.ef_construction, request.index?.ef_construction],
+    ["index.ef_search", there.index.ef_search, request.index?.ef_search],
+  ]
+  for (const [field, expected, got] of asked) {
+    if (got !== undefined && got !== expected) {
+      return new CollectionConflict({ collection: there.name, field, expected: String(expected), got: String(got) })
+    }
+  }
+  return undefined
+}

@@ -1,0 +1,465 @@
+/**
+ * The `IndexPartition` entity: owner of one slice of a collection. It claims the partition's log (raising the epoch),
+ * opens the newest good snapshot in a vector thread, replays what follows, and then serves. When its thread dies or
+ * another owner appears it lets go, and the next message makes it resident again.
+ */
+import { mkdtemp, rm } from "node:fs/promises"
+import { join } from "node:path"
+import { Deferred, Duration, Effect, Exit, Layer, Metric, Option, Scope, Stream } from "effect"
+import { Entity } from "effect/cluster"
+import { Settings } from "../config.ts"
+import { Catalog, catalogId } from "../protocol/Catalog.ts"
+import type { Collection } from "../protocol/Collection.ts"
+import {
+  CollectionNotFound,
+  InvalidInput,
+  Overloaded,
+  PartitionCorrupt,
+  PartitionUnavailable,
+  StorageUnavailable,
+  VectorNotFound,
+} from "../protocol/Errors.ts"
+import {
+  type Change,
+  Compacted,
+  IndexPartition,
+  type PartitionError,
+  type PartitionHits,
+  type PartitionQuery,
+  type PartitionRecord,
+  type PartitionStats,
+  partitionAddressOf,
+} from "../protocol/IndexPartition.ts"
+import { formatVersion, VersionClock } from "../protocol/Version.ts"
+import { LocalActors } from "../shards/LocalActors.ts"
+import { DataDirectory } from "../tiers/DataDirectory.ts"
+import { decodeSegment, type LogOp } from "../tiers/LogSegment.ts"
+import { ObjectStore } from "../tiers/ObjectStore.ts"
+import * as PartitionLog from "../tiers/PartitionLog.ts"
+import { type Applied, type IndexBusy, type IndexHits, type IndexLost, type IndexRecord, VectorIndex } from "../tiers/VectorIndex.ts"
+import { ChangeFeed, type Position } from "./ChangeFeed.ts"
+import * as PartitionWriter from "./PartitionWriter.ts"
+
+/** Key prefix of a partition's objects. */
+export const partitionPrefix = (uid: string, partition: number): string =>
+  `collections/${uid}/p${String(partition).padStart(3, "0")}`
+
+const activations = Metric.counter("ruvector_partition_activations", { description: "Partitions made resident" })
+const activationFailures = Metric.counter("ruvector_partition_activation_failures", {
+  description: "Attempts to make a partition resident that failed",
+})
+const snapshotsTaken = Metric.counter("ruvector_snapshots_taken", { description: "Snapshots committed" })
+const snapshotFailures = Metric.counter("ruvector_snapshot_failures", { description: "Snapshots that failed" })
+
+/** After an activation failed, further messages are answered with its error for this long before it is tried again. */
+const retryActivationMillis = 2_000
+
+/** Changes read at once for one follower. */
+const feedBatch = 256
+
+interface Resident {
+  readonly collection: Collection
+  readonly scope: Scope.Closeable
+  readonly search: (query: PartitionQuery) => Effect.Effect<PartitionHits, PartitionError>
+  readonly get: (ids: ReadonlyArray<string>) => Effect.Effect<ReadonlyArray<PartitionRecord | null>, PartitionError>
+  readonly stats: Effect.Effect<PartitionStats, PartitionError>
+  readonly writer: PartitionWriter.PartitionWriter
+  readonly changes: (from: Position) => Stream.Stream<Change, PartitionError | Compacted>
+}
+
+export const layer = Layer.unwrap(
+  Effect.map(Settings, (settings) =>
+    IndexPartition.toLayer(makePartition, {
+      concurrency: "unbounded",
+      disableFatalDefects: true,
+      mailboxCapacity: 65_536,
+      maxIdleTime:
+        settings.partitionIdleMillis === 0 ? Duration.infinity : Duration.millis(settings.partitionIdleMillis),
+    }),
+  ),
+)
+
+const makePartition = Effect.gen(function* () {
+  const { entityId } = yield* Entity.CurrentAddress
+  const { collection: name, uid, partition } = partitionAddressOf(entityId)
+  const settings = yield* Settings
+  const store = yield* ObjectStore
+  const vectors = yield* VectorIndex
+  const { scratch } = yield* DataDirectory
+  const local = yield* LocalActors
+  const catalog = (yield* Catalog.client)(catalogId)
+  const entityScope = yield* Effect.scope
+  const prefix = partitionPrefix(uid, partition)
+  const annotate = Effect.annotateLogs({ collection: name, partition })
+  const services = yield* Effect.context<never>()
+
+  let resident: Resident | undefined
+  let activating: Deferred.Deferred<Resident, PartitionError> | undefined
+  let failure: { readonly error: PartitionError; readonly until: number } | undefined
+  let removed = false
+
+  const unavailable = (detail: string, retryAfterMillis = 500) =>
+    new PartitionUnavailable({ collection: name, partition, detail, retryAfterMillis })
+
+  const lostError = (error: IndexLost) => unavailable(`Its vector thread was lost (${error.detail}); it is being reopened.`)
+
+  /** Lets go of the partition; the next message activates it again. */
+  const letGo = (of: Resident | undefined) =>
+    Effect.suspend(() => {
+      if (of === undefined || resident !== of) return Effect.void
+      resident = undefined
+      return Scope.close(of.scope, Exit.void)
+    })
+
+  const readCollection = Effect.gen(function* () {
+    const collection = yield* catalog
+      .Read({ name })
+      .pipe(
+        Effect.mapError((error) =>
+          error._tag === "CollectionNotFound" || error._tag === "StorageUnavailable"
+            ? error
+            : unavailable("The catalogue cannot be reached."),
+        ),
+      )
+    if (collection.uid !== uid) return yield* new CollectionNotFound({ collection: name })
+    return collection
+  })
+
+  const open = Effect.fnUntraced(function* (scope: Scope.Closeable) {
+    const started = performance.now()
+    const collection = yield* readCollection
+    const log = yield* PartitionLog.open(prefix).pipe(
+      Effect.provideService(ObjectStore, store),
+      Scope.provide(scope),
+      Effect.mapError((error): PartitionError => {
+        switch (error._tag) {
+          case "LogCorrupt":
+            return new PartitionCorrupt({ collection: name, partition, object: error.object, detail: error.detail })
+          case "StoreFailure":
+            return new StorageUnavailable({ detail: error.detail, retryAfterMillis: 1_000 })
+          default:
+            return unavailable(error.message, 5_000)
+        }
+      }),
+    )
+    const spec = {
+      dimensions: collection.dimensions,
+      metric: collection.metric,
+      m: collection.index.m,
+      efConstruction: collection.index.ef_construction,
+    }
+    const { snapshot } = log
+    const opening =
+      snapshot === undefined
+        ? vectors.open(spec, undefined)
+        : store.withFile(snapshot.records.key, (records) =>
+            store.withFile(snapshot.graph.key, (graph) => vectors.open(spec, { records, graph })),
+          )
+    const index = yield* opening.pipe(
+      Scope.provide(scope),
+      Effect.mapError((error): PartitionError => {
+        switch (error._tag) {
+          case "IndexLost":
+            return lostError(error)
+          case "SnapshotUnreadable":
+            return new PartitionCorrupt({ collection: name, partition, object: snapshot?.records.key ?? prefix, detail: error.detail })
+          case "ObjectMissing":
+            return new PartitionCorrupt({ collection: name, partition, object: error.key, detail: "It is missing." })
+          case "StoreFailure":
+            return new StorageUnavailable({ detail: error.detail, retryAfterMillis: 1_000 })
+        }
+      }),
+    )
+
+    // Replay: handed to the thread as they are read, a bounded number ahead of what it has applied.
+    let replayed = 0
+    yield* log.tail.pipe(
+      Stream.mapEffect(({ bytes }) => Effect.tap(index.apply(bytes), ({ effects }) => Effect.sync(() => (replayed += effects.length))), {
+        concurrency: replayAhead,
+      }),
+      Stream.runDrain,
+      Effect.mapError((error) =>
+        error._tag === "IndexLost"
+          ? lostError(error)
+          : error._tag === "StoreFailure"
+            ? new StorageUnavailable({ detail: error.detail, retryAfterMillis: 1_000 })
+            : new PartitionCorrupt({ collection: name, partition, object: error.object, detail: error.detail }),
+      ),
+    )
+    const replayedStats = yield* Effect.mapError(index.stats, lostError)
+    const clock = new VersionClock(settings.region, replayedStats.maxTime, replayedStats.counters.get(settings.region) ?? 0)
+    const feed = new ChangeFeed(settings.changeBufferMax, { seq: log.lastSeq(), index: Number.MAX_SAFE_INTEGER })
+    let opsSinceSnapshot = replayed
+    let lastWriteAt = Date.now()
+
+    const self: { resident?: Resident } = {}
+    const writer = yield* PartitionWriter.make({
+      log,
+      index,
+      clock,
+      dimensions: collection.dimensions,
+      bounds: settings,
+      onApplied: (seq, ops, applied) => {
+        opsSinceSnapshot += ops.length
+        lastWriteAt = Date.now()
+        feed.publish(changesOf(seq, ops, applied))
+      },
+      onFatal: (error) =>
+        Effect.logWarning(`Partition lets go: ${error._tag}`, error.detail).pipe(
+          Effect.andThen(Effect.suspend(() => letGo(self.resident))),
+          // Not from inside the scope that it closes.
+          Effect.forkIn(entityScope),
+          Effect.asVoid,
+          annotate,
+        ),
+    }).pipe(Scope.provide(scope))
+
+    const snapshotNow = Effect.gen(function* () {
+      const seq = writer.appliedSeq()
+      const covered = opsSinceSnapshot
+      const directory = yield* Effect.promise(() => mkdtemp(join(scratch, "snapshot-")))
+      yield* Effect.gen(function* () {
+        const files = yield* index.snapshot(directory)
+        yield* log.commitSnapshot(seq, files)
+      }).pipe(Effect.ensuring(Effect.promise(() => rm(directory, { recursive: true, force: true }))))
+      opsSinceSnapshot -= covered
+      yield* Metric.update(snapshotsTaken, 1)
+    }).pipe(
+      Effect.catch((error) =>
+        Effect.andThen(
+          Metric.update(snapshotFailures, 1),
+          annotate(Effect.logWarning(`Snapshot failed: ${error._tag}`, "detail" in error ? error.detail : "")),
+        ),
+      ),
+    )
+
+    const snapshotPolicy = Effect.gen(function* () {
+      let failures = 0
+      while (true) {
+        yield* Effect.sleep(Math.min(snapshotCheckMillis * 2 ** failures, 60_000))
+        if (opsSinceSnapshot === 0) continue
+        const quiet = Date.now() - lastWriteAt >= settings.snapshotIdleMillis
+        if (!quiet) {
+          if (opsSinceSnapshot < settings.snapshotOps) continue
+          const { count } = yield* index.stats
+          if (opsSinceSnapshot < (count * settings.snapshotSharePercent) / 100) continue
+        }
+        const before = opsSinceSnapshot
+        yield* snapshotNow
+        failures = opsSinceSnapshot < before ? 0 : Math.min(failures + 1, 8)
+      }
+    }).pipe(Effect.ignore)
+    yield* Effect.forkIn(snapshotPolicy, scope)
+    // Closing with a snapshot makes the next opening short. Bounded: what is not snapshotted is in the log.
+    yield* Scope.addFinalizer(
+      scope,
+      Effect.suspend(() => (opsSinceSnapshot === 0 || index.lost() ? Effect.void : snapshotNow)).pipe(
+        Effect.timeoutOption(settings.drainMillis),
+        Effect.asVoid,
+      ),
+    )
+
+    const search = (query: PartitionQuery): Effect.Effect<PartitionHits, PartitionError> => {
+      if (query.vector.length !== collection.dimensions) {
+        return Effect.fail(
+          new InvalidInput({ field: "query", expected: `${collection.dimensions} numbers`, got: `${query.vector.length}` }),
+        )
+      }
+      return Effect.mapBoth(
+        index.search({
+          vector: query.vector,
+          k: query.k,
+          ef: Math.max(query.ef === 0 ? collection.index.ef_search : query.ef, query.k),
+          filter: query.filter === "" ? undefined : query.filter,
+          includeMetadata: query.includeMetadata,
+          includeVector: query.includeVector,
+        }),
+        { onSuccess: toHits, onFailure: searchError },
+      )
+    }
+
+    const searchError = (error: IndexLost | IndexBusy): PartitionError => {
+      if (error._tag === "IndexBusy") return new Overloaded({ bound: "threadPendingMax", retryAfterMillis: 100 })
+      Effect.runFork(letGo(self.resident))
+      return lostError(error)
+    }
+
+    const get = (ids: ReadonlyArray<string>) =>
+      Effect.mapBoth(index.get(ids), {
+        onSuccess: (records) => records.map((record) => (record === undefined ? null : toRecord(record))),
+        onFailure: searchError,
+      })
+
+    const stats = Effect.mapBoth(index.stats, {
+      onSuccess: (now): PartitionStats => ({
+        count: now.count,
+        tombstones: now.tombstones,
+        bytes: now.bytes,
+        epoch: log.epoch,
+        last_seq: log.lastSeq(),
+        snapshot_seq: log.snapshotSeq(),
+        log_objects_cut: log.cut,
+        snapshots_refused: log.snapshotsRefused,
+      }),
+      onFailure: searchError,
+    })
+
+    /** What follows a position: from the buffer, else from the log. */
+    const changes = (from: Position): Stream.Stream<Change, PartitionError | Compacted> =>
+      Stream.paginate(from, (position) =>
+        Effect.gen(function* () {
+          while (true) {
+            // Taken before looking, so that what is published between the look and the wait is not missed.
+            const news = feed.news
+            const buffered = feed.after(position, feedBatch)
+            if (buffered !== undefined && buffered.length > 0) {
+              return [buffered, Option.some(buffered[buffered.length - 1] as Position)] as const
+            }
+            if (buffered === undefined) {
+              const logged = yield* readChanges(position)
+              const last = logged[logged.length - 1]
+              if (last !== undefined) return [logged, Option.some(last as Position)] as const
+              // Nothing of the log is left to read, and the buffer begins after it: follow the buffer.
+              return [[], Option.some(feed.floor)] as const
+            }
+            yield* news
+          }
+        }),
+      )
+
+    const readChanges = (position: Position): Effect.Effect<ReadonlyArray<Change>, PartitionError | Compacted> =>
+      log.read(position.index === Number.MAX_SAFE_INTEGER ? position.seq + 1 : Math.max(position.seq, 1)).pipe(
+        Stream.flatMap(({ seq, bytes }) => Stream.fromIterable(changesOf(seq, decodeSegment(bytes).ops, undefined))),
+        Stream.filter((change) => change.seq > position.seq || change.index > position.index),
+        Stream.take(feedBatch),
+        Stream.runCollect,
+        Effect.mapError((error) =>
+          error._tag === "Compacted"
+            ? new Compacted({ oldestSeq: error.oldestSeq })
+            : new StorageUnavailable({ detail: "The log cannot be read now.", retryAfterMillis: 1_000 }),
+        ),
+      )
+
+    const opened: Resident = { collection, scope, search, get, stats, writer, changes }
+    self.resident = opened
+    yield* Metric.update(activations, 1)
+    yield* annotate(
+      Effect.logInfo("Partition is resident", {
+        records: replayedStats.count,
+        replayed,
+        epoch: log.epoch,
+        millis: Math.round(performance.now() - started),
+      }),
+    )
+    return opened
+  })
+
+  /** The partition, resident; activates it first where it is not. All callers share one activation. */
+  const activate: Effect.Effect<Resident, PartitionError> = Effect.suspend(() => {
+    if (removed) return Effect.fail(new CollectionNotFound({ collection: name }))
+    if (resident !== undefined) return Effect.succeed(resident)
+    if (failure !== undefined && Date.now() < failure.until) return Effect.fail(failure.error)
+    if (activating === undefined) {
+      const started = Deferred.makeUnsafe<Resident, PartitionError>()
+      activating = started
+      const attempt = Effect.gen(function* () {
+        const scope = yield* Scope.fork(entityScope)
+        const exit = yield* Effect.exit(open(scope))
+        activating = undefined
+        if (Exit.isSuccess(exit)) {
+          resident = exit.value
+          failure = undefined
+          yield* Scope.provide(local.registerPartition(entityId, exit.value), scope)
+        } else {
+          yield* Scope.close(scope, Exit.void)
+          const found = Exit.findErrorOption(exit)
+          const error = Option.isSome(found) ? found.value : unavailable("It could not be opened; the logs say why.", 5_000)
+          failure = { error, until: Date.now() + retryActivationMillis }
+          if (error._tag !== "CollectionNotFound") {
+            yield* Metric.update(activationFailures, 1)
+            yield* annotate(Effect.logError("Partition could not be opened", exit.cause))
+          }
+          yield* Deferred.fail(started, error)
+          return
+        }
+        yield* Deferred.succeed(started, exit.value)
+      })
+      Effect.runForkWith(services)(Effect.forkIn(attempt, entityScope))
+    }
+    return Effect.timeoutOrElse(Deferred.await(activating), {
+      duration: settings.activationDeadlineMillis,
+      orElse: () => Effect.fail(unavailable("It is being opened.", 2_000)),
+    })
+  })
+
+  const write = (drafts: ReadonlyArray<PartitionWriter.Draft>) =>
+    Effect.flatMap(activate, (of) => Effect.mapError(of.writer.write(drafts), writeError))
+
+  const writeError = (error: PartitionWriter.WriteError): PartitionError => {
+    if (error._tag === "IndexLost") return lostError(error)
+    if (error._tag === "NotOwner") return unavailable("Another node owns it now.")
+    return error
+  }
+
+  const remove = Effect.gen(function* () {
+    removed = true
+    yield* letGo(resident)
+    yield* PartitionLog.remove(prefix).pipe(
+      Effect.provideService(ObjectStore, store),
+      Effect.mapError((error) => new StorageUnavailable({ detail: error.detail, retryAfterMillis: 1_000 })),
+    )
+  })
+
+  return IndexPartition.of({
+    Activate: () => Effect.flatMap(activate, (of) => of.stats),
+    Upsert: ({ payload }) =>
+      Effect.as(write(payload.records.map((record) => ({ kind: "upsert" as const, ...record }))), {
+        inserted: payload.records.length,
+      }),
+    UpdateMetadata: ({ payload }) =>
+      Effect.gen(function* () {
+        const of = yield* activate
+        const fields = JSON.parse(payload.patch) as Record<string, unknown>
+        const patched = yield* Effect.mapError(of.writer.patch(payload.id, fields), writeError)
+        return patched ?? (yield* new VectorNotFound({ collection: name, id: payload.id }))
+      }),
+    Delete: ({ payload }) =>
+      Effect.map(write(payload.ids.map((id) => ({ kind: "delete" as const, id }))), ({ effects }) => ({
+        deleted: effects.reduce((sum, effect) => sum + Number(effect === deletedVisible), 0),
+      })),
+    Get: ({ payload }) => Effect.flatMap(activate, (of) => of.get(payload.ids)),
+    Search: ({ payload }) => Effect.flatMap(activate, (of) => of.search(payload)),
+    Stats: () => Effect.flatMap(activate, (of) => of.stats),
+    Changes: ({ payload }) => Stream.unwrap(Effect.map(activate, (of) => of.changes(payload))),
+    Remove: () => remove,
+  })
+})
+
+/** `Applied.effects` of a delete that found a visible record. */
+const deletedVisible = 3
+
+/** Log objects given to the thread ahead of what it has applied, while replaying. */
+const replayAhead = 8
+
+/** Between two looks at whether a snapshot is due. */
+const snapshotCheckMillis = 500
+
+const toHits = (hits: IndexHits): PartitionHits => ({
+  ids: hits.ids,
+  scores: hits.scores,
+  ...(hits.metadata === undefined ? {} : { metadata: hits.metadata }),
+  ...(hits.vectors === undefined ? {} : { vectors: hits.vectors }),
+})
+
+const toRecord = (record: IndexRecord): PartitionRecord => ({
+  id: record.id,
+  vector: record.vector,
+  metadata: record.metadata,
+  version: formatVersion(record.version),
+})
+
+/** The changes of a group, without operations that had no effect where that is known. */
+const changesOf = (seq: number, ops: ReadonlyArray<LogOp>, applied: Applied | undefined): ReadonlyArray<Change> =>
+  ops.flatMap(({ kind, id, version }, index) =>
+    applied?.effects[index] === 0 ? [] : [{ seq, index, kind, id, version: formatVersion(version) }],
+  )

@@ -1,0 +1,73 @@
+/**
+ * What the wires count. Metrics of Effect, so that `/metrics` and OTLP export the same; updated without running an effect,
+ * since this is the hot path.
+ */
+import { Context, Metric } from "effect"
+
+const context = Context.empty()
+
+/** Milliseconds, from a quarter of one to ten seconds. */
+const latencyBoundaries = [0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 150, 250, 500, 1_000, 2_500, 5_000, 10_000]
+
+const requestMillis = Metric.histogram("ruvector_request_duration_ms", {
+  description: "Time from a request's arrival to its answer, by wire and route",
+  boundaries: latencyBoundaries,
+})
+const requestsTotal = Metric.counter("ruvector_requests", {
+  description: "Requests answered, by wire, route and status",
+  incremental: true,
+})
+const connections = Metric.gauge("ruvector_connections", { description: "Open connections, by wire" })
+const connectionsTotal = Metric.counter("ruvector_connections_opened", {
+  description: "Connections opened, by wire",
+  incremental: true,
+})
+const closes = Metric.counter("ruvector_stream_closes", {
+  description: "Streams closed, by wire and close code",
+  incremental: true,
+})
+const sentBytes = Metric.counter("ruvector_stream_sent_bytes", {
+  description: "Bytes sent on streams, by wire",
+  incremental: true,
+})
+const defects = Metric.counter("ruvector_defects", { description: "Requests that met a defect of the server", incremental: true })
+
+const cache = new Map<string, Metric.Metric<number, unknown>>()
+
+/** One series of a metric; the set of label values is small and fixed (routes, wires, statuses). */
+const series = <S>(metric: Metric.Metric<number, S>, name: string, labels: Record<string, string>): Metric.Metric<number, unknown> => {
+  const key = `${name}|${Object.values(labels).join("|")}`
+  const found = cache.get(key)
+  if (found !== undefined) return found
+  const made = Metric.withAttributes(metric, labels)
+  cache.set(key, made)
+  return made
+}
+
+/** A request on some wire was answered. `status` is the HTTP status, or that of the problem sent. */
+export const countRequest = (wire: string, route: string, status: number, millis: number): void => {
+  series(requestMillis, "requestMillis", { wire, route }).updateUnsafe(millis, context)
+  series(requestsTotal, "requestsTotal", { wire, route, status: String(status) }).updateUnsafe(1, context)
+}
+
+const open = new Map<string, number>()
+
+export const connectionOpened = (wire: string): void => {
+  const now = (open.get(wire) ?? 0) + 1
+  open.set(wire, now)
+  series(connections, "connections", { wire }).updateUnsafe(now, context)
+  series(connectionsTotal, "connectionsTotal", { wire }).updateUnsafe(1, context)
+}
+
+/** `code`: the WebSocket close code, or `end`, `slow`, `gone` for SSE. `bytes` sent over its life. */
+export const connectionClosed = (wire: string, code: string, bytes: number): void => {
+  const now = (open.get(wire) ?? 1) - 1
+  open.set(wire, now)
+  series(connections, "connections", { wire }).updateUnsafe(now, context)
+  series(closes, "closes", { wire, code }).updateUnsafe(1, context)
+  series(sentBytes, "sentBytes", { wire }).updateUnsafe(bytes, context)
+}
+
+export const countDefect = (): void => {
+  series(defects, "defects", {}).updateUnsafe(1, context)
+}

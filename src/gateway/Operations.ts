@@ -1,0 +1,92 @@
+/** Routes for operators: `/health/live`, `/health/ready`, `/metrics`; and `/`, which says what this is. */
+import { monitorEventLoopDelay } from "node:perf_hooks"
+import { Context, Effect, Metric } from "effect"
+import { HttpRouter, HttpServerResponse } from "effect/http"
+import { PrometheusMetrics } from "effect/observability"
+import { LocalActors } from "../shards/LocalActors.ts"
+import { VectorIndex } from "../tiers/VectorIndex.ts"
+import { Readiness } from "./Readiness.ts"
+import { Sessions } from "./Sessions.ts"
+
+const gauge = (name: string, description: string) => Metric.gauge(name, { description })
+
+const gauges = {
+  residentPartitions: gauge("ruvector_partitions_resident", "Partitions resident in this process"),
+  sessions: gauge("ruvector_sessions", "Open stream sessions of this process"),
+  sessionsResident: gauge("ruvector_sessions_resident", "Stream sessions resident in this process"),
+  ready: gauge("ruvector_ready", "1 when this node is ready for requests"),
+  threadBytes: gauge("ruvector_index_bytes", "Bytes held by the vector threads"),
+  threadRestarts: gauge("ruvector_thread_restarts", "Vector threads that died and were replaced"),
+  rssBytes: gauge("process_resident_memory_bytes", "Resident memory"),
+  heapBytes: gauge("nodejs_heap_used_bytes", "Heap of the main thread in use"),
+  cpuSeconds: gauge("process_cpu_seconds", "CPU time used, user and system"),
+  eventLoopP99Millis: gauge("nodejs_eventloop_delay_p99_ms", "99th percentile of the main thread's delay since the last reading"),
+}
+
+/** Routes of the operators' wire. */
+export const layer = HttpRouter.use(
+  Effect.fnUntraced(function* (router) {
+    const readiness = yield* Readiness
+    const local = yield* LocalActors
+    const sessions = yield* Sessions
+    const vectors = yield* VectorIndex
+    const delay = monitorEventLoopDelay({ resolution: 20 })
+    delay.enable()
+    yield* Effect.addFinalizer(() => Effect.sync(() => delay.disable()))
+
+    yield* router.add("GET", "/health/live", Effect.succeed(HttpServerResponse.jsonUnsafe({ status: "live" }, noStore)))
+    yield* router.add(
+      "GET",
+      "/health/ready",
+      Effect.sync(() => {
+        const state = readiness.get()
+        const ready = state.state === "ready"
+        return HttpServerResponse.jsonUnsafe(
+          { status: state.state, ...("detail" in state ? { detail: state.detail } : {}) },
+          { status: ready ? 200 : 503, headers: { ...noStore.headers, ...(ready ? {} : { "retry-after": "1" }) } },
+        )
+      }),
+    )
+    yield* router.add(
+      "GET",
+      "/metrics",
+      Effect.gen(function* () {
+        const threads = yield* vectors.threads
+        const set = (metric: Metric.Gauge<number>, value: number) => metric.updateUnsafe(value, context)
+        set(gauges.residentPartitions, local.partitions.size)
+        set(gauges.sessions, sessions.count())
+        set(gauges.sessionsResident, local.sessions.size)
+        set(gauges.ready, readiness.get().state === "ready" ? 1 : 0)
+        set(gauges.threadBytes, threads.reduce((sum, thread) => sum + thread.bytes, 0))
+        set(gauges.threadRestarts, threads.reduce((sum, thread) => sum + thread.restarts, 0))
+        const memory = process.memoryUsage()
+        set(gauges.rssBytes, memory.rss)
+        set(gauges.heapBytes, memory.heapUsed)
+        const cpu = process.cpuUsage()
+        set(gauges.cpuSeconds, (cpu.user + cpu.system) / 1e6)
+        set(gauges.eventLoopP99Millis, delay.percentile(99) / 1e6)
+        delay.reset()
+        return HttpServerResponse.text(PrometheusMetrics.formatUnsafe(context), {
+          contentType: "text/plain; version=0.0.4; charset=utf-8",
+          headers: noStore.headers,
+        })
+      }),
+    )
+    yield* router.add(
+      "GET",
+      "/",
+      Effect.succeed(
+        HttpServerResponse.jsonUnsafe({
+          service: "ruvector-streaming",
+          docs: "/docs",
+          openapi: "/openapi.json",
+          health: "/health/ready",
+          metrics: "/metrics",
+        }),
+      ),
+    )
+  }),
+)
+
+const context = Context.empty()
+const noStore = { headers: { "cache-control": "no-store" } }

@@ -1,0 +1,61 @@
+/**
+ * WebSocket frames of clients, and the close codes of ours. A text frame is JSON. A binary frame is a 32-bit little-endian
+ * length, that many bytes of the same JSON without its vectors, zero bytes up to a multiple of four, and the vectors as
+ * little-endian float32, one after the other: for a search the query, for an insert those of its `vectors` in order.
+ */
+import { Schema } from "effect"
+import { Ack, ClientId, CollectionName, MetadataObject, VectorFromNumbers, VectorId } from "./Fields.ts"
+import * as Limits from "./Limits.ts"
+import { SearchFrame } from "./Search.ts"
+
+const addressed = { id: Schema.optionalKey(ClientId), session: Schema.optionalKey(ClientId) }
+
+export const InsertFrame = Schema.Struct({
+  type: Schema.Literal("insert"),
+  ...addressed,
+  collection: Schema.optionalKey(CollectionName),
+  vectors: Schema.Array(
+    Schema.Struct({ id: VectorId, vector: VectorFromNumbers, metadata: Schema.optionalKey(MetadataObject) }),
+  ).check(
+    Schema.makeFilter((vectors: ReadonlyArray<unknown>) => vectors.length > 0 && vectors.length <= Limits.batchItemsMax, {
+      expected: `1 to ${Limits.batchItemsMax} vectors`,
+    }),
+  ),
+  ack: Schema.optionalKey(Ack),
+})
+export type InsertFrame = typeof InsertFrame.Type
+
+/** Ends a request that is under way; answered by `{"event":"cancelled","id"}` in any case. */
+export const CancelFrame = Schema.Struct({ type: Schema.Literal("cancel"), id: ClientId })
+
+export const PingFrame = Schema.Struct({ type: Schema.Literal("ping"), id: Schema.optionalKey(ClientId) })
+
+/** Closes one of the connection's sessions; answered by `{"event":"closed","session"}`. */
+export const CloseFrame = Schema.Struct({
+  type: Schema.Literal("close"),
+  id: Schema.optionalKey(ClientId),
+  session: ClientId,
+})
+
+export { SearchFrame }
+
+export const frameTypes = ["search", "insert", "cancel", "ping", "close"] as const
+export type FrameType = (typeof frameTypes)[number]
+
+/** Why a WebSocket of ours was closed, and what a client does then. */
+export const closeCodes = {
+  /** The client asked for it. */
+  normal: 1000,
+  /** A frame over `maxFrameBytes`. Send smaller ones. */
+  frameTooLarge: 1009,
+  /** A defect of ours. Connect again. */
+  internalError: 1011,
+  /** The node is shutting down. Connect again, elsewhere or in a moment. */
+  restart: 1012,
+  /** A bound of the node is reached. Connect again after some seconds. */
+  tryAgainLater: 1013,
+  /** The client read too slowly and `outboundBytesMax` was reached. Connect again and read faster, or ask for less. */
+  slowReader: 4008,
+  /** Nothing came for `idleTimeoutMillis`, not even answers to pings. Connect again. */
+  idle: 4009,
+} as const
