@@ -1,0 +1,242 @@
+/**
+ * The directory in which a node without an object store keeps everything: `objects/` (a {@link FileObjectStore}),
+ * `scratch/` (files under way), `FORMAT` (what wrote it) and `LOCK` (who uses it). One process at a time.
+ */
+import { link, mkdir, open as openFile, readdir, readFile, rm, stat, unlink } from "node:fs/promises"
+import { dirname, join, resolve } from "node:path"
+import { Context, Data, Effect, Layer, Option, Schema, type Scope } from "effect"
+import * as DirectoryLock from "./DirectoryLock.ts"
+
+export interface DataDirectoryOptions {
+  /** Made where it is missing, with the directories above it. */
+  readonly directory: string
+  /** The program and its version, written into `FORMAT` of a new directory. */
+  readonly createdBy?: string
+}
+
+/** The open data directory's paths, absolute. */
+export class DataDirectory extends Context.Service<
+  DataDirectory,
+  {
+    readonly directory: string
+    /** For the object store. */
+    readonly objects: string
+    /** See {@link Scratch}. */
+    readonly scratch: string
+  }
+>()("ruvector/tiers/DataDirectory") {}
+
+/**
+ * Where files are made before they become objects: on the same file system, so that they are moved and not copied. Emptied
+ * when the directory is opened.
+ */
+export class Scratch extends Context.Service<Scratch, { readonly directory: string }>()(
+  "ruvector/tiers/DataDirectory/Scratch"
+) {}
+
+/** Opens the data directory; it is free for another process when the layer is released. */
+export const layer = (options: DataDirectoryOptions): Layer.Layer<DataDirectory | Scratch, DataDirectoryError> =>
+  Layer.effectContext(
+    Effect.map(open(options), (opened) =>
+      Context.make(DataDirectory, opened).pipe(Context.add(Scratch, { directory: opened.scratch }))
+    )
+  )
+
+/** The version of the directory's layout that this program writes, and the newest that it reads. */
+export const directoryFormat = 1
+
+/** Another process uses the directory. */
+export class DataDirectoryLocked extends Data.TaggedError("DataDirectoryLocked")<{
+  readonly directory: string
+  readonly pid: number
+  /** Name of the holder's machine or container; empty where it is this one. */
+  readonly elsewhere: string
+}> {
+  override get message(): string {
+    const where = this.elsewhere === "" ? "" : ` on ${this.elsewhere}`
+    const wait =
+      this.elsewhere === ""
+        ? ""
+        : ` (if that one is gone for good, try again in ${DirectoryLock.lockForeignStaleMillis / 1_000} s)`
+    return `The data directory ${this.directory} is in use by process ${this.pid}${where}: stop it, or choose another directory${wait}.`
+  }
+}
+
+/** What should be the directory, or a part of the path to it, is something else. */
+export class DataDirectoryNotDirectory extends Data.TaggedError("DataDirectoryNotDirectory")<{
+  readonly directory: string
+}> {
+  override get message(): string {
+    return `The data directory ${this.directory} cannot be: it, or a part of the path to it, is a file.`
+  }
+}
+
+/** This process may not make or write the directory. */
+export class DataDirectoryNotWritable extends Data.TaggedError("DataDirectoryNotWritable")<{
+  readonly directory: string
+  readonly detail: string
+}> {
+  override get message(): string {
+    return `The data directory ${this.directory} is not writable for this process: ${this.detail}.`
+  }
+}
+
+/** The directory holds files of something else. */
+export class DataDirectoryForeign extends Data.TaggedError("DataDirectoryForeign")<{
+  readonly directory: string
+  readonly found: string
+}> {
+  override get message(): string {
+    return `The directory ${this.directory} is neither empty nor a data directory (it holds ${JSON.stringify(this.found)} and no FORMAT): choose another.`
+  }
+}
+
+/** The directory was written by a newer version. */
+export class DataDirectoryNewer extends Data.TaggedError("DataDirectoryNewer")<{
+  readonly directory: string
+  readonly format: number
+  readonly createdBy: string
+}> {
+  override get message(): string {
+    return `The data directory ${this.directory} has format ${this.format} (of ${this.createdBy}), this version reads up to ${directoryFormat}: start it with the version that wrote it, or a newer one.`
+  }
+}
+
+/** The directory could not be opened for another reason. */
+export class DataDirectoryFailure extends Data.TaggedError("DataDirectoryFailure")<{
+  readonly directory: string
+  readonly detail: string
+}> {
+  override get message(): string {
+    return `The data directory ${this.directory} cannot be opened: ${this.detail}.`
+  }
+}
+
+/** Each has a one-line `message` for people. */
+export type DataDirectoryError =
+  | DataDirectoryLocked
+  | DataDirectoryNotDirectory
+  | DataDirectoryNotWritable
+  | DataDirectoryForeign
+  | DataDirectoryNewer
+  | DataDirectoryFailure
+
+/** Opens the data directory until the scope closes. */
+export const open: (
+  options: DataDirectoryOptions
+) => Effect.Effect<DataDirectory["Service"], DataDirectoryError, Scope.Scope> = Effect.fn("DataDirectory.open")(
+  function* (options: DataDirectoryOptions) {
+    const directory = resolve(options.directory)
+    const attempt = <A>(work: () => Promise<A>): Effect.Effect<A, DataDirectoryError> =>
+      Effect.tryPromise({ try: work, catch: (cause) => errorOf(directory, cause) })
+
+    yield* attempt(() => prepare(directory))
+    yield* DirectoryLock.acquire(directory).pipe(
+      Effect.mapError((error) => {
+        if (error._tag === "LockHeld") {
+          return new DataDirectoryLocked({ directory, pid: error.pid, elsewhere: error.elsewhere })
+        }
+        return errorOf(directory, Object.assign(new Error(error.detail), { code: error.code }))
+      })
+    )
+    return yield* attempt(async () => {
+      await checkFormat(directory, options.createdBy ?? "ruvector-streaming")
+      const objects = join(directory, "objects")
+      const scratch = join(directory, "scratch")
+      await rm(scratch, { recursive: true, force: true })
+      await mkdir(scratch)
+      await mkdir(objects, { recursive: true })
+      await sync(directory)
+      return { directory, objects, scratch }
+    })
+  }
+)
+
+const formatName = "FORMAT"
+
+const Format = Schema.Struct({ format: Schema.Int, createdBy: Schema.optionalKey(Schema.String) })
+
+const decodeFormat = Schema.decodeUnknownOption(Schema.fromJsonString(Format))
+
+/** What an empty directory may hold: a new file system's own folder, and what file managers leave. */
+const ignored = new Set(["lost+found", ".DS_Store"])
+
+const isError = (cause: unknown): cause is DataDirectoryError =>
+  cause instanceof DataDirectoryForeign || cause instanceof DataDirectoryNewer || cause instanceof DataDirectoryFailure
+
+const errorOf = (directory: string, cause: unknown): DataDirectoryError => {
+  if (isError(cause)) return cause
+  const code = (cause as NodeJS.ErrnoException | undefined)?.code
+  const detail = cause instanceof Error ? cause.message : String(cause)
+  switch (code) {
+    case "EACCES":
+    case "EPERM":
+      return new DataDirectoryNotWritable({ directory, detail: "permission denied" })
+    case "EROFS":
+      return new DataDirectoryNotWritable({ directory, detail: "the file system is read-only" })
+    case "ENOTDIR":
+    case "EEXIST":
+      return new DataDirectoryNotDirectory({ directory })
+    case "ENOSPC":
+      return new DataDirectoryFailure({ directory, detail: "no space is left on its device" })
+    default:
+      return new DataDirectoryFailure({ directory, detail })
+  }
+}
+
+/** Makes the directory, and refuses one that is something else's before anything is written into it. */
+const prepare = async (directory: string): Promise<void> => {
+  const made = await mkdir(directory, { recursive: true })
+  if (made !== undefined) {
+    // `made` is the first of the directories that were missing: each of their names is to be on disk.
+    for (let at = directory; at.length >= made.length; at = dirname(at)) await sync(dirname(at))
+  }
+  if (!(await stat(directory)).isDirectory()) throw Object.assign(new Error(directory), { code: "ENOTDIR" })
+  const names = await readdir(directory)
+  if (names.includes(formatName)) return
+  const found = names.find((name) => !DirectoryLock.isLockFile(name) && !ignored.has(name) && !isOwnTemp(name))
+  if (found !== undefined) throw new DataDirectoryForeign({ directory, found })
+}
+
+const formatTemp = `${formatName}.new`
+const isOwnTemp = (name: string): boolean => name === formatTemp
+
+/** Reads `FORMAT`, or writes it where the directory is new. */
+const checkFormat = async (directory: string, createdBy: string): Promise<void> => {
+  const path = join(directory, formatName)
+  let text: string
+  try {
+    text = await readFile(path, "utf8")
+  } catch (cause) {
+    if ((cause as NodeJS.ErrnoException).code !== "ENOENT") throw cause
+    const temp = join(directory, formatTemp)
+    await rm(temp, { force: true })
+    const file = await openFile(temp, "wx")
+    try {
+      await file.writeFile(`${JSON.stringify({ format: directoryFormat, createdBy })}\n`)
+      await file.sync()
+    } finally {
+      await file.close()
+    }
+    await link(temp, path)
+    await unlink(temp)
+    await sync(directory)
+    return
+  }
+  const found = Option.getOrUndefined(decodeFormat(text))
+  if (found === undefined || found.format < 1) {
+    throw new DataDirectoryFailure({ directory, detail: `${path} is damaged` })
+  }
+  if (found.format > directoryFormat) {
+    throw new DataDirectoryNewer({ directory, format: found.format, createdBy: found.createdBy ?? "a newer version" })
+  }
+}
+
+const sync = async (directory: string): Promise<void> => {
+  const handle = await openFile(directory, "r")
+  try {
+    await handle.sync()
+  } finally {
+    await handle.close()
+  }
+}
