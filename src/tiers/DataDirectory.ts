@@ -9,38 +9,30 @@ import * as DirectoryLock from "./DirectoryLock.ts"
 
 export interface DataDirectoryOptions {
   /** Made where it is missing, with the directories above it. */
-  readonly directory: string
+  readonly path: string
   /** The program and its version, written into `FORMAT` of a new directory. */
   readonly createdBy?: string
 }
 
-/** The open data directory's paths, absolute. */
 export class DataDirectory extends Context.Service<
   DataDirectory,
   {
-    readonly directory: string
+    /** Absolute, as are the others. */
+    readonly path: string
     /** For the object store. */
     readonly objects: string
-    /** See {@link Scratch}. */
+    /**
+     * Where files are made before they become objects: on the same file system, so that they are moved and not copied.
+     * Emptied when the directory is opened.
+     */
     readonly scratch: string
   }
->()("ruvector/tiers/DataDirectory") {}
-
-/**
- * Where files are made before they become objects: on the same file system, so that they are moved and not copied. Emptied
- * when the directory is opened.
- */
-export class Scratch extends Context.Service<Scratch, { readonly directory: string }>()(
-  "ruvector/tiers/DataDirectory/Scratch"
-) {}
-
-/** Opens the data directory; it is free for another process when the layer is released. */
-export const layer = (options: DataDirectoryOptions): Layer.Layer<DataDirectory | Scratch, DataDirectoryError> =>
-  Layer.effectContext(
-    Effect.map(open(options), (opened) =>
-      Context.make(DataDirectory, opened).pipe(Context.add(Scratch, { directory: opened.scratch }))
-    )
-  )
+>()("ruvector/tiers/DataDirectory") {
+  /** Opens the data directory; it is free for another process when the layer is released. */
+  static layer(options: DataDirectoryOptions): Layer.Layer<DataDirectory, DataDirectoryError> {
+    return Layer.effect(DataDirectory, open(options))
+  }
+}
 
 /** The version of the directory's layout that this program writes, and the newest that it reads. */
 export const directoryFormat = 1
@@ -126,7 +118,7 @@ export const open: (
   options: DataDirectoryOptions
 ) => Effect.Effect<DataDirectory["Service"], DataDirectoryError, Scope.Scope> = Effect.fn("DataDirectory.open")(
   function* (options: DataDirectoryOptions) {
-    const directory = resolve(options.directory)
+    const directory = resolve(options.path)
     const attempt = <A>(work: () => Promise<A>): Effect.Effect<A, DataDirectoryError> =>
       Effect.tryPromise({ try: work, catch: (cause) => errorOf(directory, cause) })
 
@@ -147,7 +139,7 @@ export const open: (
       await mkdir(scratch)
       await mkdir(objects, { recursive: true })
       await sync(directory)
-      return { directory, objects, scratch }
+      return { path: directory, objects, scratch }
     })
   }
 )

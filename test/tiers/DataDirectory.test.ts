@@ -69,9 +69,9 @@ describe("data directory", () => {
       for (let round = 0; round < 3; round++) {
         yield* Effect.scoped(
           Effect.gen(function* () {
-            const opened = yield* DataDirectory.open({ directory, createdBy: "a test" })
+            const opened = yield* DataDirectory.open({ path: directory, createdBy: "a test" })
             assert.deepStrictEqual(opened, {
-              directory,
+              path: directory,
               objects: join(directory, "objects"),
               scratch: join(directory, "scratch")
             })
@@ -87,11 +87,10 @@ describe("data directory", () => {
     })
   )
 
-  it.effect("offers its paths as services", () =>
+  it.effect("offers its paths as a service", () =>
     Effect.gen(function* () {
       const directory = yield* tempFolder
-      const services = yield* Layer.build(DataDirectory.layer({ directory }))
-      assert.strictEqual(Context.get(services, DataDirectory.Scratch).directory, join(directory, "scratch"))
+      const services = yield* Layer.build(DataDirectory.DataDirectory.layer({ path: directory }))
       assert.strictEqual(Context.get(services, DataDirectory.DataDirectory).objects, join(directory, "objects"))
     })
   )
@@ -99,8 +98,8 @@ describe("data directory", () => {
   it.effect("is refused to a second opener, also of the same process", () =>
     Effect.gen(function* () {
       const directory = yield* tempFolder
-      yield* DataDirectory.open({ directory })
-      const error = yield* Effect.flip(DataDirectory.open({ directory }))
+      yield* DataDirectory.open({ path: directory })
+      const error = yield* Effect.flip(DataDirectory.open({ path: directory }))
       assert.isTrue(error._tag === "DataDirectoryLocked" && error.pid === process.pid)
       assert.strictEqual(
         error.message,
@@ -120,11 +119,11 @@ describe("data directory", () => {
         for (let round = 0; round < 3; round++) {
           const { child, outcome } = yield* start(directory)
           assert.strictEqual(outcome, "held")
-          const refused = yield* Effect.flip(DataDirectory.open({ directory }))
+          const refused = yield* Effect.flip(DataDirectory.open({ path: directory }))
           assert.isTrue(refused._tag === "DataDirectoryLocked" && refused.pid === child.pid)
           yield* Effect.promise(() => end(child, "SIGKILL"))
           assert.include(yield* names(directory), "LOCK")
-          yield* Effect.scoped(DataDirectory.open({ directory }))
+          yield* Effect.scoped(DataDirectory.open({ path: directory }))
           assert.deepStrictEqual(yield* names(directory), ["FORMAT", "objects", "scratch"])
         }
       }),
@@ -177,24 +176,24 @@ describe("data directory", () => {
   it.effect("does not take a reused process id for its earlier bearer", () =>
     Effect.gen(function* () {
       const directory = yield* tempFolder
-      yield* Effect.scoped(DataDirectory.open({ directory }))
+      yield* Effect.scoped(DataDirectory.open({ path: directory }))
       yield* Effect.promise(() => writeFile(join(directory, "LOCK"), holder(dead)))
-      yield* Effect.scoped(DataDirectory.open({ directory }))
+      yield* Effect.scoped(DataDirectory.open({ path: directory }))
     })
   )
 
   it.effect("waits for a holder that it cannot see to fall silent", () =>
     Effect.gen(function* () {
       const directory = yield* tempFolder
-      yield* Effect.scoped(DataDirectory.open({ directory }))
+      yield* Effect.scoped(DataDirectory.open({ path: directory }))
       const lock = join(directory, "LOCK")
       yield* Effect.promise(() => writeFile(lock, holder({ ...elsewhere, pid: 7 })))
-      const error = yield* Effect.flip(DataDirectory.open({ directory }))
+      const error = yield* Effect.flip(DataDirectory.open({ path: directory }))
       assert.isTrue(error._tag === "DataDirectoryLocked" && error.elsewhere === "somewhere" && error.pid === 7)
       assert.include(error.message, "process 7 on somewhere")
       const silent = new Date(Date.now() - DirectoryLock.lockForeignStaleMillis - 1_000)
       yield* Effect.promise(() => utimes(lock, silent, silent))
-      yield* Effect.scoped(DataDirectory.open({ directory }))
+      yield* Effect.scoped(DataDirectory.open({ path: directory }))
     })
   )
 
@@ -202,7 +201,7 @@ describe("data directory", () => {
     Effect.gen(function* () {
       const directory = yield* tempFolder
       const scope = yield* Scope.make()
-      yield* DataDirectory.open({ directory }).pipe(Scope.provide(scope))
+      yield* DataDirectory.open({ path: directory }).pipe(Scope.provide(scope))
       const lock = join(directory, "LOCK")
       yield* Effect.promise(async () => {
         await rm(lock)
@@ -217,7 +216,7 @@ describe("data directory", () => {
     Effect.gen(function* () {
       const directory = yield* tempFolder
       yield* Effect.promise(() => writeFile(join(directory, "LOCK"), "mine\n"))
-      const error = yield* Effect.flip(DataDirectory.open({ directory }))
+      const error = yield* Effect.flip(DataDirectory.open({ path: directory }))
       assert.strictEqual(error._tag, "DataDirectoryFailure")
       assert.include(error.message, "LOCK is no lock of this program")
       assert.deepStrictEqual(yield* names(directory), ["LOCK"])
@@ -229,13 +228,13 @@ describe("data directory", () => {
       const folder = yield* tempFolder
       const directory = join(folder, "data")
       const refusal = (at = directory) =>
-        Effect.map(Effect.flip(Effect.scoped(DataDirectory.open({ directory: at }))), (error) => {
+        Effect.map(Effect.flip(Effect.scoped(DataDirectory.open({ path: at }))), (error) => {
           assert.notInclude(error.message, "\n")
           return `${error._tag}: ${error.message}`
         })
       const format = (text: string) => Effect.promise(() => writeFile(join(directory, "FORMAT"), text))
 
-      yield* Effect.scoped(DataDirectory.open({ directory }))
+      yield* Effect.scoped(DataDirectory.open({ path: directory }))
       yield* format(`{"format":2,"createdBy":"ruvector-streaming 9.0.0","more":[1]}`)
       assert.match(
         yield* refusal(),

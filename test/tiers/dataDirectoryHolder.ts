@@ -10,7 +10,7 @@ const [directory = "", startAt = "0"] = process.argv.slice(2)
 await new Promise((resolve) => setTimeout(resolve, Math.max(0, Number(startAt) - Date.now())))
 
 const scope = Scope.makeUnsafe()
-const exit = await Effect.runPromiseExit(DataDirectory.open({ directory }).pipe(Scope.provide(scope)))
+const exit = await Effect.runPromiseExit(DataDirectory.open({ path: directory }).pipe(Scope.provide(scope)))
 if (Exit.isSuccess(exit)) {
   console.log(JSON.stringify({ outcome: "held" }))
   process.stdin.resume()
