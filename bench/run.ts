@@ -9,7 +9,7 @@
  * the rounds are shown. Searches during inserts come last, since they change what is in the servers.
  */
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs"
-import { cpus } from "node:os"
+import { cpus, loadavg } from "node:os"
 import { parseArgs } from "node:util"
 import { builds, simdOf } from "./bareIndex.ts"
 import { cacheDirectory } from "./cacheFile.ts"
@@ -41,6 +41,9 @@ interface Options {
 
 const main = async (): Promise<void> => {
   const options = readOptions()
+  const [busy = 0] = loadavg()
+  if (busy > 0.5)
+    say(`Warning: other programs keep this machine busy (load ${busy.toFixed(1)}): figures will be too low`)
   // What is missing is told before anything is started; the clients then read what is cached here.
   for (const build of builds) if (options.servers.includes(build)) simdOf(build)
   exactTruth(loadWords(options.data))
