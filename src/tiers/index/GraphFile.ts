@@ -90,6 +90,7 @@ export function* checkGraphFile(file: string, spec: IndexSpec, nodes: number): W
       if (!Number.isInteger(level) || level > top || at + bytes > block.length) {
         throw new FileFault(`graph: node ${node} has ${bytes} bytes of upper levels`)
       }
+      if (node % nodesInStep === 0) yield
       levels[node] = level
       for (let of = 1; of <= level; of++, at += levelWords * 4) {
         const links = block.readUInt32LE(at)
@@ -115,8 +116,11 @@ export function* checkGraphFile(file: string, spec: IndexSpec, nodes: number): W
 
 const headerBytes = 96
 
-/** Bytes read at once; what is done with them is one step. Holds all levels of a node. */
-const blockBytes = 1 << 20
+/** Bytes read at once; what is done with them is one step. More than all levels of a node. */
+const blockBytes = 1 << 18
+
+/** Nodes whose upper levels are looked at in one step. */
+const nodesInStep = 4_096
 
 /** Levels of a graph: with the fewest links there may be (2), level 64 is one draw in 2^64. */
 const levelsMax = 64

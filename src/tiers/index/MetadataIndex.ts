@@ -166,8 +166,9 @@ class Field {
   readonly present = new Posting()
   /** Slots by value; a lone slot is its own posting, since most values of most fields are of one record. */
   readonly #values = new Map<Scalar, Posting | number>()
-  /** The number of each slot that has exactly one; made when a range over many values is first asked for. */
+  /** The number of each slot that has exactly one, once there are many different numbers: ranges are read from it. */
   #numbers: Float64Array | undefined
+  #differentNumbers = 0
   /** Slots with several numbers, where there is a column. */
   readonly #several = new Map<number, ReadonlyArray<number>>()
   readonly #memory: Memory
@@ -202,9 +203,9 @@ class Field {
   }
 
   addRange(bounds: ReadonlyArray<Bound>, found: Bitset): void {
-    const numeric = bounds.every((bound) => typeof bound.value === "number")
-    if (numeric && this.#values.size > rangeValuesMax) {
-      this.#addNumberRange(bounds, found)
+    const numbers = this.#numbers
+    if (numbers !== undefined && bounds.every((bound) => typeof bound.value === "number")) {
+      this.#addNumberRange(numbers, bounds, found)
       return
     }
     for (const [value, posting] of this.#values) if (isWithin(value, bounds)) addPosting(posting, found)
@@ -220,6 +221,9 @@ class Field {
     if (posting === undefined) {
       this.#values.set(value, slot)
       this.#memory.bytes += valueBytes + (typeof value === "string" ? value.length : 0)
+      if (typeof value !== "number") return
+      this.#differentNumbers += 1
+      if (this.#numbers === undefined && this.#differentNumbers > rangeValuesMax) this.#buildNumbers()
     } else if (typeof posting !== "number") posting.add(slot)
     else if (posting !== slot) {
       const grown = new Posting()
@@ -240,13 +244,13 @@ class Field {
       if (posting.size > 0) return
     }
     this.#values.delete(value)
+    if (typeof value === "number") this.#differentNumbers -= 1
     const chars = typeof value === "string" ? value.length : 0
     this.#memory.bytes -= valueBytes + chars + (typeof posting === "number" ? 0 : postingBytes)
   }
 
   /** A range over many different numbers: one pass over a column, however many values are within. */
-  #addNumberRange(bounds: ReadonlyArray<Bound>, found: Bitset): void {
-    if (this.#numbers === undefined) this.#buildNumbers()
+  #addNumberRange(numbers: Float64Array, bounds: ReadonlyArray<Bound>, found: Bitset): void {
     let from = Number.NEGATIVE_INFINITY
     let to = Number.POSITIVE_INFINITY
     let fromOpen = false
@@ -260,7 +264,6 @@ class Field {
         to = Math.min(to, value)
       }
     }
-    const numbers = this.#numbers!
     for (let slot = 0; slot < numbers.length; slot++) {
       const n = numbers[slot]!
       if (n >= from && n <= to && !(fromOpen && n === from) && !(toOpen && n === to)) found.add(slot)
@@ -269,19 +272,22 @@ class Field {
   }
 
   #buildNumbers(): void {
-    const bySlot = new Map<number, Array<number>>()
     this.#numbers = new Float64Array(0)
     for (const [value, posting] of this.#values) {
       if (typeof value !== "number") continue
       const note = (slot: number) => {
-        const known = bySlot.get(slot)
-        if (known === undefined) bySlot.set(slot, [value])
-        else known.push(value)
+        const several = this.#several.get(slot)
+        const one = this.#numbers![slot]
+        if (several !== undefined) this.#several.set(slot, [...several, value])
+        else if (one === undefined || Number.isNaN(one)) this.#setNumbers(slot, [value])
+        else {
+          this.#numbers![slot] = Number.NaN
+          this.#several.set(slot, [one, value])
+        }
       }
       if (typeof posting === "number") note(posting)
       else posting.forEach(note)
     }
-    for (const [slot, numbers] of bySlot) this.#setNumbers(slot, numbers)
   }
 
   #addNumbers(slot: number, value: unknown): void {
@@ -314,7 +320,7 @@ const addPosting = (posting: Posting | number | undefined, found: Bitset): void 
   else posting.addTo(found)
 }
 
-/** Different values of a field up to which a range looks at each of them. */
+/** Different numbers of a field up to which a range looks at each of them. */
 const rangeValuesMax = 1_024
 
 /** Estimates of V8's memory: a field, a value in its map, a posting of several slots, a slot in two postings. */

@@ -210,7 +210,7 @@ export class Partition {
     const graph = this.#graph
     if (graph === undefined) return false
     const sifting = graph.nodes > candidates.count
-    const depth = sifting ? Math.max(ef, wanted * siftingDepth) : Math.max(ef, wanted)
+    const depth = sifting ? Math.max(ef * siftingMargin, wanted * siftingDepth) : Math.max(ef, wanted)
     const beam = Math.ceil((depth * graph.nodes) / candidates.count)
     if (beam > beamMax || beam * exactRowsPerBeam >= candidates.count) return false
     // The far end of a beam has holes, so candidates met only there are not the nearest ones for sure.
@@ -299,6 +299,9 @@ const exactRowsPerBeam = 12
 
 /** Widest beam of a walk. */
 const beamMax = 10_000
+
+/** How much wider the beam is where what is met is sifted, beyond what the share of candidates asks for; makes up for their unevenness. */
+const siftingMargin = 1.25
 
 /** Beam for each result wanted, at least, where what is met is sifted. */
 const siftingDepth = 1.5

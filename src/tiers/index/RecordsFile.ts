@@ -40,6 +40,7 @@ export function* writeRecords(
       writer.f64(of.counter)
       writer.u16(regionOf.get(of.region)!)
     }
+    let written = 0
     for (let slot = table.live.next(0); slot !== -1; slot = table.live.next(slot + 1)) {
       const id = table.ids[slot]!
       const metadata = table.metadata[slot]!
@@ -53,6 +54,7 @@ export function* writeRecords(
       if (metadataVersion !== undefined) version(metadataVersion)
       writer.text(id)
       writer.text(metadata)
+      if (++written % recordsInStep === 0) yield
     }
     for (const [id, { deleted, orphan }] of table.hidden) {
       if (writer.isFull(recordBytesMax + 3 * (id.length + (orphan?.metadata.length ?? 0)))) yield* writer.flush()
@@ -63,6 +65,7 @@ export function* writeRecords(
       if (orphan !== undefined) version(orphan.version)
       writer.text(id)
       if (orphan !== undefined) writer.text(orphan.metadata)
+      if (++written % recordsInStep === 0) yield
     }
     const textEnd = writer.position
     if (writer.isFull(vectorsAlign)) yield* writer.flush()
@@ -125,10 +128,10 @@ export function* readRecords(file: string, spec: IndexSpec, table: RecordTable, 
     const reader = new Reader(handle, headerBytes, textEnd)
     const regions: Array<string> = []
     for (let i = 0; i < header.readUInt32LE(20); i++) {
-      yield* reader.need(9)
+      if (!reader.has(9)) yield* reader.need(9)
       const length = reader.u8()
       const counter = reader.f64()
-      yield* reader.need(length)
+      if (!reader.has(length)) yield* reader.need(length)
       const region = reader.text(length)
       regions.push(region)
       table.observe({ time: 0n, region, counter })
@@ -143,28 +146,30 @@ export function* readRecords(file: string, spec: IndexSpec, table: RecordTable, 
     if (regions.length > 0) table.observe({ time: header.readBigUInt64LE(40), region: regions[0]!, counter: 0 })
     const nodeOfSlot = new Uint32Array(graphNodes === 0 ? 0 : count)
     for (let slot = 0; slot < count; slot++) {
-      yield* reader.need(recordBytesMax)
+      if (!reader.has(recordBytesMax)) yield* reader.need(recordBytesMax)
       const vectorVersion = version()
       const flags = reader.u16()
       const node = reader.u32()
       const idBytes = reader.u16()
       const metadataBytes = reader.u32()
       const metadataVersion = (flags & hasMetadataVersion) === 0 ? undefined : version()
-      yield* reader.need(idBytes + metadataBytes)
+      if (!reader.has(idBytes + metadataBytes)) yield* reader.need(idBytes + metadataBytes)
       table.place(slot, reader.text(idBytes), vectorVersion)
       if (metadataBytes > 0 || metadataVersion !== undefined) {
         table.restoreMetadata(slot, reader.text(metadataBytes), metadataVersion)
       }
       if (graphNodes > 0) nodeOfSlot[slot] = node
+      if (slot % recordsInStep === 0) yield
     }
     for (let i = 0; i < header.readUInt32LE(28); i++) {
-      yield* reader.need(recordBytesMax)
+      if (i % recordsInStep === 0) yield
+      if (!reader.has(recordBytesMax)) yield* reader.need(recordBytesMax)
       const flags = reader.u16()
       const idBytes = reader.u16()
       const metadataBytes = reader.u32()
       const deleted = (flags & hasDeletion) === 0 ? undefined : version()
       const orphanVersion = (flags & hasOrphan) === 0 ? undefined : version()
-      yield* reader.need(idBytes + metadataBytes)
+      if (!reader.has(idBytes + metadataBytes)) yield* reader.need(idBytes + metadataBytes)
       const id = reader.text(idBytes)
       const metadata = reader.text(metadataBytes)
       table.hide(id, {
@@ -182,6 +187,7 @@ export function* readRecords(file: string, spec: IndexSpec, table: RecordTable, 
       const bytes = new Uint8Array(chunk.buffer, 0, rows * spec.dimensions * 4)
       yield* settled(readAll(handle, bytes, vectorsAt + slot * spec.dimensions * 4))
       for (let i = slot; i < slot + rows; i++) arena.normed(i)
+      yield
     }
     return { graphNodes, nodeOfSlot }
   } finally {
@@ -202,7 +208,10 @@ const hasOrphan = 2
 /** Bytes of a record beside its texts, at most. */
 const recordBytesMax = 64
 
-/** Bytes read or written at once; what is done with them is one step. */
+/** Records read or written in one step. */
+const recordsInStep = 256
+
+/** Bytes read or written at once, at least. */
 const blockBytes = 1 << 20
 
 const expectSame = (what: string, got: unknown, expected: unknown): void => {
@@ -304,10 +313,14 @@ class Reader {
     return this.#end - this.#position + (this.#buffer.length - this.#at)
   }
 
+  /** Whether so many bytes are ready, or all that there are. */
+  has(bytes: number): boolean {
+    return this.#buffer.length - this.#at >= bytes || this.#position === this.#end
+  }
+
   /** Makes so many bytes ready, or as many as there are; reading beyond those throws. */
   *need(bytes: number): Work<void> {
     const ready = this.#buffer.length - this.#at
-    if (ready >= bytes || this.#position === this.#end) return
     const more = Math.min(this.#end - this.#position, Math.max(bytes - ready, blockBytes))
     const buffer = Buffer.allocUnsafe(ready + more)
     this.#buffer.copy(buffer, 0, this.#at)

@@ -23,7 +23,7 @@ export class SegmentCursor {
     this.#bytes = Buffer.from(aligned.buffer, aligned.byteOffset, aligned.byteLength)
     this.#view = new DataView(aligned.buffer, aligned.byteOffset, aligned.byteLength)
     this.header = decodeSegmentHeader(aligned)
-    if (this.header.dimensions !== dimensions) {
+    if (this.header.count > 0 && this.header.dimensions !== dimensions) {
       throw new Error(`a segment of ${this.header.dimensions} dimensions for an index of ${dimensions}`)
     }
     if (this.#view.getUint32(44, true) !== crc32(this.#bytes.subarray(headerBytes))) {

@@ -14,6 +14,11 @@ export class TopK {
     }
   }
 
+  /** A score below this one is not taken. */
+  get least(): number {
+    return this.size < this.k ? Number.NEGATIVE_INFINITY : this.#scores[0]!
+  }
+
   offer(score: number, slot: number): void {
     if (this.size < this.k) {
       this.#up(this.size, score, slot)
