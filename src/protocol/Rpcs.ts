@@ -58,7 +58,7 @@ export const RpcResult = Schema.Struct({
   score: Schema.Number,
   /** JSON text of an object, where asked for. */
   metadata: Schema.optionalKey(Schema.String),
-  vector: Schema.optionalKey(Fields.Float32FromBytes)
+  vector: Schema.optionalKey(Fields.VectorFromBytes)
 })
 export type RpcResult = typeof RpcResult.Type
 
@@ -74,7 +74,7 @@ export type RpcSearchResponse = typeof RpcSearchResponse.Type
 
 export const RpcRecord = Schema.Struct({
   vector_id: Schema.String,
-  vector: Fields.Float32FromBytes,
+  vector: Fields.VectorFromBytes,
   metadata: Schema.String,
   version: Schema.String
 })

@@ -1,0 +1,268 @@
+/**
+ * What the calls of the RPC group do. Unary calls go straight to the router; a streamed search runs in a session of its
+ * own, open for as long as the stream is.
+ */
+import { Cause, Effect, Exit, Result, Schema, type Scope, Stream } from "effect"
+import type { Rpc } from "effect/rpc"
+import { Settings } from "../config.ts"
+import { type ApiError, InternalError, InvalidInput, Overloaded, toProblem } from "../protocol/Errors.ts"
+import {
+  decoderOf,
+  defaultCollection,
+  describe,
+  FilterObject,
+  invalidInputOf,
+  MetadataObject
+} from "../protocol/Fields.ts"
+import * as Limits from "../protocol/Limits.ts"
+import {
+  type RpcResult,
+  type RpcSearchEvent,
+  type RpcSearchResponse,
+  RuvectorRpcs,
+  type SearchPayload
+} from "../protocol/Rpcs.ts"
+import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
+import { Router } from "../shards/Router.ts"
+import { countDefect, countRequest } from "./Instruments.ts"
+import { instance, toQuery } from "./Queries.ts"
+import { Sessions } from "./Sessions.ts"
+
+export const layer = RuvectorRpcs.toLayer(
+  Effect.gen(function* () {
+    const settings = yield* Settings
+    const router = yield* Router
+    const sessions = yield* Sessions
+
+    /** A call, counted; what goes wrong in us is logged under an id and answered with it. */
+    const call = <A, R>(tag: string, effect: Effect.Effect<A, ApiError, R>): Effect.Effect<A, ApiError, R> =>
+      Effect.suspend(() => {
+        const started = performance.now()
+        return effect.pipe(
+          Effect.catchCause((cause) => answered(tag, cause)),
+          Effect.onExit((exit) =>
+            Effect.sync(() => countRequest("rpc", tag, statusOf(exit), performance.now() - started))
+          )
+        )
+      })
+
+    const answered = (tag: string, cause: Cause.Cause<ApiError>): Effect.Effect<never, ApiError> => {
+      if (!Cause.hasDies(cause)) return Effect.failCause(cause)
+      countDefect()
+      const requestId = `req_rpc${(defects++).toString(36)}_${settings.region}_${instance}`
+      return Effect.andThen(
+        Effect.annotateLogs(Effect.logError("RPC met a defect", cause), { request_id: requestId, rpc: tag }),
+        Effect.fail(new InternalError({ requestId }))
+      )
+    }
+
+    // A call's scope lasts until its answer is sent, so that those count that wait for a slow reader.
+    const calls = new Bound("sessionSearchesMax", settings.sessionSearchesMax)
+    const streams = new Bound("sessionsPerConnection", settings.sessionsPerConnection)
+
+    const unary =
+      <P, A>(tag: string, run: (payload: P) => Effect.Effect<A, ApiError>) =>
+      (payload: P, { client }: { readonly client: Rpc.ServerClient }): Effect.Effect<A, ApiError, Scope.Scope> =>
+        call(
+          tag,
+          Effect.suspend(() =>
+            payload instanceof InvalidInput ? Effect.fail(payload) : Effect.andThen(calls.one(client), run(payload))
+          )
+        )
+
+    const searchInSession = Effect.fnUntraced(function* (query: SessionQuery, client: Rpc.ServerClient) {
+      yield* streams.one(client)
+      const session = yield* Effect.acquireRelease(sessions.open, (link) => link.close)
+      return yield* session.search(query)
+    })
+
+    return RuvectorRpcs.of({
+      CreateCollection: unary("CreateCollection", ({ name, ...request }) => router.createCollection(name, request)),
+      ListCollections: unary("ListCollections", () => router.collections),
+      GetCollection: unary(
+        "GetCollection",
+        Effect.fnUntraced(function* ({ name }) {
+          const collection = yield* router.collection(name)
+          return { ...collection, count: yield* router.count(collection) }
+        })
+      ),
+      DeleteCollection: unary("DeleteCollection", ({ name }) => router.deleteCollection(name)),
+      Insert: unary(
+        "Insert",
+        Effect.fnUntraced(function* ({ collection = defaultCollection, vectors }) {
+          yield* checkBatch("vectors", vectors)
+          const records: Array<{ id: string; vector: Float32Array; metadata: string }> = []
+          for (const { id, vector, metadata } of vectors) {
+            const field = `vectors[${records.length}].metadata`
+            records.push({ id, vector, metadata: metadata === undefined ? "" : yield* metadataText(metadata, field) })
+          }
+          return { inserted: yield* router.upsert(collection, records) }
+        })
+      ),
+      Search: unary("Search", (payload) =>
+        Effect.fromResult(queryOf(payload)).pipe(Effect.flatMap(router.search), Effect.map(responseOf))
+      ),
+      SearchStream: (payload, { client }) =>
+        Stream.unwrap(
+          call(
+            "SearchStream",
+            Effect.suspend(() =>
+              payload instanceof InvalidInput
+                ? Effect.fail(payload)
+                : Effect.flatMap(Effect.fromResult(queryOf(payload)), (query) => searchInSession(query, client))
+            )
+          ).pipe(Effect.map((answer) => Stream.flattenArray(Stream.fromIterable(eventsOf(answer), { chunkSize: 1 }))))
+        ),
+      Get: unary("Get", ({ collection = defaultCollection, id }) =>
+        Effect.map(router.get(collection, id), ({ vector, metadata, version }) => ({
+          vector_id: id,
+          vector,
+          metadata: metadata || "{}",
+          version
+        }))
+      ),
+      UpdateMetadata: unary(
+        "UpdateMetadata",
+        Effect.fnUntraced(function* ({ collection = defaultCollection, id, metadata }) {
+          const updated = yield* router.updateMetadata(collection, id, yield* metadataText(metadata, "metadata"))
+          return { vector_id: id, metadata: updated.metadata || "{}", version: updated.version }
+        })
+      ),
+      Delete: unary(
+        "Delete",
+        Effect.fnUntraced(function* ({ collection = defaultCollection, ids }) {
+          yield* checkBatch("ids", ids)
+          return { deleted: yield* router.remove(collection, ids) }
+        })
+      )
+    })
+  })
+)
+
+/** A setting's bound on what a client has under way on one connection, or in one body. */
+class Bound {
+  readonly #name: string
+  readonly #max: number
+  readonly #underWay = new WeakMap<Rpc.ServerClient, number>()
+
+  constructor(name: string, max: number) {
+    this.#name = name
+    this.#max = max
+  }
+
+  /** One more, until the scope closes. */
+  one(client: Rpc.ServerClient): Effect.Effect<void, Overloaded, Scope.Scope> {
+    return Effect.suspend(() => {
+      const underWay = this.#underWay.get(client) ?? 0
+      if (underWay >= this.#max) return Effect.fail(new Overloaded({ bound: this.#name, retryAfterMillis: 100 }))
+      this.#underWay.set(client, underWay + 1)
+      return Effect.addFinalizer(() =>
+        Effect.sync(() => this.#underWay.set(client, (this.#underWay.get(client) ?? 1) - 1))
+      )
+    })
+  }
+}
+
+let defects = 0
+
+const statusOf = (exit: Exit.Exit<unknown, ApiError>): number => {
+  if (Exit.isSuccess(exit)) return 200
+  const error = Exit.findErrorOption(exit)
+  return error._tag === "Some" ? toProblem(error.value).status : 499
+}
+
+const checkBatch = (field: string, items: ReadonlyArray<unknown>): Effect.Effect<void, InvalidInput> =>
+  items.length > 0 && items.length <= Limits.batchItemsMax
+    ? Effect.void
+    : Effect.fail(new InvalidInput({ field, expected: `1 to ${Limits.batchItemsMax} ${field}`, got: describe(items) }))
+
+const decodeMetadata = Schema.decodeUnknownResult(MetadataObject, { reportInput: true })
+
+/** Metadata in the form it is stored in. What came may have spaces, repeated keys or numbers that JSON has no other form of. */
+const metadataText = (text: string, field: string): Effect.Effect<string, InvalidInput> =>
+  Effect.suspend(() => {
+    const value = parseJson(text)
+    if (value === undefined) {
+      return Effect.fail(new InvalidInput({ field, expected: "JSON text of an object", got: describe(text) }))
+    }
+    const metadata = decodeMetadata(value)
+    return Result.isSuccess(metadata)
+      ? Effect.succeed(JSON.stringify(metadata.success))
+      : Effect.fail(invalidInputOf(metadata.failure.issue, field))
+  })
+
+/** The value of a JSON text, or `undefined`, which no JSON text is. */
+const parseJson = (text: string): unknown => {
+  try {
+    return JSON.parse(text)
+  } catch {
+    return undefined
+  }
+}
+
+const decodeFilter = decoderOf(FilterObject, "filter")
+
+const queryOf = (payload: SearchPayload): Result.Result<SessionQuery, InvalidInput> => {
+  const { filter, include_metadata, include_vector, ...request } = payload
+  if ((request.query === undefined) === (request.query_vector_id === undefined)) {
+    return Result.fail(
+      new InvalidInput({
+        field: "query",
+        expected: "exactly one of query and query_vector_id",
+        got: request.query === undefined ? "none" : "2"
+      })
+    )
+  }
+  const include = [...(include_metadata ? ["metadata" as const] : []), ...(include_vector ? ["vector" as const] : [])]
+  if (filter === undefined) return toQuery({ ...request, include })
+  const value = parseJson(filter)
+  if (value === undefined) {
+    return Result.fail(new InvalidInput({ field: "filter", expected: "JSON text of a filter", got: describe(filter) }))
+  }
+  return Result.flatMap(decodeFilter(value), (checked) => toQuery({ ...request, include, filter: checked }))
+}
+
+const responseOf = (answer: SearchAnswer): RpcSearchResponse => ({
+  query_id: answer.queryId,
+  results: answer.ids.map((_, i) => resultOf(answer, i)),
+  ...completionOf(answer),
+  took_ms: Math.round(answer.tookMillis * 1_000) / 1_000
+})
+
+const completionOf = (answer: SearchAnswer) => ({
+  total_results: answer.ids.length,
+  partial: answer.missing.length > 0,
+  missing_partitions: answer.missing
+})
+
+const resultOf = (answer: SearchAnswer, i: number): RpcResult => ({
+  vector_id: answer.ids[i] as string,
+  score: answer.scores[i] as number,
+  ...(answer.metadata === undefined ? {} : { metadata: answer.metadata[i] || "{}" }),
+  ...(answer.vectors === undefined
+    ? {}
+    : { vector: answer.vectors.subarray(i * answer.dimensions, (i + 1) * answer.dimensions) })
+})
+
+/** Characters and bytes of the results of one message, from which on the next one begins. */
+const messageSizeMax = 65_536
+
+/** The events of a streamed search, in the messages they are sent in. */
+const eventsOf = function* (answer: SearchAnswer): Generator<[RpcSearchEvent, ...Array<RpcSearchEvent>]> {
+  let events: [RpcSearchEvent, ...Array<RpcSearchEvent>] = [{ event: "search_start", query_id: answer.queryId }]
+  let size = 0
+  for (let i = 0; i < answer.ids.length; i++) {
+    const result: RpcSearchEvent = { event: "result", ...resultOf(answer, i) }
+    const more = 16 + result.vector_id.length + (result.metadata?.length ?? 0) + (result.vector?.byteLength ?? 0)
+    if (size + more > messageSizeMax) {
+      yield events
+      events = [result]
+      size = more
+    } else {
+      events.push(result)
+      size += more
+    }
+  }
+  events.push({ event: "search_complete", ...completionOf(answer) })
+  yield events
+}
