@@ -118,6 +118,8 @@ export interface VectorIndexOptions {
   readonly insertSliceMillis?: number
   /** Searches waiting for one thread, at most. */
   readonly threadPendingMax?: number
+  /** Megabytes of V8's heap in one thread (ids, metadata and its index; vectors and graphs are not in it); V8 chooses where there is none. */
+  readonly threadHeapMegabytes?: number
   /** The module that a thread runs, where it is another one. */
   readonly entry?: URL
 }
@@ -152,6 +154,7 @@ export class VectorIndex extends Context.Service<
                   entry: options.entry ?? new URL("./vectorThread.ts", import.meta.url),
                   thread: { insertSliceMillis: options.insertSliceMillis ?? 4 },
                   pendingMax: options.threadPendingMax ?? 4_096,
+                  heapMegabytes: options.threadHeapMegabytes,
                   onDeath: (detail, delayMillis) => {
                     const said = Effect.logError("A vector thread died and is replaced", {
                       thread: i,

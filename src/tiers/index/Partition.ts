@@ -277,13 +277,13 @@ export class Partition {
 
   #indexStep(): void {
     const slot = this.table.live.next(this.#indexed)
-    if (slot === -1) {
-      this.#indexed = Number.POSITIVE_INFINITY
-      return
+    if (slot !== -1) {
+      const metadata = parseMetadata(this.table.metadata[slot]!)
+      if (metadata !== undefined) this.#index.add(slot, metadata)
     }
-    const metadata = parseMetadata(this.table.metadata[slot]!)
-    if (metadata !== undefined) this.#index.add(slot, metadata)
-    this.#indexed = slot + 1
+    // Never just the number of slots: what comes at the next one would be left to a step that a cached filter misses.
+    const isLast = slot === -1 || this.table.live.next(slot + 1) === -1
+    this.#indexed = isLast ? Number.POSITIVE_INFINITY : slot + 1
   }
 }
 

@@ -34,6 +34,7 @@ export interface ThreadClientOptions {
   readonly thread: ThreadOptions
   /** Searches waiting, at most. */
   readonly pendingMax: number
+  readonly heapMegabytes: number | undefined
   /** Called when the thread died of itself; another one is started after the delay. */
   readonly onDeath: (detail: string, delayMillis: number) => void
 }
@@ -276,8 +277,9 @@ export class ThreadClient {
   // --- The thread ------------------------------------------------------------------------------------------------------
 
   #start(): void {
-    const { entry, name, thread } = this.#options
-    const worker = new Worker(entry, { name, workerData: thread })
+    const { entry, name, thread, heapMegabytes } = this.#options
+    const resourceLimits = heapMegabytes === undefined ? {} : { maxOldGenerationSizeMb: heapMegabytes }
+    const worker = new Worker(entry, { name, workerData: thread, resourceLimits })
     this.#worker = worker
     this.#startedAt = performance.now()
     this.#lastError = undefined

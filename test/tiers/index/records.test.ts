@@ -58,7 +58,7 @@ const stateOf = ({ table, arena }: Partition) => ({
 
 /** The registers as they are defined: three of them, each the greatest it was given. */
 class Registers {
-  vector: { readonly version: Version; readonly value: ReadonlyArray<number> } | undefined
+  vector: { readonly version: Version; readonly value: Array<number> } | undefined
   metadata: { readonly version: Version; readonly value: string } | undefined
   deleted: Version | undefined
 
@@ -76,7 +76,7 @@ class Registers {
     }
   }
 
-  get visible() {
+  get visible(): { vector: Array<number>; metadata: string | undefined } | undefined {
     const alive = (version: Version) => this.deleted === undefined || compareVersions(version, this.deleted) > 0
     if (this.vector === undefined || !alive(this.vector.version)) return undefined
     const shown = this.metadata !== undefined && alive(this.metadata.version) ? this.metadata.value : ""

@@ -122,7 +122,7 @@ describe("a search of many records", () => {
       const source = random(seedOf(11))
       const vector = clustered(source, 24, 40)
       const partition = partitionOf(24, metric)
-      const model = new Map(Array.from({ length: 4_000 }, (_, i) => [`${i}`, vector()] as const))
+      const model = new Map<string, Float32Array>(Array.from({ length: 4_000 }, (_, i) => [`${i}`, vector()] as const))
       apply(
         partition,
         [...model].map(([id, vector]) => upsert(id, vector))
@@ -224,7 +224,7 @@ describe("a search of many records", () => {
     const source = random(seedOf(14))
     const vector = clustered(source, 8, 10)
     const partition = partitionOf(8, "l2")
-    const model = new Map(Array.from({ length: 3_000 }, (_, i) => [`${i}`, vector()] as const))
+    const model = new Map<string, Float32Array>(Array.from({ length: 3_000 }, (_, i) => [`${i}`, vector()] as const))
     apply(
       partition,
       [...model].map(([id, vector]) => upsert(id, vector))
@@ -257,7 +257,7 @@ describe("a search of many records", () => {
     const source = random(seedOf(15))
     const vector = clustered(source, 8, 10)
     const partition = partitionOf(8)
-    const model = new Map(Array.from({ length: 2_500 }, (_, i) => [`${i}`, vector()] as const))
+    const model = new Map<string, Float32Array>(Array.from({ length: 2_500 }, (_, i) => [`${i}`, vector()] as const))
     apply(
       partition,
       [...model].map(([id, vector]) => upsert(id, vector))
