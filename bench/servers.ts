@@ -2,6 +2,7 @@
 import { type ChildProcess, spawn } from "node:child_process"
 import { once } from "node:events"
 import { fileURLToPath } from "node:url"
+import { nodeFlags } from "../scripts/run.mjs"
 import type { Build } from "./bareIndex.ts"
 
 export const serverNames = ["ours", "bare", "bare-simd"] as const
@@ -21,8 +22,8 @@ export interface Server {
 export const startOurs = async (dataDirectory: string): Promise<Server> => {
   const started = performance.now()
   const child = start(
-    // Ends with this process also when that is killed.
-    ["--import", new URL("../scripts/tether.mjs", import.meta.url).href],
+    // As `npm start` runs it; ends with this process also when that is killed.
+    [...nodeFlags, "--import", new URL("../scripts/tether.mjs", import.meta.url).href],
     "../src/main.ts",
     ["serve", "--port", "0", "--host", "127.0.0.1", "--data", dataDirectory],
     { RUVECTOR_LAUNCHER: String(process.pid) }

@@ -15,6 +15,13 @@ import { ensureInstalled, isProgram, main, nodeBinary, root, SetupError } from "
 // glibc then asks for transparent huge pages, which the vector graph's random reads across gigabytes profit from.
 const glibcTunables = "glibc.malloc.hugetlb=1"
 
+// A young generation of 8 MB a space instead of 16: a server's garbage is short-lived, and the memory is better used for
+// vectors.
+export const nodeFlags = ["--max-semi-space-size=8"]
+
+// Compiled code of all modules, kept from start to start: a third of the time that starting takes.
+const compileCache = join(root, "node_modules", ".cache", "ruvector-compile")
+
 const parent = process.ppid
 
 const tether = new URL("./tether.mjs", import.meta.url).href
@@ -32,6 +39,7 @@ const hasTerminal = () => {
 /** @returns {NodeJS.ProcessEnv} */
 const environment = () => ({
   ...(process.platform === "linux" ? { GLIBC_TUNABLES: glibcTunables } : {}),
+  NODE_COMPILE_CACHE: compileCache,
   ...process.env,
   PATH: [join(root, "node_modules", ".bin"), process.env["PATH"] ?? ""].join(delimiter),
   RUVECTOR_LAUNCHER: String(process.pid)
@@ -47,7 +55,7 @@ const execute = (program, args) => {
   // program in that group would get it two or three times. There it has a session of its own, and gets what comes
   // from here, once.
   const detached = hasTerminal()
-  const child = spawn(realpathSync(nodeBinary), ["--import", tether, resolve(root, program), ...args], {
+  const child = spawn(realpathSync(nodeBinary), [...nodeFlags, "--import", tether, resolve(root, program), ...args], {
     stdio: "inherit",
     env: environment(),
     detached

@@ -130,14 +130,14 @@ export const variableOf = (name: SettingName): string => `RUVECTOR_${flagOf(name
 /** A flag or variable that is not one, or whose value is out of its bound. */
 export class SettingError extends Error {}
 
-/** Settings from command-line words and environment variables. Throws {@link SettingError} with one line for people. */
+/** Settings from flags (by setting name) and environment variables. Throws {@link SettingError} with one line for people. */
 export const readSettings = (
-  words: ReadonlyArray<string>,
+  flags: Readonly<Partial<Record<SettingName, string>>>,
   environment: Readonly<Record<string, string | undefined>>,
 ): SettingValues => {
-  const names = Object.keys(settings) as Array<SettingName>
   const values: Record<string, string | number> = { ...defaultSettings }
-  const set = (name: SettingName, value: string, source: string) => {
+  const set = (name: SettingName, value: string | undefined, source: string) => {
+    if (value === undefined || value === "") return
     try {
       values[name] = settings[name].parse(value)
     } catch (error) {
@@ -145,24 +145,10 @@ export const readSettings = (
       throw new SettingError(`${source}: ${expected}, got ${JSON.stringify(value)}`)
     }
   }
-  const port = environment["PORT"]
-  if (port !== undefined && port !== "") set("port", port, "PORT")
-  for (const name of names) {
-    const value = environment[variableOf(name)]
-    if (value !== undefined && value !== "") set(name, value, variableOf(name))
-  }
-  for (let i = 0; i < words.length; i++) {
-    const [flag, inline] = splitFlag(words[i] as string)
-    const name = names.find((candidate) => `--${flagOf(candidate)}` === flag)
-    if (name === undefined) throw new SettingError(`${words[i]}: no such setting; serve --help lists them`)
-    const value = inline ?? words[++i]
-    if (value === undefined) throw new SettingError(`${flag}: expected a value (${settings[name].bound})`)
-    set(name, value, flag)
+  set("port", environment["PORT"], "PORT")
+  for (const name of Object.keys(settings) as Array<SettingName>) {
+    set(name, environment[variableOf(name)], variableOf(name))
+    set(name, flags[name], `--${flagOf(name)}`)
   }
   return values as SettingValues
-}
-
-const splitFlag = (word: string): [string, string | undefined] => {
-  const at = word.indexOf("=")
-  return at === -1 ? [word, undefined] : [word.slice(0, at), word.slice(at + 1)]
 }

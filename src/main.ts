@@ -1,7 +1,8 @@
 /** The command line: `serve`. What is below knows nothing of it. */
 import { readFileSync } from "node:fs"
 import { resolve } from "node:path"
-import { NodeRuntime, NodeServices } from "@effect/platform-node"
+import * as NodeRuntime from "@effect/platform-node/NodeRuntime"
+import * as NodeServices from "@effect/platform-node/NodeServices"
 import { Cause, Console, Data, Effect, Exit, Layer, Logger, Option, References, Runtime } from "effect"
 import { Command, Flag } from "effect/cli"
 import { flagOf, readSettings, type SettingName, type SettingValues, settings, variableOf } from "./config.ts"

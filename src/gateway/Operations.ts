@@ -19,6 +19,8 @@ const gauges = {
   threadRestarts: gauge("ruvector_thread_restarts", "Vector threads that died and were replaced"),
   rssBytes: gauge("process_resident_memory_bytes", "Resident memory"),
   heapBytes: gauge("nodejs_heap_used_bytes", "Heap of the main thread in use"),
+  heapTotalBytes: gauge("nodejs_heap_total_bytes", "Heap of the main thread, reserved"),
+  arrayBufferBytes: gauge("nodejs_array_buffers_bytes", "Array buffers of the main thread"),
   cpuSeconds: gauge("process_cpu_seconds", "CPU time used, user and system"),
   eventLoopP99Millis: gauge("nodejs_eventloop_delay_p99_ms", "99th percentile of the main thread's delay since the last reading"),
 }
@@ -62,6 +64,8 @@ export const layer = HttpRouter.use(
         const memory = process.memoryUsage()
         set(gauges.rssBytes, memory.rss)
         set(gauges.heapBytes, memory.heapUsed)
+        set(gauges.heapTotalBytes, memory.heapTotal)
+        set(gauges.arrayBufferBytes, memory.arrayBuffers)
         const cpu = process.cpuUsage()
         set(gauges.cpuSeconds, (cpu.user + cpu.system) / 1e6)
         set(gauges.eventLoopP99Millis, delay.percentile(99) / 1e6)

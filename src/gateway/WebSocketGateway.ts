@@ -117,9 +117,9 @@ class Connection {
   readonly #socket: Duplex
   /** Sessions by label: open ones, and those being opened. */
   readonly #sessions = new Map<string, SessionLink | Promise<SessionLink | ApiError>>()
-  /** Requests under way that have an id, to cancel them and to refuse a second of the same id. */
-  #underWay: Map<string, Fiber.Fiber<unknown, unknown>> | undefined
-  #inFlight = 0
+  /** Requests under way by id (by a number where they have none): to cancel them, and to refuse a second of one id. */
+  #underWay: Map<string | number, Fiber.Fiber<unknown, unknown>> | undefined
+  #unnamed = 0
   #lastHeardAt = Date.now()
   #sentBytes = 0
   #paused = false
@@ -254,19 +254,16 @@ class Connection {
     if (id !== undefined && this.#underWay?.has(id)) {
       return this.#fail(new InvalidInput({ field: "id", expected: "an id that is not under way", got: id }), envelope)
     }
-    if (this.#inFlight >= this.#hub.settings.sessionSearchesMax) {
+    if (this.#underWay !== undefined && this.#underWay.size >= this.#hub.settings.sessionSearchesMax) {
       return this.#fail(new Overloaded({ bound: "sessionSearchesMax", retryAfterMillis: 100 }), envelope)
     }
-    this.#inFlight += 1
     const started = performance.now()
+    const key = id ?? this.#unnamed++
     const fiber = this.#hub.run(effect)
-    if (id !== undefined) {
-      this.#underWay ??= new Map()
-      this.#underWay.set(id, fiber)
-    }
+    this.#underWay ??= new Map()
+    this.#underWay.set(key, fiber)
     fiber.addObserver((exit) => {
-      this.#inFlight -= 1
-      if (id !== undefined) this.#underWay?.delete(id)
+      this.#underWay?.delete(key)
       if (this.#closed) return
       if (Exit.isSuccess(exit)) {
         countRequest("ws", route, 200, performance.now() - started)
@@ -290,20 +287,20 @@ class Connection {
     if (this.#sessions.size >= this.#hub.settings.sessionsPerConnection) {
       return Promise.resolve(new Overloaded({ bound: "sessionsPerConnection", retryAfterMillis: 1_000 }))
     }
-    const opening = new Promise<SessionLink | ApiError>((resolve) => {
-      this.#hub.run(this.#hub.sessions.open).addObserver((exit) => {
-        if (Exit.isSuccess(exit)) {
-          // The connection, or the session, may have been closed meanwhile.
-          if (this.#closed || this.#sessions.get(label) !== opening) this.#hub.run(exit.value.close)
-          else this.#sessions.set(label, exit.value)
-          return resolve(exit.value)
-        }
-        if (this.#sessions.get(label) === opening) this.#sessions.delete(label)
-        const error = Exit.findErrorOption(exit)
-        resolve(error._tag === "Some" ? error.value : new Overloaded({ bound: "sessionsMax", retryAfterMillis: 1_000 }))
-      })
-    })
+    const { promise: opening, resolve } = Promise.withResolvers<SessionLink | ApiError>()
     this.#sessions.set(label, opening)
+    this.#hub.run(this.#hub.sessions.open).addObserver((exit) => {
+      const wanted = this.#sessions.get(label) === opening
+      if (Exit.isSuccess(exit)) {
+        // The connection, or the session, may have been closed meanwhile.
+        if (wanted) this.#sessions.set(label, exit.value)
+        else this.#hub.run(exit.value.close)
+        return resolve(exit.value)
+      }
+      if (wanted) this.#sessions.delete(label)
+      const error = Exit.findErrorOption(exit)
+      resolve(error._tag === "Some" ? error.value : new Overloaded({ bound: "sessionsMax", retryAfterMillis: 1_000 }))
+    })
     return opening
   }
 

@@ -178,7 +178,7 @@ const errorOf = (directory: string, cause: unknown): DataDirectoryError => {
 
 /** Makes the directory, and refuses one that is something else's before anything is written into it. */
 const prepare = async (directory: string): Promise<void> => {
-  const made = await mkdir(directory, { recursive: true })
+  const made = await makeMissing(directory)
   if (made !== undefined) {
     // `made` is the first of the directories that were missing: each of their names is to be on disk.
     for (let at = directory; at.length >= made.length; at = dirname(at)) await sync(dirname(at))
@@ -188,6 +188,28 @@ const prepare = async (directory: string): Promise<void> => {
   if (names.includes(formatName)) return
   const found = names.find((name) => !DirectoryLock.isLockFile(name) && !ignored.has(name) && !isOwnTemp(name))
   if (found !== undefined) throw new DataDirectoryForeign({ directory, found })
+}
+
+/**
+ * Makes a directory and what is missing above it; the first of them that was made. Not `mkdir`'s own `recursive`, which
+ * never returns in a place like `/proc`, where nothing can be made and nothing says so.
+ */
+const makeMissing = async (directory: string): Promise<string | undefined> => {
+  const make = (): Promise<boolean> =>
+    mkdir(directory).then(
+      () => true,
+      async (cause: NodeJS.ErrnoException) => {
+        if (cause.code === "EEXIST" && (await stat(directory)).isDirectory()) return false
+        throw cause
+      }
+    )
+  try {
+    return (await make()) ? directory : undefined
+  } catch (cause) {
+    if ((cause as NodeJS.ErrnoException).code !== "ENOENT" || dirname(directory) === directory) throw cause
+    const above = await makeMissing(dirname(directory))
+    return (await make()) ? (above ?? directory) : above
+  }
 }
 
 const formatTemp = `${formatName}.new`

@@ -10,7 +10,12 @@ import { SocketClient } from "../support/Streams.ts"
 let node: RunningNode
 
 beforeAll(async () => {
-  node = await startNode({ maxBodyBytes: 1_000_000, maxFrameBytes: 500_000, headersTimeoutMillis: 1_000, requestTimeoutMillis: 1_500 })
+  node = await startNode({
+    maxBodyBytes: 1_000_000,
+    maxFrameBytes: 500_000,
+    headersTimeoutMillis: 1_000,
+    requestTimeoutMillis: 1_500
+  })
   await send("PUT", "/api/v1/collections/c", '{"dimensions":3}')
   await send("PUT", "/api/v1/collections/l2", '{"dimensions":3,"metric":"l2"}')
   await send("POST", "/api/v1/insert", '{"collection":"c","vectors":[{"id":"a","vector":[1,2,3]}]}')
@@ -22,11 +27,16 @@ interface Answer {
   readonly body: Record<string, unknown> | undefined
 }
 
-const send = async (method: string, path: string, body?: string | Buffer, headers: Record<string, string> = {}): Promise<Answer> => {
+const send = async (
+  method: string,
+  path: string,
+  body?: string | Buffer,
+  headers: Record<string, string> = {}
+): Promise<Answer> => {
   const response = await fetch(`${node.base}${path}`, {
     method,
     headers: { ...(body === undefined ? {} : { "content-type": "application/json" }), ...headers },
-    ...(body === undefined ? {} : { body: typeof body === "string" ? body : new Uint8Array(body) }),
+    ...(body === undefined ? {} : { body: typeof body === "string" ? body : new Uint8Array(body) })
   })
   const text = await response.text()
   return { status: response.status, body: text === "" ? undefined : JSON.parse(text) }
@@ -40,13 +50,48 @@ describe("bad input is named", () => {
     ["wrong dimension", "POST", "/api/v1/insert", insert({ id: "x", vector: [1, 2] }), 400, "vectors[0].vector"],
     ["wrong dimension of a query", "POST", "/api/v1/search", '{"collection":"c","query":[1]}', 400, "query"],
     ["NaN", "POST", "/api/v1/insert", '{"collection":"c","vectors":[{"id":"x","vector":[1,2,NaN]}]}', 400, ""],
-    ["null for a number", "POST", "/api/v1/insert", insert({ id: "x", vector: [1, null, 3] }), 400, "vectors[0].vector[1]"],
-    ["infinity", "POST", "/api/v1/insert", '{"collection":"c","vectors":[{"id":"x","vector":[1,2,1e999]}]}', 400, "vectors[0].vector[2]"],
-    ["beyond float32", "POST", "/api/v1/insert", insert({ id: "x", vector: [1, 2, 1e39] }), 400, "vectors[0].vector[2]"],
-    ["zero vector under cosine", "POST", "/api/v1/insert", insert({ id: "x", vector: [0, 0, 0] }), 400, "vectors[0].vector"],
+    [
+      "null for a number",
+      "POST",
+      "/api/v1/insert",
+      insert({ id: "x", vector: [1, null, 3] }),
+      400,
+      "vectors[0].vector[1]"
+    ],
+    [
+      "infinity",
+      "POST",
+      "/api/v1/insert",
+      '{"collection":"c","vectors":[{"id":"x","vector":[1,2,1e999]}]}',
+      400,
+      "vectors[0].vector[2]"
+    ],
+    [
+      "beyond float32",
+      "POST",
+      "/api/v1/insert",
+      insert({ id: "x", vector: [1, 2, 1e39] }),
+      400,
+      "vectors[0].vector[2]"
+    ],
+    [
+      "zero vector under cosine",
+      "POST",
+      "/api/v1/insert",
+      insert({ id: "x", vector: [0, 0, 0] }),
+      400,
+      "vectors[0].vector"
+    ],
     ["zero query under cosine", "POST", "/api/v1/search", '{"collection":"c","query":[0,0,0]}', 400, "query"],
     ["empty vector", "POST", "/api/v1/insert", insert({ id: "x", vector: [] }), 400, "vectors[0].vector"],
-    ["strings for numbers", "POST", "/api/v1/insert", insert({ id: "x", vector: ["1", 2, 3] }), 400, "vectors[0].vector[0]"],
+    [
+      "strings for numbers",
+      "POST",
+      "/api/v1/insert",
+      insert({ id: "x", vector: ["1", 2, 3] }),
+      400,
+      "vectors[0].vector[0]"
+    ],
     ["k 0", "POST", "/api/v1/search", '{"collection":"c","query":[1,2,3],"k":0}', 400, "k"],
     ["k too large", "POST", "/api/v1/search", '{"collection":"c","query":[1,2,3],"k":10001}', 400, "k"],
     ["k fractional", "POST", "/api/v1/search", '{"collection":"c","query":[1,2,3],"k":1.5}', 400, "k"],
@@ -55,44 +100,118 @@ describe("bad input is named", () => {
     ["two queries", "POST", "/api/v1/search", '{"collection":"c","query":[1,2,3],"query_vector_id":"a"}', 400, "query"],
     ["another metric", "POST", "/api/v1/search", '{"collection":"c","query":[1,2,3],"metric":"l2"}', 400, "metric"],
     ["unknown collection", "POST", "/api/v1/search", '{"collection":"nope","query":[1,2,3]}', 404, "collection"],
-    ["insert into an unknown collection", "POST", "/api/v1/insert", '{"collection":"nope","vectors":[{"id":"x","vector":[1]}]}', 404, "collection"],
+    [
+      "insert into an unknown collection",
+      "POST",
+      "/api/v1/insert",
+      '{"collection":"nope","vectors":[{"id":"x","vector":[1]}]}',
+      404,
+      "collection"
+    ],
     ["unknown id", "GET", "/api/v1/embed/nobody?collection=c", undefined, 404, "id"],
     ["unknown query id", "POST", "/api/v1/search", '{"collection":"c","query_vector_id":"nobody"}', 404, "id"],
     ["bad JSON", "POST", "/api/v1/search", '{"query":', 400, ""],
     ["empty body", "POST", "/api/v1/search", "", 400, ""],
     ["not an object", "POST", "/api/v1/search", "[]", 400, ""],
     ["unknown field", "POST", "/api/v1/search", '{"collection":"c","query":[1,2,3],"kk":1}', 400, "kk"],
-    ["over-long id", "POST", "/api/v1/insert", insert({ id: "x".repeat(513), vector: [1, 2, 3] }), 400, "vectors[0].id"],
-    ["over-long id in bytes", "POST", "/api/v1/insert", insert({ id: "ü".repeat(257), vector: [1, 2, 3] }), 400, "vectors[0].id"],
+    [
+      "over-long id",
+      "POST",
+      "/api/v1/insert",
+      insert({ id: "x".repeat(513), vector: [1, 2, 3] }),
+      400,
+      "vectors[0].id"
+    ],
+    [
+      "over-long id in bytes",
+      "POST",
+      "/api/v1/insert",
+      insert({ id: "ü".repeat(257), vector: [1, 2, 3] }),
+      400,
+      "vectors[0].id"
+    ],
     ["empty id", "POST", "/api/v1/insert", insert({ id: "", vector: [1, 2, 3] }), 400, "vectors[0].id"],
-    ["control character in an id", "POST", "/api/v1/insert", insert({ id: "a\u0000b", vector: [1, 2, 3] }), 400, "vectors[0].id"],
-    ["metadata too large", "POST", "/api/v1/insert", insert({ id: "x", vector: [1, 2, 3], metadata: { a: "x".repeat(65_536) } }), 400, "vectors[0].metadata"],
-    ["metadata too deep", "POST", "/api/v1/insert", insert({ id: "x", vector: [1, 2, 3], metadata: deep(17) }), 400, "vectors[0].metadata"],
-    ["metadata an array", "POST", "/api/v1/insert", insert({ id: "x", vector: [1, 2, 3], metadata: [] }), 400, "vectors[0].metadata"],
+    [
+      "control character in an id",
+      "POST",
+      "/api/v1/insert",
+      insert({ id: "a\u0000b", vector: [1, 2, 3] }),
+      400,
+      "vectors[0].id"
+    ],
+    [
+      "metadata too large",
+      "POST",
+      "/api/v1/insert",
+      insert({ id: "x", vector: [1, 2, 3], metadata: { a: "x".repeat(65_536) } }),
+      400,
+      "vectors[0].metadata"
+    ],
+    [
+      "metadata too deep",
+      "POST",
+      "/api/v1/insert",
+      insert({ id: "x", vector: [1, 2, 3], metadata: deep(17) }),
+      400,
+      "vectors[0].metadata"
+    ],
+    [
+      "metadata an array",
+      "POST",
+      "/api/v1/insert",
+      insert({ id: "x", vector: [1, 2, 3], metadata: [] }),
+      400,
+      "vectors[0].metadata"
+    ],
     ["no vectors", "POST", "/api/v1/insert", '{"collection":"c","vectors":[]}', 400, "vectors"],
-    ["filter without meaning", "POST", "/api/v1/search", '{"collection":"c","query":[1,2,3],"filter":{"a":{"near":1}}}', 400, "filter.a.near"],
-    ["filter too deep", "POST", "/api/v1/search", `{"collection":"c","query":[1,2,3],"filter":${'{"not":'.repeat(20)}{"a":1}${"}".repeat(20)}}`, 400, ""],
+    [
+      "filter without meaning",
+      "POST",
+      "/api/v1/search",
+      '{"collection":"c","query":[1,2,3],"filter":{"a":{"near":1}}}',
+      400,
+      "filter.a.near"
+    ],
+    [
+      "filter too deep",
+      "POST",
+      "/api/v1/search",
+      `{"collection":"c","query":[1,2,3],"filter":${'{"not":'.repeat(20)}{"a":1}${"}".repeat(20)}}`,
+      400,
+      ""
+    ],
     ["bad collection name", "PUT", "/api/v1/collections/.hidden", '{"dimensions":3}', 400, "name"],
     ["dimensions 0", "PUT", "/api/v1/collections/n", '{"dimensions":0}', 400, "dimensions"],
     ["dimensions 4097", "PUT", "/api/v1/collections/n", '{"dimensions":4097}', 400, "dimensions"],
     ["unknown metric", "PUT", "/api/v1/collections/n", '{"dimensions":3,"metric":"hamming"}', 400, "metric"],
     ["unknown path", "GET", "/api/v2/anything", undefined, 404, "path"],
     ["wrong method", "DELETE", "/api/v1/search", undefined, 405, "method"],
-    ["parameter twice", "GET", "/api/v1/search?query_vector_id=a&query_vector_id=b&collection=c", undefined, 400, "query_vector_id"],
+    [
+      "parameter twice",
+      "GET",
+      "/api/v1/search?query_vector_id=a&query_vector_id=b&collection=c",
+      undefined,
+      400,
+      "query_vector_id"
+    ]
   ]
   for (const [what, method, path, body, status, field] of cases) {
     it(what, async () => {
       const answer = await send(method, path, body)
       assert.strictEqual(answer.status, status, JSON.stringify(answer.body))
       for (const member of ["type", "title", "detail", "code"]) assert.isString(answer.body?.[member])
-      for (const member of ["expected", "got"]) assert.isString(answer.body?.[member], `${member}: ${JSON.stringify(answer.body)}`)
+      for (const member of ["expected", "got"])
+        assert.isString(answer.body?.[member], `${member}: ${JSON.stringify(answer.body)}`)
       if (what !== "filter too deep") assert.strictEqual(answer.body?.["field"], field, JSON.stringify(answer.body))
       else assert.match(String(answer.body?.["field"]), /^filter/)
     })
   }
 
   it("an insert with one bad vector inserts none of them", async () => {
-    const vectors = [{ id: "good", vector: [1, 2, 3] }, { id: "bad", vector: [1] }]
+    const vectors = [
+      { id: "good", vector: [1, 2, 3] },
+      { id: "bad", vector: [1] }
+    ]
     assert.strictEqual((await send("POST", "/api/v1/insert", JSON.stringify({ collection: "c", vectors }))).status, 400)
     assert.strictEqual((await send("GET", "/api/v1/embed/good?collection=c")).status, 404)
   })
@@ -141,8 +260,10 @@ describe("raw bytes on the port", () => {
     assert.match(await raw(`GET / HTTP/1.1\r\nhost: x\r\nx: ${"y".repeat(20_000)}\r\n\r\n`), /^HTTP\/1\.1 431 /)
     assert.match(await raw("GET / HTTP/1.1\r\nhost: x\r\nx: "), /^HTTP\/1\.1 408 /)
     assert.match(
-      await raw('POST /api/v1/search HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"que'),
-      /^(HTTP\/1\.1 (408|400) |$)/,
+      await raw(
+        'POST /api/v1/search HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"que'
+      ),
+      /^(HTTP\/1\.1 (408|400) |$)/
     )
     assert.strictEqual((await send("GET", "/health/live")).status, 200)
   })
@@ -151,8 +272,11 @@ describe("raw bytes on the port", () => {
     const upgrade = (path: string, headers: string) =>
       raw(`GET ${path} HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\n${headers}\r\n\r\n`)
     assert.match(
-      await upgrade("/api/v1/nothing", "upgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA=="),
-      /^HTTP\/1\.1 4\d\d /,
+      await upgrade(
+        "/api/v1/nothing",
+        "upgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA=="
+      ),
+      /^HTTP\/1\.1 4\d\d /
     )
     assert.match(await upgrade("/api/v1/ws", "upgrade: websocket"), /^HTTP\/1\.1 4\d\d /)
   })
@@ -166,14 +290,14 @@ describe("random and mutated input", () => {
     '{"metadata":{"a":null,"b":{"c":1}}}',
     '{"dimensions":3,"metric":"cosine","partitions":1,"index":{"m":16}}',
     '{"type":"search","id":"1","collection":"c","query":[1,2,3],"k":3,"stream":true}',
-    '{"type":"insert","id":"2","collection":"c","vectors":[{"id":"m","vector":[1,2,3]}]}',
+    '{"type":"insert","id":"2","collection":"c","vectors":[{"id":"m","vector":[1,2,3]}]}'
   ]
   const paths: ReadonlyArray<readonly [string, string]> = [
     ["POST", "/api/v1/search"],
     ["POST", "/api/v1/insert"],
     ["POST", "/api/v1/delete"],
     ["PATCH", "/api/v1/vectors/a?collection=c"],
-    ["PUT", "/api/v1/collections/c"],
+    ["PUT", "/api/v1/collections/c"]
   ]
 
   it("5,000 bodies: never a 5xx, a hang or a crash; every refusal is a problem", { timeout: 120_000 }, async () => {
@@ -190,13 +314,15 @@ describe("random and mutated input", () => {
             assert.isString(answer.body?.["code"], shown)
             assert.isString(answer.body?.["detail"], shown)
           }
-        }),
+        })
       )
     }
     assert.strictEqual((await send("GET", "/health/ready")).status, 200)
   })
 
-  it("5,000 frames: each is answered, or ends its connection with a code; others are served", { timeout: 120_000 }, async () => {
+  it("5,000 frames: each is answered, or ends its connection with a code; others are served", {
+    timeout: 120_000
+  }, async () => {
     const source = random(seedOf(42))
     let client = await SocketClient.open(node.base)
     for (let n = 0; n < 5_000; n++) {
@@ -208,7 +334,11 @@ describe("random and mutated input", () => {
       const synced = (async () => {
         for (;;) {
           const event = await client.next()
-          assert.notStrictEqual((event["problem"] as { status?: number } | undefined)?.status, 500, JSON.stringify(event))
+          assert.notStrictEqual(
+            (event["problem"] as { status?: number } | undefined)?.status,
+            500,
+            JSON.stringify(event)
+          )
           if (event["id"] === `sync${n}`) return
         }
       })()
@@ -223,7 +353,21 @@ describe("random and mutated input", () => {
   })
 })
 
-const tokens = ["null", "true", "-1", "1e400", '""', "[]", "{}", '"\\ud800"', "9007199254740993", '"__proto__"', "[[[[]]]]", "NaN", ","]
+const tokens = [
+  "null",
+  "true",
+  "-1",
+  "1e400",
+  '""',
+  "[]",
+  "{}",
+  '"\\ud800"',
+  "9007199254740993",
+  '"__proto__"',
+  "[[[[]]]]",
+  "NaN",
+  ","
+]
 
 /** A valid text with bytes flipped, cut, doubled, or values put in the place of others. */
 const mutate = (source: Random, text: string): Buffer => {
@@ -239,7 +383,9 @@ const mutate = (source: Random, text: string): Buffer => {
         mutated = mutated.slice(0, at) + source.pick(tokens) + mutated.slice(at)
         break
       case 2:
-        mutated = mutated.replace(source.pick([/\d+/, /"[^"]*"/, /\[[^\]]*\]/, /\{[^{}]*\}/]), () => source.pick(tokens))
+        mutated = mutated.replace(source.pick([/\d+/, /"[^"]*"/, /\[[^\]]*\]/, /\{[^{}]*\}/]), () =>
+          source.pick(tokens)
+        )
         break
       case 3:
         mutated = mutated.slice(0, at) + mutated.slice(source.below(mutated.length + 1))

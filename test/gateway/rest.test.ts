@@ -13,7 +13,7 @@ const call = async (method: string, path: string, body?: unknown, headers: Recor
   const response = await fetch(`${node.base}${path}`, {
     method,
     headers: { ...(body === undefined ? {} : { "content-type": "application/json" }), ...headers },
-    ...(body === undefined ? {} : { body: typeof body === "string" ? body : JSON.stringify(body) }),
+    ...(body === undefined ? {} : { body: typeof body === "string" ? body : JSON.stringify(body) })
   })
   const text = await response.text()
   return { status: response.status, headers: response.headers, body: text === "" ? undefined : JSON.parse(text) }
@@ -21,7 +21,12 @@ const call = async (method: string, path: string, body?: unknown, headers: Recor
 
 describe("collections", () => {
   it("are created once, and found again with the same parameters", async () => {
-    const made = await call("PUT", "/api/v1/collections/c1", { dimensions: 3, metric: "l2", partitions: 2, index: { m: 8 } })
+    const made = await call("PUT", "/api/v1/collections/c1", {
+      dimensions: 3,
+      metric: "l2",
+      partitions: 2,
+      index: { m: 8 }
+    })
     assert.strictEqual(made.status, 201)
     assert.deepInclude(made.body, { name: "c1", dimensions: 3, metric: "l2", partitions: 2 })
     assert.deepStrictEqual(made.body.index, { m: 8, ef_construction: 200, ef_search: 128 })
@@ -33,7 +38,7 @@ describe("collections", () => {
     const list = await call("GET", "/api/v1/collections")
     assert.include(
       list.body.collections.map((collection: { name: string }) => collection.name),
-      "c1",
+      "c1"
     )
   })
 
@@ -61,8 +66,8 @@ describe("vectors", () => {
       vectors: [
         { id: "north", vector: [0, 1], metadata: { side: "n", tags: ["x", "y"] } },
         { id: "east", vector: [1, 0] },
-        { id: "north-east", vector: [0.5, 0.5], metadata: { side: "ne" } },
-      ],
+        { id: "north-east", vector: [0.5, 0.5], metadata: { side: "ne" } }
+      ]
     })
     assert.deepStrictEqual(inserted.body, { inserted: 3 })
     const collection = await call("GET", "/api/v1/collections/default")
@@ -81,9 +86,13 @@ describe("vectors", () => {
   })
 
   it("metadata is patched field by field; null removes", async () => {
-    await call("POST", "/api/v1/insert", { vectors: [{ id: "p", vector: [1, 1], metadata: { keep: 1, change: 1, drop: 1 } }] })
+    await call("POST", "/api/v1/insert", {
+      vectors: [{ id: "p", vector: [1, 1], metadata: { keep: 1, change: 1, drop: 1 } }]
+    })
     const before = await call("GET", "/api/v1/embed/p")
-    const patched = await call("PATCH", "/api/v1/vectors/p", { metadata: { change: 2, drop: null, add: { deep: true } } })
+    const patched = await call("PATCH", "/api/v1/vectors/p", {
+      metadata: { change: 2, drop: null, add: { deep: true } }
+    })
     assert.deepStrictEqual(patched.body.metadata, { keep: 1, change: 2, add: { deep: true } })
     const after = await call("GET", "/api/v1/embed/p")
     assert.deepStrictEqual(after.body.metadata, { keep: 1, change: 2, add: { deep: true } })
@@ -97,14 +106,16 @@ describe("vectors", () => {
     await call("PUT", "/api/v1/collections/d", { dimensions: 2 })
     await call("POST", "/api/v1/insert", {
       collection: "d",
-      vectors: ["a", "b", "c"].map((id, i) => ({ id, vector: [1, i] })),
+      vectors: ["a", "b", "c"].map((id, i) => ({ id, vector: [1, i] }))
     })
     assert.strictEqual((await call("DELETE", "/api/v1/vectors/a?collection=d")).status, 204)
-    assert.deepStrictEqual((await call("POST", "/api/v1/delete", { collection: "d", ids: ["a", "b", "never"] })).body, { deleted: 1 })
+    assert.deepStrictEqual((await call("POST", "/api/v1/delete", { collection: "d", ids: ["a", "b", "never"] })).body, {
+      deleted: 1
+    })
     const search = await call("POST", "/api/v1/search", { collection: "d", query: [1, 0], k: 10 })
     assert.deepStrictEqual(
       search.body.results.map((result: { vector_id: string }) => result.vector_id),
-      ["c"],
+      ["c"]
     )
     assert.strictEqual((await call("GET", "/api/v1/embed/a?collection=d")).status, 404)
   })
@@ -113,8 +124,8 @@ describe("vectors", () => {
     await call("POST", "/api/v1/insert", {
       vectors: [
         { id: "twice", vector: [1, 0] },
-        { id: "twice", vector: [0, 1], metadata: { n: 2 } },
-      ],
+        { id: "twice", vector: [0, 1], metadata: { n: 2 } }
+      ]
     })
     assert.deepStrictEqual((await call("GET", "/api/v1/embed/twice")).body.vector, [0, 1])
   })
@@ -124,7 +135,7 @@ describe("search", () => {
   const expected: Record<string, (a: Array<number>, b: Array<number>) => number> = {
     cosine: (a, b) => dot(a, b) / (Math.hypot(...a) * Math.hypot(...b)),
     ip: dot,
-    l2: (a, b) => -Math.hypot(...a.map((x, i) => x - (b[i] as number))),
+    l2: (a, b) => -Math.hypot(...a.map((x, i) => x - (b[i] as number)))
   }
   for (const metric of ["cosine", "ip", "l2"]) {
     for (const partitions of [1, 3]) {
@@ -133,8 +144,8 @@ describe("search", () => {
         await call("PUT", `/api/v1/collections/${name}`, { dimensions: 4, metric, partitions })
         const vectors = Array.from({ length: 60 }, (_, i) => ({
           id: `v${i}`,
-          vector: [1, 2, 3, 4].map((d) => Math.fround(Math.sin(i * d))),
-          metadata: { i },
+          vector: [1, 2, 3, 4].map((d) => Math.fround(Math.sin((i + 1) * d))),
+          metadata: { i }
         }))
         await call("POST", "/api/v1/insert", { collection: name, vectors })
         const query = [0.3, -0.2, 0.9, 0.4]
@@ -142,7 +153,12 @@ describe("search", () => {
           .map(({ id, vector }) => ({ vector_id: id, score: expected[metric]?.(query, vector) as number }))
           .sort((a, b) => b.score - a.score)
           .slice(0, 5)
-        const found = await call("POST", "/api/v1/search", { collection: name, query, k: 5, include: ["metadata", "vector"] })
+        const found = await call("POST", "/api/v1/search", {
+          collection: name,
+          query,
+          k: 5,
+          include: ["metadata", "vector"]
+        })
         assert.strictEqual(found.status, 200)
         assert.strictEqual(found.body.partial, false)
         assert.strictEqual(found.body.total_results, 5)
@@ -165,7 +181,7 @@ describe("search", () => {
       await call("POST", "/api/v1/search", { query: [0, 1], k: 2 }),
       await call("POST", "/api/v1/search", { query_b64: b64, k: 2 }),
       await call("POST", "/api/v1/search", { query_vector_id: "north", k: 2 }),
-      await call("GET", "/api/v1/search?query_vector_id=north&k=2&metric=cosine&collection=default"),
+      await call("GET", "/api/v1/search?query_vector_id=north&k=2&metric=cosine&collection=default")
     ]
     for (const way of ways) {
       assert.strictEqual(way.status, 200)
@@ -178,7 +194,7 @@ describe("search", () => {
     const only = await call("POST", "/api/v1/search", { query: [1, 0], k: 5, filter: { side: "n" } })
     assert.deepStrictEqual(
       only.body.results.map((result: { vector_id: string }) => result.vector_id),
-      ["north"],
+      ["north"]
     )
     const contains = await call("POST", "/api/v1/search", { query: [1, 0], k: 5, filter: { tags: "y" } })
     assert.strictEqual(contains.body.total_results, 1)
@@ -199,7 +215,7 @@ describe("operators", () => {
       "/api/v1/search",
       "/api/v1/insert",
       "/api/v1/embed/{id}",
-      "/api/v1/collections/{name}",
+      "/api/v1/collections/{name}"
     ])
     const docs = await fetch(`${node.base}/docs`)
     assert.match(docs.headers.get("content-type") ?? "", /text\/html/)
