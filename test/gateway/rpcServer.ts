@@ -5,7 +5,7 @@
 import * as Http from "node:http"
 import type { AddressInfo } from "node:net"
 import { NodeHttpServer } from "@effect/platform-node"
-import { Effect, Layer, Logger } from "effect"
+import { Effect, Exit, Layer, Logger, Scope } from "effect"
 import { HttpRouter } from "effect/http"
 import { defaultSettings, Settings, type SettingValues } from "../../src/config.ts"
 import * as RpcGateway from "../../src/gateway/RpcGateway.ts"
@@ -88,6 +88,13 @@ export const startRpcServer = Effect.fnUntraced(function* (given: Partial<Settin
     return { port: (server.address() as AddressInfo).port, seen, logged, sockets } satisfies RpcTestServer
   }).pipe(Effect.provide(services), Effect.provide(NodeHttpServer.layerHttpServices))
 })
+
+/** The same for a test that runs no effects of its own. */
+export const openRpcServer = async (settings: Partial<SettingValues>) => {
+  const scope = await Effect.runPromise(Scope.make())
+  const server = await Effect.runPromise(Scope.provide(startRpcServer(settings), scope))
+  return { ...server, close: () => Effect.runPromise(Scope.close(scope, Exit.void)) }
+}
 
 const mapRouter = (seen: Seen): Router["Service"] => {
   const collections = new Map<string, { collection: Collection; records: Map<string, StoredRecord> }>()
