@@ -179,7 +179,7 @@ class Bench {
       `${data.count.toLocaleString("en-US")} word vectors of 100 dimensions, ${data.queries} held-out queries, k 10; ` +
         `medians of ${rounds} rounds of ${seconds} s; ${streams} idle streams`,
       `Node ${process.versions.node}, ${cpus().length} x ${cpu?.model.trim() ?? "unknown processor"}` +
-        `; GLIBC_TUNABLES of all servers: ${process.env["GLIBC_TUNABLES"] ?? "none"}`,
+        "; ours runs with what `npm start` sets, the baselines as plain Node",
       `hnswlib-node is compiled for ${builds.map((build) => `${simdOf(build)} (${build})`).join(" and ")}`,
       "",
       this.report.table(),

@@ -2,7 +2,7 @@
 import { type ChildProcess, spawn } from "node:child_process"
 import { once } from "node:events"
 import { fileURLToPath } from "node:url"
-import { nodeFlags } from "../scripts/run.mjs"
+import { nodeEnvironment, nodeFlags } from "../scripts/run.mjs"
 import type { Build } from "./bareIndex.ts"
 
 export const serverNames = ["ours", "bare", "bare-simd"] as const
@@ -26,7 +26,7 @@ export const startOurs = async (dataDirectory: string): Promise<Server> => {
     [...nodeFlags, "--import", new URL("../scripts/tether.mjs", import.meta.url).href],
     "../src/main.ts",
     ["serve", "--port", "0", "--host", "127.0.0.1", "--data", dataDirectory],
-    { RUVECTOR_LAUNCHER: String(process.pid) }
+    { ...nodeEnvironment(), RUVECTOR_LAUNCHER: String(process.pid) }
   )
   const url = await firstMatch(child, /http:\/\/127\.0\.0\.1:\d+/)
   await untilReady(child, url)
@@ -40,6 +40,9 @@ export const startBare = async (build: Build, capacity: number): Promise<Server>
   const { port } = JSON.parse(line) as { port: number }
   return serverOf(build, child, `http://127.0.0.1:${port}`, started)
 }
+
+/** Without what the launcher sets for this program itself: each server runs as its own users start it. */
+const { GLIBC_TUNABLES: _, NODE_COMPILE_CACHE: __, ...plainEnvironment } = process.env
 
 const running = new Set<ChildProcess>()
 
@@ -56,7 +59,7 @@ const start = (
 ): ChildProcess => {
   const path = fileURLToPath(new URL(program, import.meta.url))
   const child = spawn(process.execPath, [...nodeArguments, path, ...args], {
-    env: { ...process.env, ...environment },
+    env: { ...plainEnvironment, ...environment },
     stdio: ["pipe", "pipe", "pipe"]
   })
   running.add(child)

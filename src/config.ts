@@ -90,7 +90,7 @@ export const settings = {
 
   // Actors
   partitionIdleMillis: integer("quiet time after which a partition is passivated; 0: never", "ms", 0, 0, 86_400_000),
-  sessionIdleMillis: integer("quiet time after which a session is passivated", "ms", 600_000, 5_000, 86_400_000),
+  sessionIdleMillis: integer("quiet time after which a session is passivated", "ms", 30_000, 5_000, 86_400_000),
   sessionSearchesMax: integer("searches under way in one session", "searches", 256, 1, 10_000),
   sessionAnswersKept: integer("newest answers a session keeps for resuming", "answers", 2, 0, 64),
   sessionsPerConnection: integer("sessions on one connection", "sessions", 1_000, 1, 100_000),
