@@ -7,7 +7,8 @@
  * characters in all. A key that is none is a defect of the caller's. No object's key is the folder of another's (`a` and
  * `a/b`): where a store cannot hold both, the second fails with {@link StoreFailure}.
  */
-import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises"
+import { randomUUID } from "node:crypto"
+import { readFile, rm, writeFile } from "node:fs/promises"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { Context, Data, Effect, Layer } from "effect"
@@ -180,14 +181,14 @@ const makeMemory = (): ObjectStore["Service"] => {
         Effect.acquireUseRelease(
           Effect.tryPromise({
             try: async () => {
-              const folder = await mkdtemp(join(tmpdir(), "ruvector-object-"))
-              await writeFile(join(folder, "object"), body)
-              return folder
+              const path = join(tmpdir(), `ruvector-object-${randomUUID()}`)
+              await writeFile(path, body, { flag: "wx", mode: 0o600 })
+              return path
             },
             catch: (cause) => new StoreFailure({ operation: "withFile", key, detail: String(cause), uncertain: false })
           }),
-          (folder) => use(join(folder, "object")),
-          (folder) => Effect.promise(() => rm(folder, { recursive: true, force: true }))
+          use,
+          (path) => Effect.promise(() => rm(path, { force: true }))
         )
       )
   })
