@@ -120,6 +120,7 @@ class Connection {
   readonly #room = Latch.makeUnsafe(true)
   /** Since when there has been none, or 0. */
   #fullSince = 0
+  #gathering = false
   #heardAt: number
   #heardBytes = 0
   #pingedAt = 0
@@ -131,6 +132,17 @@ class Connection {
     this.#clock = clock
     this.#heardAt = clock()
     connectionOpened("rpc")
+  }
+
+  /** Keeps what is written in this turn of the event loop for one call to the system. */
+  gather(): void {
+    if (this.#gathering) return
+    this.#gathering = true
+    this.#socket.cork()
+    process.nextTick(() => {
+      this.#gathering = false
+      this.#socket.uncork()
+    })
   }
 
   /** Runs now, or as soon as no more than `outboundBytesMax` wait for the client. */
@@ -192,10 +204,16 @@ const boundedSocket = (socket: Socket.Socket, connectionOf: () => Connection): S
       return { pull: connection.whenRoom(pull), upgrade }
     }),
     writer: Effect.map(socket.writer, (writer) => {
-      const write: Socket.Writer["write"] = (chunk) =>
-        connection === undefined || Socket.isCloseEvent(chunk)
-          ? writer.write(chunk)
-          : connection.whenRoom(writer.write(chunk))
+      const write: Socket.Writer["write"] = (chunk) => {
+        const to = connection
+        if (to === undefined || Socket.isCloseEvent(chunk)) return writer.write(chunk)
+        return to.whenRoom(
+          Effect.suspend(() => {
+            to.gather()
+            return writer.write(chunk)
+          })
+        )
+      }
       return { write, writeAll: (chunks) => Effect.forEach(chunks, write, { discard: true }) }
     })
   })
