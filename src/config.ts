@@ -76,7 +76,7 @@ export const settings = {
   threadPendingMax: integer("searches waiting for one vector thread", "searches", 4_096, 1, 1_000_000),
 
   // Writes
-  commitBytesMax: integer("bytes of one log object", "bytes", 8 * mebibyte, 65_536, 256 * mebibyte),
+  commitBytesMax: integer("bytes gathered into one log object, or one insert that is larger", "bytes", 8 * mebibyte, 65_536, 256 * mebibyte),
   writeQueueBytesMax: integer("bytes waiting to be committed, a partition", "bytes", 64 * mebibyte, mebibyte, 4_096 * mebibyte),
   applyBacklogBytesMax: integer("bytes committed and not yet in the index, a partition", "bytes", 32 * mebibyte, mebibyte, 4_096 * mebibyte),
   snapshotOps: integer("operations after which a snapshot is taken", "operations", 10_000, 100, 10_000_000),

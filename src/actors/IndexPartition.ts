@@ -36,7 +36,7 @@ import { DataDirectory } from "../tiers/DataDirectory.ts"
 import { decodeSegment, type LogOp } from "../tiers/LogSegment.ts"
 import { ObjectStore } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
-import { type Applied, type IndexBusy, type IndexHits, type IndexLost, type IndexRecord, VectorIndex } from "../tiers/VectorIndex.ts"
+import { type Applied, type IndexHits, IndexLost, type IndexRecord, VectorIndex } from "../tiers/VectorIndex.ts"
 import { ChangeFeed, type Position } from "./ChangeFeed.ts"
 import * as PartitionWriter from "./PartitionWriter.ts"
 
@@ -57,12 +57,13 @@ const retryActivationMillis = 2_000
 /** Changes read at once for one follower. */
 const feedBatch = 256
 
+/** What is asked of a partition while it is resident. `IndexLost`: it no longer is. */
 interface Resident {
   readonly collection: Collection
   readonly scope: Scope.Closeable
-  readonly search: (query: PartitionQuery) => Effect.Effect<PartitionHits, PartitionError>
-  readonly get: (ids: ReadonlyArray<string>) => Effect.Effect<ReadonlyArray<PartitionRecord | null>, PartitionError>
-  readonly stats: Effect.Effect<PartitionStats, PartitionError>
+  readonly search: (query: PartitionQuery) => Effect.Effect<PartitionHits, PartitionError | IndexLost>
+  readonly get: (ids: ReadonlyArray<string>) => Effect.Effect<ReadonlyArray<PartitionRecord | null>, IndexLost>
+  readonly stats: Effect.Effect<PartitionStats, IndexLost>
   readonly writer: PartitionWriter.PartitionWriter
   readonly changes: (from: Position) => Stream.Stream<Change, PartitionError | Compacted>
 }
@@ -259,7 +260,7 @@ const makePartition = Effect.gen(function* () {
       ),
     )
 
-    const search = (query: PartitionQuery): Effect.Effect<PartitionHits, PartitionError> => {
+    const search = (query: PartitionQuery): Effect.Effect<PartitionHits, PartitionError | IndexLost> => {
       if (query.vector.length !== collection.dimensions) {
         return Effect.fail(
           new InvalidInput({ field: "query", expected: `${collection.dimensions} numbers`, got: `${query.vector.length}` }),
@@ -274,24 +275,22 @@ const makePartition = Effect.gen(function* () {
           includeMetadata: query.includeMetadata,
           includeVector: query.includeVector,
         }),
-        { onSuccess: toHits, onFailure: searchError },
+        {
+          onSuccess: toHits,
+          onFailure: (error) =>
+            error._tag === "IndexBusy" ? new Overloaded({ bound: "threadPendingMax", retryAfterMillis: 100 }) : error,
+        },
       )
     }
 
-    const searchError = (error: IndexLost | IndexBusy): PartitionError => {
-      if (error._tag === "IndexBusy") return new Overloaded({ bound: "threadPendingMax", retryAfterMillis: 100 })
-      Effect.runFork(letGo(self.resident))
-      return lostError(error)
-    }
-
     const get = (ids: ReadonlyArray<string>) =>
-      Effect.mapBoth(index.get(ids), {
-        onSuccess: (records) => records.map((record) => (record === undefined ? null : toRecord(record))),
-        onFailure: searchError,
-      })
+      Effect.map(index.get(ids), (records) =>
+        records.map((record) => (record === undefined ? null : toRecord(record))),
+      )
 
-    const stats = Effect.mapBoth(index.stats, {
-      onSuccess: (now): PartitionStats => ({
+    const stats = Effect.map(
+      index.stats,
+      (now): PartitionStats => ({
         count: now.count,
         tombstones: now.tombstones,
         bytes: now.bytes,
@@ -301,8 +300,7 @@ const makePartition = Effect.gen(function* () {
         log_objects_cut: log.cut,
         snapshots_refused: log.snapshotsRefused,
       }),
-      onFailure: searchError,
-    })
+    )
 
     /** What follows a position: from the buffer, else from the log. */
     const changes = (from: Position): Stream.Stream<Change, PartitionError | Compacted> =>
@@ -366,10 +364,20 @@ const makePartition = Effect.gen(function* () {
         const scope = yield* Scope.fork(entityScope)
         const exit = yield* Effect.exit(open(scope))
         activating = undefined
+        if (Exit.isSuccess(exit) && removed) {
+          yield* Scope.close(scope, Exit.void)
+          yield* Deferred.fail(started, new CollectionNotFound({ collection: name }))
+          return
+        }
         if (Exit.isSuccess(exit)) {
           resident = exit.value
           failure = undefined
-          yield* Scope.provide(local.registerPartition(entityId, exit.value), scope)
+          const of = exit.value
+          const here = {
+            search: (query: PartitionQuery) => again(of, of.search(query), (next) => next.search(query)),
+            get: (ids: ReadonlyArray<string>) => again(of, of.get(ids), (next) => next.get(ids)),
+          }
+          yield* Scope.provide(local.registerPartition(entityId, here), scope)
         } else {
           yield* Scope.close(scope, Exit.void)
           const found = Exit.findErrorOption(exit)
@@ -392,8 +400,35 @@ const makePartition = Effect.gen(function* () {
     })
   })
 
+  /** A read that found the partition gone waits until it is resident again, and reads once more. */
+  const again = <A>(
+    of: Resident,
+    read: Effect.Effect<A, PartitionError | IndexLost>,
+    retry: (next: Resident) => Effect.Effect<A, PartitionError | IndexLost>,
+  ): Effect.Effect<A, PartitionError> =>
+    Effect.catch(read, (error): Effect.Effect<A, PartitionError> => {
+      if (!(error instanceof IndexLost)) return Effect.fail(error)
+      return Effect.andThen(letGo(of), activate).pipe(
+        Effect.flatMap(retry),
+        Effect.mapError((second) => (second instanceof IndexLost ? lostError(second) : second)),
+      )
+    })
+
+  const read = <A>(use: (of: Resident) => Effect.Effect<A, PartitionError | IndexLost>): Effect.Effect<A, PartitionError> =>
+    Effect.flatMap(activate, (of) => again(of, use(of), use))
+
   const write = (drafts: ReadonlyArray<PartitionWriter.Draft>) =>
-    Effect.flatMap(activate, (of) => Effect.mapError(of.writer.write(drafts), writeError))
+    Effect.flatMap(activate, (of) => {
+      const { dimensions } = of.collection
+      // Looked at before anything of the batch is queued: a batch is written whole or not at all.
+      for (const draft of drafts) {
+        if (draft.kind === "upsert" && draft.vector.length !== dimensions) {
+          const got = `${draft.vector.length} of ${JSON.stringify(draft.id)}`
+          return Effect.fail(new InvalidInput({ field: "vector", expected: `${dimensions} numbers`, got }))
+        }
+      }
+      return Effect.mapError(of.writer.write(drafts), writeError)
+    })
 
   const writeError = (error: PartitionWriter.WriteError): PartitionError => {
     if (error._tag === "IndexLost") return lostError(error)
@@ -403,6 +438,8 @@ const makePartition = Effect.gen(function* () {
 
   const remove = Effect.gen(function* () {
     removed = true
+    // An activation under way ends by itself, seeing that; its objects must not be deleted beneath it.
+    if (activating !== undefined) yield* Effect.exit(Deferred.await(activating))
     yield* letGo(resident)
     yield* PartitionLog.remove(prefix).pipe(
       Effect.provideService(ObjectStore, store),
@@ -411,7 +448,7 @@ const makePartition = Effect.gen(function* () {
   })
 
   return IndexPartition.of({
-    Activate: () => Effect.flatMap(activate, (of) => of.stats),
+    Activate: () => read((of) => of.stats),
     Upsert: ({ payload }) =>
       Effect.as(write(payload.records.map((record) => ({ kind: "upsert" as const, ...record }))), {
         inserted: payload.records.length,
@@ -427,9 +464,9 @@ const makePartition = Effect.gen(function* () {
       Effect.map(write(payload.ids.map((id) => ({ kind: "delete" as const, id }))), ({ effects }) => ({
         deleted: effects.reduce((sum, effect) => sum + Number(effect === deletedVisible), 0),
       })),
-    Get: ({ payload }) => Effect.flatMap(activate, (of) => of.get(payload.ids)),
-    Search: ({ payload }) => Effect.flatMap(activate, (of) => of.search(payload)),
-    Stats: () => Effect.flatMap(activate, (of) => of.stats),
+    Get: ({ payload }) => read((of) => of.get(payload.ids)),
+    Search: ({ payload }) => read((of) => of.search(payload)),
+    Stats: () => read((of) => of.stats),
     Changes: ({ payload }) => Stream.unwrap(Effect.map(activate, (of) => of.changes(payload))),
     Remove: () => remove,
   })

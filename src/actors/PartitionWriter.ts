@@ -259,7 +259,11 @@ export const make = (options: {
           continue
         }
         const group = takeGroup()
-        yield* commitGroup(group)
+        yield* Effect.catchCause(commitGroup(group), (cause) => {
+          // A defect of ours in one group must not leave its writers, nor those after them, waiting for ever.
+          fail(group, new StorageUnavailable({ detail: "The write met a defect of the server.", retryAfterMillis: 1_000 }))
+          return Effect.logError("A commit met a defect", cause)
+        })
       }
     })
 
