@@ -17,7 +17,13 @@ export interface SettingSpec<A> {
   readonly bound: string
 }
 
-const integer = (description: string, unit: string, value: number, minimum: number, maximum: number): SettingSpec<number> => ({
+const integer = (
+  description: string,
+  unit: string,
+  value: number,
+  minimum: number,
+  maximum: number
+): SettingSpec<number> => ({
   description,
   unit,
   default: value,
@@ -26,7 +32,7 @@ const integer = (description: string, unit: string, value: number, minimum: numb
     const n = /^\d{1,15}$/.test(text) ? Number(text) : Number.NaN
     if (!(n >= minimum && n <= maximum)) throw new RangeError(`expected an integer from ${minimum} to ${maximum}`)
     return n
-  },
+  }
 })
 
 const choice = <const A extends string>(description: string, value: A, options: ReadonlyArray<A>): SettingSpec<A> => ({
@@ -38,7 +44,7 @@ const choice = <const A extends string>(description: string, value: A, options: 
     const found = options.find((option) => option === text)
     if (found === undefined) throw new RangeError(`expected one of ${options.join(", ")}`)
     return found
-  },
+  }
 })
 
 const text = (description: string, value: string, bound: string, pattern: RegExp): SettingSpec<string> => ({
@@ -49,7 +55,7 @@ const text = (description: string, value: string, bound: string, pattern: RegExp
   parse: (input) => {
     if (!pattern.test(input)) throw new RangeError(`expected ${bound}`)
     return input
-  },
+  }
 })
 
 const mebibyte = 1_048_576
@@ -61,7 +67,11 @@ export const settings = {
   data: text("data directory", "./data", "a path", /^[^\0]{1,4096}$/),
   region: text("region stamped into versions and request ids", "local", "1-32 of a-z 0-9 -", regionPattern),
   logLevel: choice("least severe log line written", "info", ["trace", "debug", "info", "warn", "error"]),
-  logFormat: choice("log lines as JSON, or for people (auto: people on a terminal)", "auto", ["auto", "json", "pretty"]),
+  logFormat: choice("log lines as JSON, or for people (auto: people on a terminal)", "auto", [
+    "auto",
+    "json",
+    "pretty"
+  ]),
   activate: choice("collections whose partitions must be resident before the node is ready", "all", ["all", "none"]),
 
   // Collections
@@ -76,13 +86,43 @@ export const settings = {
   threadPendingMax: integer("searches waiting for one vector thread", "searches", 4_096, 1, 1_000_000),
 
   // Writes
-  commitBytesMax: integer("bytes gathered into one log object, or one insert that is larger", "bytes", 8 * mebibyte, 65_536, 256 * mebibyte),
-  writeQueueBytesMax: integer("bytes waiting to be committed, a partition", "bytes", 64 * mebibyte, mebibyte, 4_096 * mebibyte),
-  applyBacklogBytesMax: integer("bytes committed and not yet in the index, a partition", "bytes", 32 * mebibyte, mebibyte, 4_096 * mebibyte),
+  commitBytesMax: integer(
+    "bytes gathered into one log object, or one insert that is larger",
+    "bytes",
+    8 * mebibyte,
+    65_536,
+    256 * mebibyte
+  ),
+  writeQueueBytesMax: integer(
+    "bytes waiting to be committed, a partition",
+    "bytes",
+    64 * mebibyte,
+    mebibyte,
+    4_096 * mebibyte
+  ),
+  applyBacklogBytesMax: integer(
+    "bytes committed and not yet in the index, a partition",
+    "bytes",
+    32 * mebibyte,
+    mebibyte,
+    4_096 * mebibyte
+  ),
   snapshotOps: integer("operations after which a snapshot is taken", "operations", 10_000, 100, 10_000_000),
   snapshotSharePercent: integer("and this share of the partition's records", "%", 50, 1, 1_000),
-  snapshotIdleMillis: integer("quiet time after which a partition with news is snapshotted", "ms", 5_000, 100, 3_600_000),
-  changeBufferMax: integer("newest changes kept in memory for followers, a partition", "changes", 16_384, 16, 1_000_000),
+  snapshotIdleMillis: integer(
+    "quiet time after which a partition with news is snapshotted",
+    "ms",
+    5_000,
+    100,
+    3_600_000
+  ),
+  changeBufferMax: integer(
+    "newest changes kept in memory for followers, a partition",
+    "changes",
+    16_384,
+    16,
+    1_000_000
+  ),
 
   // Searches
   searchDeadlineMillis: integer("deadline of a search that names none", "ms", 10_000, 1, 60_000),
@@ -102,20 +142,30 @@ export const settings = {
   maxFrameBytes: integer("bytes of a WebSocket frame", "bytes", 16 * mebibyte, 1_024, 256 * mebibyte),
   maxHeaderBytes: integer("bytes of a request's headers", "bytes", 16_384, 1_024, mebibyte),
   connectionsMax: integer("open connections", "connections", 20_000, 1, 1_000_000),
-  outboundBytesMax: integer("bytes waiting for a client that does not read, a connection", "bytes", 4 * mebibyte, 65_536, 1_024 * mebibyte),
+  outboundBytesMax: integer(
+    "bytes waiting for a client that does not read, a connection",
+    "bytes",
+    4 * mebibyte,
+    65_536,
+    1_024 * mebibyte
+  ),
   pingIntervalMillis: integer("between two keep-alive pings of a quiet stream", "ms", 60_000, 100, 3_600_000),
   idleTimeoutMillis: integer("after which a WebSocket that answers nothing is closed", "ms", 90_000, 200, 3_600_000),
   headersTimeoutMillis: integer("for a request's headers to arrive", "ms", 10_000, 100, 600_000),
   requestTimeoutMillis: integer("for a request to arrive whole", "ms", 60_000, 100, 3_600_000),
   keepAliveTimeoutMillis: integer("that a quiet HTTP connection is kept", "ms", 60_000, 100, 3_600_000),
-  drainMillis: integer("for open requests to end when shutting down", "ms", 8_000, 0, 600_000),
+  drainMillis: integer("for open requests to end when shutting down", "ms", 8_000, 0, 600_000)
 } as const satisfies Record<string, SettingSpec<string> | SettingSpec<number>>
 
 export type SettingName = keyof typeof settings
-export type SettingValues = { readonly [Name in SettingName]: (typeof settings)[Name]["default"] extends number ? number : ReturnType<(typeof settings)[Name]["parse"]> }
+export type SettingValues = {
+  readonly [Name in SettingName]: (typeof settings)[Name]["default"] extends number
+    ? number
+    : ReturnType<(typeof settings)[Name]["parse"]>
+}
 
 export const defaultSettings: SettingValues = Object.fromEntries(
-  Object.entries(settings).map(([name, spec]) => [name, spec.default]),
+  Object.entries(settings).map(([name, spec]) => [name, spec.default])
 ) as SettingValues
 
 /** The settings in force. */
@@ -133,7 +183,7 @@ export class SettingError extends Error {}
 /** Settings from flags (by setting name) and environment variables. Throws {@link SettingError} with one line for people. */
 export const readSettings = (
   flags: Readonly<Partial<Record<SettingName, string>>>,
-  environment: Readonly<Record<string, string | undefined>>,
+  environment: Readonly<Record<string, string | undefined>>
 ): SettingValues => {
   const values: Record<string, string | number> = { ...defaultSettings }
   const set = (name: SettingName, value: string | undefined, source: string) => {

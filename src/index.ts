@@ -33,12 +33,12 @@ export const actors = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.lay
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
   Layer.provideMerge(LocalActors.layer),
   Layer.provideMerge(Cluster.layerSingle),
-  Layer.provideMerge(VectorIndex.layer),
+  Layer.provideMerge(VectorIndex.layer)
 )
 
 /** Objects in the data directory. */
 const store = Layer.unwrap(
-  Effect.map(DataDirectory, ({ path }) => FileObjectStore.layer({ directory: join(path, "objects") })),
+  Effect.map(DataDirectory, ({ path }) => FileObjectStore.layer({ directory: join(path, "objects") }))
 )
 
 /** A node on embedded defaults: a data directory, and no other service. */
@@ -47,7 +47,7 @@ export const node = (settings: SettingValues) =>
     Layer.provideMerge(actors),
     Layer.provideMerge(store),
     Layer.provideMerge(DataDirectory.layer({ path: settings.data })),
-    Layer.provideMerge(Layer.succeed(Settings, settings)),
+    Layer.provideMerge(Layer.succeed(Settings, settings))
   )
 
 /**
@@ -71,7 +71,7 @@ export const activate = Effect.gen(function* () {
         readiness.set({ state: "failed", detail })
         return Effect.logError("Not ready", detail)
       }),
-      Effect.retry(Schedule.spaced("5 seconds")),
+      Effect.retry(Schedule.spaced("5 seconds"))
     )
   }
   readiness.set({ state: "ready" })

@@ -22,23 +22,23 @@ const flags = Object.fromEntries(
       name,
       Flag.String(flagOf(name)).pipe(
         Flag.withDescription(`${what} (default ${value}; ${bound}; ${variableOf(name)})`),
-        Flag.optional,
-      ),
+        Flag.optional
+      )
     ]
-  }),
+  })
 ) as Record<SettingName, Flag.Flag<Option.Option<string>>>
 
 const serve = Command.make("serve", flags, (given) =>
   Effect.gen(function* () {
     const named = Object.fromEntries(
-      Object.entries(given).flatMap(([name, value]) => (Option.isSome(value) ? [[name, value.value]] : [])),
+      Object.entries(given).flatMap(([name, value]) => (Option.isSome(value) ? [[name, value.value]] : []))
     )
     const values = yield* Effect.try({
       try: () => readSettings(named, process.env),
-      catch: (error) => new Refused({ message: (error as Error).message }),
+      catch: (error) => new Refused({ message: (error as Error).message })
     })
     yield* Effect.provide(run(values), logging(values))
-  }),
+  })
 ).pipe(Command.withDescription("Serve collections, searches and streams from a data directory"))
 
 /** Opens everything, says where, and serves until it is told to stop. */
@@ -46,13 +46,13 @@ const run = (values: SettingValues) =>
   Effect.scoped(
     Effect.gen(function* () {
       const context = yield* Layer.build(node(values)).pipe(
-        Effect.catch((error) => Effect.fail(new Refused({ message: error.message }))),
+        Effect.catch((error) => Effect.fail(new Refused({ message: error.message })))
       )
       const { host, port } = yield* Effect.provideContext(HttpGateway, context)
       yield* Console.log(greeting(host, port, values))
       yield* Effect.provideContext(activate, context)
       return yield* Effect.never
-    }),
+    })
   )
 
 const greeting = (host: string, port: number, values: SettingValues): string => {
@@ -63,7 +63,7 @@ const greeting = (host: string, port: number, values: SettingValues): string => 
     "First vectors and a first search:",
     `  curl --json '{"vectors":[{"id":"a","vector":[1,0,0]},{"id":"b","vector":[0.8,0.6,0]}]}' ${base}/api/v1/insert`,
     `  curl -N '${base}/api/v1/stream/search?query_vector_id=a&k=2'`,
-    `Try it in a browser: ${base}/docs`,
+    `Try it in a browser: ${base}/docs`
   ].join("\n")
 }
 
@@ -78,13 +78,13 @@ const logging = (values: SettingValues) => {
     })
   return Layer.mergeAll(
     Logger.layer([toStderr(forPeople ? Logger.formatLogFmt : Logger.formatJson)]),
-    Layer.succeed(References.MinimumLogLevel, levels[values.logLevel as keyof typeof levels]),
+    Layer.succeed(References.MinimumLogLevel, levels[values.logLevel as keyof typeof levels])
   )
 }
 
 const root = Command.make("ruvector").pipe(
   Command.withDescription("A vector database whose unit is the stream"),
-  Command.withSubcommands([serve]),
+  Command.withSubcommands([serve])
 )
 
 const program = Command.run(root, { version }).pipe(
@@ -94,9 +94,9 @@ const program = Command.run(root, { version }).pipe(
       Effect.sync(() => {
         process.stderr.write(`ruvector: ${error.message}\n`)
         process.exitCode = 1
-      }),
+      })
   ),
-  Effect.provide(NodeServices.layer),
+  Effect.provide(NodeServices.layer)
 )
 
 NodeRuntime.runMain(program, {
@@ -104,5 +104,5 @@ NodeRuntime.runMain(program, {
     // Told to stop (SIGTERM, Ctrl-C) is a clean end; a refusal has set its code already.
     if (Exit.isSuccess(exit) || Cause.hasInterruptsOnly(exit.cause)) return onExit(Number(process.exitCode ?? 0))
     Runtime.defaultTeardown(exit, onExit)
-  },
+  }
 })

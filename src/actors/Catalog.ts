@@ -10,7 +10,13 @@ import { Duration, Effect, Schema, Semaphore } from "effect"
 import { Settings } from "../config.ts"
 import { Catalog } from "../protocol/Catalog.ts"
 import { Collection, type CollectionRequest } from "../protocol/Collection.ts"
-import { CollectionConflict, CollectionNotFound, InvalidInput, Overloaded, StorageUnavailable } from "../protocol/Errors.ts"
+import {
+  CollectionConflict,
+  CollectionNotFound,
+  InvalidInput,
+  Overloaded,
+  StorageUnavailable
+} from "../protocol/Errors.ts"
 import { IndexPartition, partitionId } from "../protocol/IndexPartition.ts"
 import { collectionsMax } from "../protocol/Limits.ts"
 import { ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
@@ -22,8 +28,8 @@ const Catalogue = Schema.fromJsonString(
   Schema.Struct({
     format: Schema.Literal(catalogueFormat),
     collections: Schema.Array(Collection),
-    removing: Schema.Array(Collection),
-  }),
+    removing: Schema.Array(Collection)
+  })
 )
 type Catalogue = typeof Catalogue.Type
 
@@ -43,7 +49,7 @@ export const layer = Catalog.toLayer(
       if (current !== undefined) return current
       const object = yield* store.get(catalogueKey).pipe(
         Effect.catchTag("ObjectMissing", () => Effect.undefined),
-        Effect.mapError(storageError),
+        Effect.mapError(storageError)
       )
       if (object === undefined) {
         current = { catalogue: { format: catalogueFormat, collections: [], removing: [] }, etag: undefined }
@@ -51,8 +57,11 @@ export const layer = Catalog.toLayer(
         const catalogue = yield* Schema.decodeUnknownEffect(Catalogue)(Buffer.from(object.body).toString("utf8")).pipe(
           Effect.mapError(
             (error) =>
-              new StorageUnavailable({ detail: `The catalogue cannot be read: ${error.message}`, retryAfterMillis: 10_000 }),
-          ),
+              new StorageUnavailable({
+                detail: `The catalogue cannot be read: ${error.message}`,
+                retryAfterMillis: 10_000
+              })
+          )
         )
         current = { catalogue, etag: object.etag }
         if (catalogue.removing.length > 0) yield* Effect.forkIn(gate.withPermit(finishRemovals), scope)
@@ -71,8 +80,8 @@ export const layer = Catalog.toLayer(
         Effect.mapError((error) =>
           error._tag === "StoreFailure"
             ? storageError(error)
-            : new StorageUnavailable({ detail: "The catalogue was changed by another node.", retryAfterMillis: 100 }),
-        ),
+            : new StorageUnavailable({ detail: "The catalogue was changed by another node.", retryAfterMillis: 100 })
+        )
       )
 
     const finishRemovals: Effect.Effect<void, StorageUnavailable> = Effect.gen(function* () {
@@ -81,12 +90,18 @@ export const layer = Catalog.toLayer(
         yield* Effect.forEach(
           Array.from({ length: collection.partitions }, (_, partition) => partition),
           (partition) =>
-            partitions(partitionId({ collection: collection.name, uid: collection.uid, partition })).Remove({ collection }),
-          { concurrency: 4, discard: true },
+            partitions(partitionId({ collection: collection.name, uid: collection.uid, partition })).Remove({
+              collection
+            }),
+          { concurrency: 4, discard: true }
         ).pipe(
           Effect.mapError(
-            () => new StorageUnavailable({ detail: "A partition could not be removed; it will be.", retryAfterMillis: 1_000 }),
-          ),
+            () =>
+              new StorageUnavailable({
+                detail: "A partition could not be removed; it will be.",
+                retryAfterMillis: 1_000
+              })
+          )
         )
         const now = yield* read
         const removing = now.catalogue.removing.filter((one) => one.uid !== collection.uid)
@@ -108,13 +123,13 @@ export const layer = Catalog.toLayer(
       const index = {
         m: request.index?.m ?? settings.defaultM,
         ef_construction: request.index?.ef_construction ?? settings.defaultEfConstruction,
-        ef_search: request.index?.ef_search ?? settings.defaultEfSearch,
+        ef_search: request.index?.ef_search ?? settings.defaultEfSearch
       }
       if (index.ef_construction < index.m) {
         return yield* new InvalidInput({
           field: "index.ef_construction",
           expected: `at least m (${index.m})`,
-          got: String(index.ef_construction),
+          got: String(index.ef_construction)
         })
       }
       const collection: Collection = {
@@ -124,7 +139,7 @@ export const layer = Catalog.toLayer(
         metric: request.metric ?? "cosine",
         partitions: request.partitions ?? settings.defaultPartitions,
         index,
-        created_ms: Date.now(),
+        created_ms: Date.now()
       }
       yield* write({ ...catalogue, collections: [...catalogue.collections, collection] }, etag)
       return { collection, created: true }
@@ -145,9 +160,9 @@ export const layer = Catalog.toLayer(
         {
           ...catalogue,
           collections: catalogue.collections.filter((one) => one.name !== name),
-          removing: [...catalogue.removing, collection],
+          removing: [...catalogue.removing, collection]
         },
-        etag,
+        etag
       )
       yield* finishRemovals
     })
@@ -157,10 +172,10 @@ export const layer = Catalog.toLayer(
       Create: ({ payload }) => gate.withPermit(create(payload.name, payload.request)),
       Read: ({ payload }) => find(payload.name),
       List: () => Effect.map(read, ({ catalogue }) => catalogue.collections),
-      Delete: ({ payload }) => gate.withPermit(remove(payload.name)),
+      Delete: ({ payload }) => gate.withPermit(remove(payload.name))
     })
   }),
-  { concurrency: "unbounded", disableFatalDefects: true, maxIdleTime: Duration.infinity },
+  { concurrency: "unbounded", disableFatalDefects: true, maxIdleTime: Duration.infinity }
 )
 
 /** What of a request contradicts the collection that is there; what it leaves out contradicts nothing. */
@@ -171,7 +186,7 @@ const conflictOf = (there: Collection, request: CollectionRequest): CollectionCo
     ["partitions", there.partitions, request.partitions],
     ["index.m", there.index.m, request.index?.m],
     ["index.ef_construction", there.index.ef_construction, request.index?.ef_construction],
-    ["index.ef_search", there.index.ef_search, request.index?.ef_search],
+    ["index.ef_search", there.index.ef_search, request.index?.ef_search]
   ]
   for (const [field, expected, got] of asked) {
     if (got !== undefined && got !== expected) {

@@ -57,7 +57,8 @@ export class ChangeFeed {
       else low = middle + 1
     }
     const found: Array<Change> = []
-    for (let n = low; n < this.#published && found.length < limit; n++) found.push(this.#ring[n % this.#capacity] as Change)
+    for (let n = low; n < this.#published && found.length < limit; n++)
+      found.push(this.#ring[n % this.#capacity] as Change)
     return found
   }
 

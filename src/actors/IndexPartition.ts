@@ -17,7 +17,7 @@ import {
   PartitionCorrupt,
   PartitionUnavailable,
   StorageUnavailable,
-  VectorNotFound,
+  VectorNotFound
 } from "../protocol/Errors.ts"
 import {
   type Change,
@@ -28,7 +28,7 @@ import {
   type PartitionQuery,
   type PartitionRecord,
   type PartitionStats,
-  partitionAddressOf,
+  partitionAddressOf
 } from "../protocol/IndexPartition.ts"
 import { formatVersion, VersionClock } from "../protocol/Version.ts"
 import { LocalActors } from "../shards/LocalActors.ts"
@@ -46,7 +46,7 @@ export const partitionPrefix = (uid: string, partition: number): string =>
 
 const activations = Metric.counter("ruvector_partition_activations", { description: "Partitions made resident" })
 const activationFailures = Metric.counter("ruvector_partition_activation_failures", {
-  description: "Attempts to make a partition resident that failed",
+  description: "Attempts to make a partition resident that failed"
 })
 const snapshotsTaken = Metric.counter("ruvector_snapshots_taken", { description: "Snapshots committed" })
 const snapshotFailures = Metric.counter("ruvector_snapshot_failures", { description: "Snapshots that failed" })
@@ -75,9 +75,9 @@ export const layer = Layer.unwrap(
       disableFatalDefects: true,
       mailboxCapacity: 65_536,
       maxIdleTime:
-        settings.partitionIdleMillis === 0 ? Duration.infinity : Duration.millis(settings.partitionIdleMillis),
-    }),
-  ),
+        settings.partitionIdleMillis === 0 ? Duration.infinity : Duration.millis(settings.partitionIdleMillis)
+    })
+  )
 )
 
 const makePartition = Effect.gen(function* () {
@@ -102,7 +102,8 @@ const makePartition = Effect.gen(function* () {
   const unavailable = (detail: string, retryAfterMillis = 500) =>
     new PartitionUnavailable({ collection: name, partition, detail, retryAfterMillis })
 
-  const lostError = (error: IndexLost) => unavailable(`Its vector thread was lost (${error.detail}); it is being reopened.`)
+  const lostError = (error: IndexLost) =>
+    unavailable(`Its vector thread was lost (${error.detail}); it is being reopened.`)
 
   /** Lets go of the partition; the next message activates it again. */
   const letGo = (of: Resident | undefined) =>
@@ -119,8 +120,8 @@ const makePartition = Effect.gen(function* () {
         Effect.mapError((error) =>
           error._tag === "CollectionNotFound" || error._tag === "StorageUnavailable"
             ? error
-            : unavailable("The catalogue cannot be reached."),
-        ),
+            : unavailable("The catalogue cannot be reached.")
+        )
       )
     if (collection.uid !== uid) return yield* new CollectionNotFound({ collection: name })
     return collection
@@ -141,20 +142,20 @@ const makePartition = Effect.gen(function* () {
           default:
             return unavailable(error.message, 5_000)
         }
-      }),
+      })
     )
     const spec = {
       dimensions: collection.dimensions,
       metric: collection.metric,
       m: collection.index.m,
-      efConstruction: collection.index.ef_construction,
+      efConstruction: collection.index.ef_construction
     }
     const { snapshot } = log
     const opening =
       snapshot === undefined
         ? vectors.open(spec, undefined)
         : store.withFile(snapshot.records.key, (records) =>
-            store.withFile(snapshot.graph.key, (graph) => vectors.open(spec, { records, graph })),
+            store.withFile(snapshot.graph.key, (graph) => vectors.open(spec, { records, graph }))
           )
     const index = yield* opening.pipe(
       Scope.provide(scope),
@@ -163,32 +164,44 @@ const makePartition = Effect.gen(function* () {
           case "IndexLost":
             return lostError(error)
           case "SnapshotUnreadable":
-            return new PartitionCorrupt({ collection: name, partition, object: snapshot?.records.key ?? prefix, detail: error.detail })
+            return new PartitionCorrupt({
+              collection: name,
+              partition,
+              object: snapshot?.records.key ?? prefix,
+              detail: error.detail
+            })
           case "ObjectMissing":
             return new PartitionCorrupt({ collection: name, partition, object: error.key, detail: "It is missing." })
           case "StoreFailure":
             return new StorageUnavailable({ detail: error.detail, retryAfterMillis: 1_000 })
         }
-      }),
+      })
     )
 
     // Replay: handed to the thread as they are read, a bounded number ahead of what it has applied.
     let replayed = 0
     yield* log.tail.pipe(
-      Stream.mapEffect(({ bytes }) => Effect.tap(index.apply(bytes), ({ effects }) => Effect.sync(() => (replayed += effects.length))), {
-        concurrency: replayAhead,
-      }),
+      Stream.mapEffect(
+        ({ bytes }) => Effect.tap(index.apply(bytes), ({ effects }) => Effect.sync(() => (replayed += effects.length))),
+        {
+          concurrency: replayAhead
+        }
+      ),
       Stream.runDrain,
       Effect.mapError((error) =>
         error._tag === "IndexLost"
           ? lostError(error)
           : error._tag === "StoreFailure"
             ? new StorageUnavailable({ detail: error.detail, retryAfterMillis: 1_000 })
-            : new PartitionCorrupt({ collection: name, partition, object: error.object, detail: error.detail }),
-      ),
+            : new PartitionCorrupt({ collection: name, partition, object: error.object, detail: error.detail })
+      )
     )
     const replayedStats = yield* Effect.mapError(index.stats, lostError)
-    const clock = new VersionClock(settings.region, replayedStats.maxTime, replayedStats.counters.get(settings.region) ?? 0)
+    const clock = new VersionClock(
+      settings.region,
+      replayedStats.maxTime,
+      replayedStats.counters.get(settings.region) ?? 0
+    )
     const feed = new ChangeFeed(settings.changeBufferMax, { seq: log.lastSeq(), index: Number.MAX_SAFE_INTEGER })
     let opsSinceSnapshot = replayed
     let lastWriteAt = Date.now()
@@ -211,8 +224,8 @@ const makePartition = Effect.gen(function* () {
           // Not from inside the scope that it closes.
           Effect.forkIn(entityScope),
           Effect.asVoid,
-          annotate,
-        ),
+          annotate
+        )
     }).pipe(Scope.provide(scope))
 
     const snapshotNow = Effect.gen(function* () {
@@ -229,9 +242,9 @@ const makePartition = Effect.gen(function* () {
       Effect.catch((error) =>
         Effect.andThen(
           Metric.update(snapshotFailures, 1),
-          annotate(Effect.logWarning(`Snapshot failed: ${error._tag}`, "detail" in error ? error.detail : "")),
-        ),
-      ),
+          annotate(Effect.logWarning(`Snapshot failed: ${error._tag}`, "detail" in error ? error.detail : ""))
+        )
+      )
     )
 
     const snapshotPolicy = Effect.gen(function* () {
@@ -256,14 +269,18 @@ const makePartition = Effect.gen(function* () {
       scope,
       Effect.suspend(() => (opsSinceSnapshot === 0 || index.lost() ? Effect.void : snapshotNow)).pipe(
         Effect.timeoutOption(settings.drainMillis),
-        Effect.asVoid,
-      ),
+        Effect.asVoid
+      )
     )
 
     const search = (query: PartitionQuery): Effect.Effect<PartitionHits, PartitionError | IndexLost> => {
       if (query.vector.length !== collection.dimensions) {
         return Effect.fail(
-          new InvalidInput({ field: "query", expected: `${collection.dimensions} numbers`, got: `${query.vector.length}` }),
+          new InvalidInput({
+            field: "query",
+            expected: `${collection.dimensions} numbers`,
+            got: `${query.vector.length}`
+          })
         )
       }
       return Effect.mapBoth(
@@ -273,20 +290,18 @@ const makePartition = Effect.gen(function* () {
           ef: Math.max(query.ef === 0 ? collection.index.ef_search : query.ef, query.k),
           filter: query.filter === "" ? undefined : query.filter,
           includeMetadata: query.includeMetadata,
-          includeVector: query.includeVector,
+          includeVector: query.includeVector
         }),
         {
           onSuccess: toHits,
           onFailure: (error) =>
-            error._tag === "IndexBusy" ? new Overloaded({ bound: "threadPendingMax", retryAfterMillis: 100 }) : error,
-        },
+            error._tag === "IndexBusy" ? new Overloaded({ bound: "threadPendingMax", retryAfterMillis: 100 }) : error
+        }
       )
     }
 
     const get = (ids: ReadonlyArray<string>) =>
-      Effect.map(index.get(ids), (records) =>
-        records.map((record) => (record === undefined ? null : toRecord(record))),
-      )
+      Effect.map(index.get(ids), (records) => records.map((record) => (record === undefined ? null : toRecord(record))))
 
     const stats = Effect.map(
       index.stats,
@@ -298,8 +313,8 @@ const makePartition = Effect.gen(function* () {
         last_seq: log.lastSeq(),
         snapshot_seq: log.snapshotSeq(),
         log_objects_cut: log.cut,
-        snapshots_refused: log.snapshotsRefused,
-      }),
+        snapshots_refused: log.snapshotsRefused
+      })
     )
 
     /** What follows a position: from the buffer, else from the log. */
@@ -322,7 +337,7 @@ const makePartition = Effect.gen(function* () {
             }
             yield* news
           }
-        }),
+        })
       )
 
     const readChanges = (position: Position): Effect.Effect<ReadonlyArray<Change>, PartitionError | Compacted> =>
@@ -334,8 +349,8 @@ const makePartition = Effect.gen(function* () {
         Effect.mapError((error) =>
           error._tag === "Compacted"
             ? new Compacted({ oldestSeq: error.oldestSeq })
-            : new StorageUnavailable({ detail: "The log cannot be read now.", retryAfterMillis: 1_000 }),
-        ),
+            : new StorageUnavailable({ detail: "The log cannot be read now.", retryAfterMillis: 1_000 })
+        )
       )
 
     const opened: Resident = { collection, scope, search, get, stats, writer, changes }
@@ -346,8 +361,8 @@ const makePartition = Effect.gen(function* () {
         records: replayedStats.count,
         replayed,
         epoch: log.epoch,
-        millis: Math.round(performance.now() - started),
-      }),
+        millis: Math.round(performance.now() - started)
+      })
     )
     return opened
   })
@@ -375,13 +390,15 @@ const makePartition = Effect.gen(function* () {
           const of = exit.value
           const here = {
             search: (query: PartitionQuery) => again(of, of.search(query), (next) => next.search(query)),
-            get: (ids: ReadonlyArray<string>) => again(of, of.get(ids), (next) => next.get(ids)),
+            get: (ids: ReadonlyArray<string>) => again(of, of.get(ids), (next) => next.get(ids))
           }
           yield* Scope.provide(local.registerPartition(entityId, here), scope)
         } else {
           yield* Scope.close(scope, Exit.void)
           const found = Exit.findErrorOption(exit)
-          const error = Option.isSome(found) ? found.value : unavailable("It could not be opened; the logs say why.", 5_000)
+          const error = Option.isSome(found)
+            ? found.value
+            : unavailable("It could not be opened; the logs say why.", 5_000)
           failure = { error, until: Date.now() + retryActivationMillis }
           if (error._tag !== "CollectionNotFound") {
             yield* Metric.update(activationFailures, 1)
@@ -396,7 +413,7 @@ const makePartition = Effect.gen(function* () {
     }
     return Effect.timeoutOrElse(Deferred.await(activating), {
       duration: settings.activationDeadlineMillis,
-      orElse: () => Effect.fail(unavailable("It is being opened.", 2_000)),
+      orElse: () => Effect.fail(unavailable("It is being opened.", 2_000))
     })
   })
 
@@ -404,18 +421,19 @@ const makePartition = Effect.gen(function* () {
   const again = <A>(
     of: Resident,
     read: Effect.Effect<A, PartitionError | IndexLost>,
-    retry: (next: Resident) => Effect.Effect<A, PartitionError | IndexLost>,
+    retry: (next: Resident) => Effect.Effect<A, PartitionError | IndexLost>
   ): Effect.Effect<A, PartitionError> =>
     Effect.catch(read, (error): Effect.Effect<A, PartitionError> => {
       if (!(error instanceof IndexLost)) return Effect.fail(error)
       return Effect.andThen(letGo(of), activate).pipe(
         Effect.flatMap(retry),
-        Effect.mapError((second) => (second instanceof IndexLost ? lostError(second) : second)),
+        Effect.mapError((second) => (second instanceof IndexLost ? lostError(second) : second))
       )
     })
 
-  const read = <A>(use: (of: Resident) => Effect.Effect<A, PartitionError | IndexLost>): Effect.Effect<A, PartitionError> =>
-    Effect.flatMap(activate, (of) => again(of, use(of), use))
+  const read = <A>(
+    use: (of: Resident) => Effect.Effect<A, PartitionError | IndexLost>
+  ): Effect.Effect<A, PartitionError> => Effect.flatMap(activate, (of) => again(of, use(of), use))
 
   const write = (drafts: ReadonlyArray<PartitionWriter.Draft>) =>
     Effect.flatMap(activate, (of) => {
@@ -443,7 +461,7 @@ const makePartition = Effect.gen(function* () {
     yield* letGo(resident)
     yield* PartitionLog.remove(prefix).pipe(
       Effect.provideService(ObjectStore, store),
-      Effect.mapError((error) => new StorageUnavailable({ detail: error.detail, retryAfterMillis: 1_000 })),
+      Effect.mapError((error) => new StorageUnavailable({ detail: error.detail, retryAfterMillis: 1_000 }))
     )
   })
 
@@ -451,7 +469,7 @@ const makePartition = Effect.gen(function* () {
     Activate: () => read((of) => of.stats),
     Upsert: ({ payload }) =>
       Effect.as(write(payload.records.map((record) => ({ kind: "upsert" as const, ...record }))), {
-        inserted: payload.records.length,
+        inserted: payload.records.length
       }),
     UpdateMetadata: ({ payload }) =>
       Effect.gen(function* () {
@@ -462,13 +480,13 @@ const makePartition = Effect.gen(function* () {
       }),
     Delete: ({ payload }) =>
       Effect.map(write(payload.ids.map((id) => ({ kind: "delete" as const, id }))), ({ effects }) => ({
-        deleted: effects.reduce((sum, effect) => sum + Number(effect === deletedVisible), 0),
+        deleted: effects.reduce((sum, effect) => sum + Number(effect === deletedVisible), 0)
       })),
     Get: ({ payload }) => read((of) => of.get(payload.ids)),
     Search: ({ payload }) => read((of) => of.search(payload)),
     Stats: () => read((of) => of.stats),
     Changes: ({ payload }) => Stream.unwrap(Effect.map(activate, (of) => of.changes(payload))),
-    Remove: () => remove,
+    Remove: () => remove
   })
 })
 
@@ -485,18 +503,18 @@ const toHits = (hits: IndexHits): PartitionHits => ({
   ids: hits.ids,
   scores: hits.scores,
   ...(hits.metadata === undefined ? {} : { metadata: hits.metadata }),
-  ...(hits.vectors === undefined ? {} : { vectors: hits.vectors }),
+  ...(hits.vectors === undefined ? {} : { vectors: hits.vectors })
 })
 
 const toRecord = (record: IndexRecord): PartitionRecord => ({
   id: record.id,
   vector: record.vector,
   metadata: record.metadata,
-  version: formatVersion(record.version),
+  version: formatVersion(record.version)
 })
 
 /** The changes of a group, without operations that had no effect where that is known. */
 const changesOf = (seq: number, ops: ReadonlyArray<LogOp>, applied: Applied | undefined): ReadonlyArray<Change> =>
   ops.flatMap(({ kind, id, version }, index) =>
-    applied?.effects[index] === 0 ? [] : [{ seq, index, kind, id, version: formatVersion(version) }],
+    applied?.effects[index] === 0 ? [] : [{ seq, index, kind, id, version: formatVersion(version) }]
   )

@@ -34,7 +34,7 @@ export interface PartitionWriter {
   /** Sets fields of a record's metadata (`null` removes one); `undefined` where there is no visible record. */
   readonly patch: (
     id: string,
-    fields: Readonly<Record<string, unknown>>,
+    fields: Readonly<Record<string, unknown>>
   ) => Effect.Effect<{ readonly metadata: string; readonly version: string } | undefined, WriteError>
   /** Sequence number of the last log object handed to the index. */
   readonly appliedSeq: () => number
@@ -104,7 +104,7 @@ export const make = (options: {
         // A caller that goes away does not undo its write: it is in the queue, and may be in a group already.
         return Effect.ensuring(
           Deferred.await(pending.done),
-          Effect.sync(() => open.delete(pending)),
+          Effect.sync(() => open.delete(pending))
         )
       })
 
@@ -140,7 +140,7 @@ export const make = (options: {
       seq: number,
       bytes: Uint8Array,
       ops: ReadonlyArray<LogOp>,
-      complete: (outcome: Result.Result<Applied, IndexLost>) => void,
+      complete: (outcome: Result.Result<Applied, IndexLost>) => void
     ) {
       appliedSeq = seq
       backlogBytes += bytes.length
@@ -153,9 +153,9 @@ export const make = (options: {
             if (Result.isSuccess(outcome)) options.onApplied(seq, ops, outcome.success)
             complete(outcome)
             return Result.isSuccess(outcome) ? Effect.void : stop(outcome.failure, [])
-          }),
+          })
         ),
-        Effect.forkIn(scope, { startImmediately: true }),
+        Effect.forkIn(scope, { startImmediately: true })
       )
     })
 
@@ -195,7 +195,7 @@ export const make = (options: {
             const error = new InvalidInput({
               field: "metadata",
               expected: `at most ${metadataBytesMax} bytes of JSON once merged`,
-              got: `${Buffer.byteLength(after)} bytes`,
+              got: `${Buffer.byteLength(after)} bytes`
             })
             Deferred.doneUnsafe(pending.done, Effect.fail(error))
             continue
@@ -220,19 +220,20 @@ export const make = (options: {
         log.append((position) => {
           bytes = encodeSegment({ ...position, dimensions }, ops)
           return bytes
-        }),
+        })
       )
       if (Result.isFailure(appended)) {
         const error = appended.failure
         if (error._tag === "NotOwner") return yield* stop(error, group)
         return fail(
           group,
-          new StorageUnavailable({ detail: `The write was not committed: ${error.detail}`, retryAfterMillis: 1_000 }),
+          new StorageUnavailable({ detail: `The write was not committed: ${error.detail}`, retryAfterMillis: 1_000 })
         )
       }
       const { seq, recovered } = appended.success
       // An earlier group whose writers were told that it failed has turned out to be in the log: it counts.
-      for (const earlier of recovered) yield* applyInOrder(earlier.seq, earlier.bytes, decodeSegment(earlier.bytes).ops, () => {})
+      for (const earlier of recovered)
+        yield* applyInOrder(earlier.seq, earlier.bytes, decodeSegment(earlier.bytes).ops, () => {})
       yield* applyInOrder(seq, bytes as Uint8Array, ops, (outcome) => {
         if (Result.isFailure(outcome)) return fail(group, outcome.failure)
         for (const { pending, first, count, metadata } of spans) {
@@ -261,7 +262,10 @@ export const make = (options: {
         const group = takeGroup()
         yield* Effect.catchCause(commitGroup(group), (cause) => {
           // A defect of ours in one group must not leave its writers, nor those after them, waiting for ever.
-          fail(group, new StorageUnavailable({ detail: "The write met a defect of the server.", retryAfterMillis: 1_000 }))
+          fail(
+            group,
+            new StorageUnavailable({ detail: "The write met a defect of the server.", retryAfterMillis: 1_000 })
+          )
           return Effect.logError("A commit met a defect", cause)
         })
       }
@@ -269,22 +273,24 @@ export const make = (options: {
 
     yield* Effect.forkScoped(loop)
     yield* Effect.addFinalizer(() =>
-      Effect.sync(() => fail(open, new StorageUnavailable({ detail: "The partition is closing.", retryAfterMillis: 500 }))),
+      Effect.sync(() =>
+        fail(open, new StorageUnavailable({ detail: "The partition is closing.", retryAfterMillis: 500 }))
+      )
     )
 
     return {
       write: (drafts) =>
         Effect.map(
           submit({ drafts, patch: undefined, bytes: draftBytes(drafts), done: Deferred.makeUnsafe() }),
-          ({ effects }) => ({ effects }),
+          ({ effects }) => ({ effects })
         ),
       patch: (id, fields) =>
         Effect.map(
           submit({ drafts: [], patch: { id, fields }, bytes: patchBytes, done: Deferred.makeUnsafe() }),
-          ({ patched }) => patched,
+          ({ patched }) => patched
         ),
       appliedSeq: () => appliedSeq,
-      settled: Effect.suspend(() => (lastApply === undefined ? Effect.void : Effect.asVoid(Fiber.await(lastApply)))),
+      settled: Effect.suspend(() => (lastApply === undefined ? Effect.void : Effect.asVoid(Fiber.await(lastApply))))
     }
   })
 

@@ -24,17 +24,17 @@ export const layer = Layer.unwrap(
           Open: () => Effect.void,
           Search: ({ payload }) => session.search(payload),
           Resume: ({ payload }) => Effect.sync(() => session.answer(payload.queryId) ?? null),
-          Close: () => Effect.sync(() => session.close()),
+          Close: () => Effect.sync(() => session.close())
         })
       }),
       {
         concurrency: "unbounded",
         disableFatalDefects: true,
         maxIdleTime: Duration.millis(settings.sessionIdleMillis),
-        mailboxCapacity: settings.sessionSearchesMax,
-      },
-    ),
-  ),
+        mailboxCapacity: settings.sessionSearchesMax
+      }
+    )
+  )
 )
 
 class Session {
@@ -60,7 +60,7 @@ class Session {
         Effect.sync(() => {
           this.#underWay -= 1
           if (exit._tag === "Success") this.#keep(exit.value)
-        }),
+        })
       )
     })
   }

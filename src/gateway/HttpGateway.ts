@@ -52,7 +52,7 @@ export class HttpGateway extends Context.Service<
         const id = NodeHttpServerRequest.toIncomingMessage(request).headers[requestIdHeader] as string
         const path = pathOf(request.url)
         const response = yield* Effect.catchCause(app, (cause) =>
-          responseOfCause(cause, { id, method: request.method, path }, methodsOf),
+          responseOfCause(cause, { id, method: request.method, path }, methodsOf)
         )
         countRequest("http", routeOf(path), response.status, performance.now() - started)
         return HttpServerResponse.setHeader(response, "x-request-id", id)
@@ -66,7 +66,7 @@ export class HttpGateway extends Context.Service<
         headersTimeout: settings.headersTimeoutMillis,
         requestTimeout: settings.requestTimeoutMillis,
         keepAliveTimeout: settings.keepAliveTimeoutMillis,
-        connectionsCheckingInterval: 1_000,
+        connectionsCheckingInterval: 1_000
       })
       server.maxConnections = settings.connectionsMax
       const sockets = new Set<Socket>()
@@ -86,7 +86,8 @@ export class HttpGateway extends Context.Service<
       })
       server.on("upgrade", (request: Http.IncomingMessage, socket: Duplex, head: Buffer) => {
         socket.on("error", () => {})
-        if (pathOf(request.url as string) === WebSocketGateway.path) return webSockets.handleUpgrade(request, socket, head)
+        if (pathOf(request.url as string) === WebSocketGateway.path)
+          return webSockets.handleUpgrade(request, socket, head)
         request.headers[requestIdHeader] = nextRequestId()
         upgrade(request, socket, head)
       })
@@ -108,11 +109,14 @@ export class HttpGateway extends Context.Service<
             yield* Effect.sleep(20)
           }
           for (const socket of sockets) socket.destroy()
-        }),
+        })
       )
       return HttpGateway.of({ host: settings.host, port: address.port })
-    }),
-  ).pipe(Layer.provide([Sse.Sse.layer, WebSocketGateway.WebSocketGateway.layer]), Layer.provide(NodeHttpServer.layerHttpServices))
+    })
+  ).pipe(
+    Layer.provide([Sse.Sse.layer, WebSocketGateway.WebSocketGateway.layer]),
+    Layer.provide(NodeHttpServer.layerHttpServices)
+  )
 }
 
 const requestIdHeader = "x-ruvector-request-id"
@@ -123,20 +127,24 @@ const pathOf = (url: string): string => {
 }
 
 /** Path patterns of ours and their methods, from the OpenAPI document and the routes beside it. */
-const patterns: ReadonlyArray<{ readonly route: string; readonly pattern: RegExp; readonly methods: ReadonlyArray<string> }> = [
+const patterns: ReadonlyArray<{
+  readonly route: string
+  readonly pattern: RegExp
+  readonly methods: ReadonlyArray<string>
+}> = [
   ...Object.entries(OpenApi.fromApi(RuvectorApi).paths).map(([path, operations]) => ({
     route: path.replace("/api/v1/", ""),
     pattern: new RegExp(`^${path.replace(/\{[^}]+\}/g, "[^/]+")}$`),
-    methods: Object.keys(operations).map((method) => method.toUpperCase()),
+    methods: Object.keys(operations).map((method) => method.toUpperCase())
   })),
   ...["/", "/docs", "/openapi.json", "/metrics", "/health/live", "/health/ready", Sse.path, WebSocketGateway.path].map(
-    (path) => ({ route: path.replace("/api/v1/", ""), pattern: new RegExp(`^${path}$`), methods: ["GET"] }),
+    (path) => ({ route: path.replace("/api/v1/", ""), pattern: new RegExp(`^${path}$`), methods: ["GET"] })
   ),
   ...RpcGateway.paths.map((path) => ({
     route: path.replace("/api/v1/", ""),
     pattern: new RegExp(`^${path}$`),
-    methods: path.includes("/ws") ? ["GET"] : ["POST"],
-  })),
+    methods: path.includes("/ws") ? ["GET"] : ["POST"]
+  }))
 ]
 
 const methodsOf = (path: string): ReadonlyArray<string> | undefined => {
@@ -150,11 +158,14 @@ const routeOf = (path: string): string => {
   if (direct !== undefined) return direct
   return patterns.find(({ pattern }) => pattern.test(path))?.route ?? "unknown"
 }
-const routes = new Map(patterns.map(({ route, pattern }) => [pattern.source.slice(1, -1).replaceAll("\\/", "/"), route]))
+const routes = new Map(
+  patterns.map(({ route, pattern }) => [pattern.source.slice(1, -1).replaceAll("\\/", "/"), route])
+)
 
 const listen = (server: Http.Server, port: number, host: string): Effect.Effect<void, ListenError> =>
   Effect.callback((resume) => {
-    const onError = (error: NodeJS.ErrnoException) => resume(Effect.fail(new ListenError({ message: listenFault(error, port, host) })))
+    const onError = (error: NodeJS.ErrnoException) =>
+      resume(Effect.fail(new ListenError({ message: listenFault(error, port, host) })))
     server.once("error", onError)
     server.listen({ port, host, backlog: 4_096 }, () => {
       server.off("error", onError)
@@ -194,11 +205,10 @@ const refuseRaw = (error: NodeJS.ErrnoException, socket: Duplex): void => {
     code,
     field: "",
     expected: "an HTTP/1.1 request within the limits",
-    got: error.code ?? "something else",
+    got: error.code ?? "something else"
   })
   countRequest("http", "unparsed", status, 0)
   socket.end(
-    `HTTP/1.1 ${status} ${title}\r\ncontent-type: ${problemContentType}\r\ncontent-length: ${Buffer.byteLength(body)}\r\nconnection: close\r\n\r\n${body}`,
+    `HTTP/1.1 ${status} ${title}\r\ncontent-type: ${problemContentType}\r\ncontent-length: ${Buffer.byteLength(body)}\r\nconnection: close\r\n\r\n${body}`
   )
 }
-

@@ -7,35 +7,44 @@ import { Context, Metric } from "effect"
 const context = Context.empty()
 
 /** Milliseconds, from a quarter of one to ten seconds. */
-const latencyBoundaries = [0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 150, 250, 500, 1_000, 2_500, 5_000, 10_000]
+const latencyBoundaries = [
+  0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 150, 250, 500, 1_000, 2_500, 5_000, 10_000
+]
 
 const requestMillis = Metric.histogram("ruvector_request_duration_ms", {
   description: "Time from a request's arrival to its answer, by wire and route",
-  boundaries: latencyBoundaries,
+  boundaries: latencyBoundaries
 })
 const requestsTotal = Metric.counter("ruvector_requests", {
   description: "Requests answered, by wire, route and status",
-  incremental: true,
+  incremental: true
 })
 const connections = Metric.gauge("ruvector_connections", { description: "Open connections, by wire" })
 const connectionsTotal = Metric.counter("ruvector_connections_opened", {
   description: "Connections opened, by wire",
-  incremental: true,
+  incremental: true
 })
 const closes = Metric.counter("ruvector_stream_closes", {
   description: "Streams closed, by wire and close code",
-  incremental: true,
+  incremental: true
 })
 const sentBytes = Metric.counter("ruvector_stream_sent_bytes", {
   description: "Bytes sent on streams, by wire",
-  incremental: true,
+  incremental: true
 })
-const defects = Metric.counter("ruvector_defects", { description: "Requests that met a defect of the server", incremental: true })
+const defects = Metric.counter("ruvector_defects", {
+  description: "Requests that met a defect of the server",
+  incremental: true
+})
 
 const cache = new Map<string, Metric.Metric<number, unknown>>()
 
 /** One series of a metric; the set of label values is small and fixed (routes, wires, statuses). */
-const series = <S>(metric: Metric.Metric<number, S>, name: string, labels: Record<string, string>): Metric.Metric<number, unknown> => {
+const series = <S>(
+  metric: Metric.Metric<number, S>,
+  name: string,
+  labels: Record<string, string>
+): Metric.Metric<number, unknown> => {
   const key = `${name}|${Object.values(labels).join("|")}`
   const found = cache.get(key)
   if (found !== undefined) return found

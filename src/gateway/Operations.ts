@@ -22,7 +22,10 @@ const gauges = {
   heapTotalBytes: gauge("nodejs_heap_total_bytes", "Heap of the main thread, reserved"),
   arrayBufferBytes: gauge("nodejs_array_buffers_bytes", "Array buffers of the main thread"),
   cpuSeconds: gauge("process_cpu_seconds", "CPU time used, user and system"),
-  eventLoopP99Millis: gauge("nodejs_eventloop_delay_p99_ms", "99th percentile of the main thread's delay since the last reading"),
+  eventLoopP99Millis: gauge(
+    "nodejs_eventloop_delay_p99_ms",
+    "99th percentile of the main thread's delay since the last reading"
+  )
 }
 
 /** Routes of the operators' wire. */
@@ -45,9 +48,9 @@ export const layer = HttpRouter.use(
         const ready = state.state === "ready"
         return HttpServerResponse.jsonUnsafe(
           { status: state.state, ...("detail" in state ? { detail: state.detail } : {}) },
-          { status: ready ? 200 : 503, headers: { ...noStore.headers, ...(ready ? {} : { "retry-after": "1" }) } },
+          { status: ready ? 200 : 503, headers: { ...noStore.headers, ...(ready ? {} : { "retry-after": "1" }) } }
         )
-      }),
+      })
     )
     yield* router.add(
       "GET",
@@ -59,8 +62,14 @@ export const layer = HttpRouter.use(
         set(gauges.sessions, sessions.count())
         set(gauges.sessionsResident, local.sessions.size)
         set(gauges.ready, readiness.get().state === "ready" ? 1 : 0)
-        set(gauges.threadBytes, threads.reduce((sum, thread) => sum + thread.bytes, 0))
-        set(gauges.threadRestarts, threads.reduce((sum, thread) => sum + thread.restarts, 0))
+        set(
+          gauges.threadBytes,
+          threads.reduce((sum, thread) => sum + thread.bytes, 0)
+        )
+        set(
+          gauges.threadRestarts,
+          threads.reduce((sum, thread) => sum + thread.restarts, 0)
+        )
         const memory = process.memoryUsage()
         set(gauges.rssBytes, memory.rss)
         set(gauges.heapBytes, memory.heapUsed)
@@ -72,9 +81,9 @@ export const layer = HttpRouter.use(
         delay.reset()
         return HttpServerResponse.text(PrometheusMetrics.formatUnsafe(context), {
           contentType: "text/plain; version=0.0.4; charset=utf-8",
-          headers: noStore.headers,
+          headers: noStore.headers
         })
-      }),
+      })
     )
     yield* router.add(
       "GET",
@@ -85,11 +94,11 @@ export const layer = HttpRouter.use(
           docs: "/docs",
           openapi: "/openapi.json",
           health: "/health/ready",
-          metrics: "/metrics",
-        }),
-      ),
+          metrics: "/metrics"
+        })
+      )
     )
-  }),
+  })
 )
 
 const context = Context.empty()

@@ -2,7 +2,15 @@
 import { Cause, Effect, Option } from "effect"
 import { HttpServerError, HttpServerResponse } from "effect/http"
 import { HttpApiError } from "effect/http-api"
-import { type ApiError, InternalError, InvalidInput, MethodNotAllowed, type Problem, RouteNotFound, toProblem } from "../protocol/Errors.ts"
+import {
+  type ApiError,
+  InternalError,
+  InvalidInput,
+  MethodNotAllowed,
+  type Problem,
+  RouteNotFound,
+  toProblem
+} from "../protocol/Errors.ts"
 import { invalidInputOf } from "../protocol/Fields.ts"
 import { countDefect } from "./Instruments.ts"
 
@@ -13,7 +21,7 @@ export const problemResponse = (error: ApiError): HttpServerResponse.HttpServerR
   return HttpServerResponse.text(JSON.stringify(problem), {
     status: problem.status,
     contentType: problemContentType,
-    headers: problemHeaders(error, problem),
+    headers: problemHeaders(error, problem)
   })
 }
 
@@ -22,7 +30,7 @@ export const problemHeaders = (error: ApiError, problem: Problem): Record<string
   "cache-control": "no-store",
   ...(problem.retry_after_ms === undefined ? {} : { "retry-after": String(Math.ceil(problem.retry_after_ms / 1_000)) }),
   ...(error._tag === "MethodNotAllowed" ? { allow: error.allowed.join(", ") } : {}),
-  ...(error._tag === "TooLarge" || error._tag === "UnsupportedMediaType" ? { connection: "close" } : {}),
+  ...(error._tag === "TooLarge" || error._tag === "UnsupportedMediaType" ? { connection: "close" } : {})
 })
 
 /** Methods each path of ours answers; `undefined` for a path that is not ours. */
@@ -35,13 +43,14 @@ export type MethodsOf = (path: string) => ReadonlyArray<string> | undefined
 export const responseOfCause = (
   cause: Cause.Cause<unknown>,
   request: { readonly id: string; readonly method: string; readonly path: string },
-  methodsOf: MethodsOf,
+  methodsOf: MethodsOf
 ): Effect.Effect<HttpServerResponse.HttpServerResponse> => {
   const error = Option.getOrUndefined(Cause.findErrorOption(cause))
   if (error instanceof HttpServerError.HttpServerError) {
     if (error.reason._tag === "RouteNotFound") {
       const allowed = methodsOf(request.path)
-      if (allowed === undefined) return Effect.succeed(problemResponse(new RouteNotFound({ path: request.path.slice(0, 256) })))
+      if (allowed === undefined)
+        return Effect.succeed(problemResponse(new RouteNotFound({ path: request.path.slice(0, 256) })))
       return Effect.succeed(problemResponse(new MethodNotAllowed({ method: request.method, allowed })))
     }
     if (error.reason._tag === "RequestParseError") {
@@ -50,7 +59,8 @@ export const responseOfCause = (
   }
   for (const reason of cause.reasons) {
     const defect = reason._tag === "Die" ? reason.defect : undefined
-    if (HttpApiError.HttpApiSchemaError.is(defect)) return Effect.succeed(problemResponse(invalidInputOf(defect.cause.issue)))
+    if (HttpApiError.HttpApiSchemaError.is(defect))
+      return Effect.succeed(problemResponse(invalidInputOf(defect.cause.issue)))
     // A percent-encoded path that is no UTF-8.
     if (defect instanceof URIError) return Effect.succeed(problemResponse(badRequest))
   }
@@ -58,9 +68,8 @@ export const responseOfCause = (
   countDefect()
   return Effect.as(
     Effect.annotateLogs(Effect.logError("Request met a defect", cause), { request_id: request.id }),
-    problemResponse(new InternalError({ requestId: request.id })),
+    problemResponse(new InternalError({ requestId: request.id }))
   )
 }
-
 
 const badRequest = new InvalidInput({ field: "path", expected: "a well-formed path and query", got: "one that is not" })

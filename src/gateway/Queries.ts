@@ -23,8 +23,8 @@ export const toQuery = (request: SearchRequest | SearchFrame): Result.Result<Ses
       new InvalidInput({
         field: "query",
         expected: "exactly one of query, query_b64 and query_vector_id",
-        got: given === 0 ? "none" : String(given),
-      }),
+        got: given === 0 ? "none" : String(given)
+      })
     )
   }
   const k = request.k ?? defaultK
@@ -42,7 +42,7 @@ export const toQuery = (request: SearchRequest | SearchFrame): Result.Result<Ses
     filter: request.filter === undefined ? "" : JSON.stringify(request.filter),
     includeMetadata: request.include?.includes("metadata") ?? false,
     includeVector: request.include?.includes("vector") ?? false,
-    deadlineMillis: request.deadline_ms ?? 0,
+    deadlineMillis: request.deadline_ms ?? 0
   })
 }
 
@@ -54,7 +54,7 @@ const known = new Set(["collection", "query_b64", "query_vector_id", "metric", "
 /** The query of a URL's search parameters; `also` names parameters that the caller reads itself. */
 export const queryOfParameters = (
   parameters: URLSearchParams,
-  also: ReadonlyArray<string> = [],
+  also: ReadonlyArray<string> = []
 ): Result.Result<SessionQuery, InvalidInput> => {
   const request: Record<string, unknown> = {}
   for (const [key, value] of parameters) {

@@ -21,7 +21,7 @@ export class Readiness extends Context.Service<
       // Draining is final.
       set: (next) => {
         if (state.state !== "draining") state = next
-      },
+      }
     })
   })
 }

@@ -43,30 +43,33 @@ const Collections = HttpApiBuilder.group(
         Effect.gen(function* () {
           const name = yield* Effect.fromResult(decodeName(params.name))
           const body = yield* readJson(request, maxBodyBytes)
-          const { collection, created } = yield* router.createCollection(name, yield* Effect.fromResult(decodeCollection(body)))
+          const { collection, created } = yield* router.createCollection(
+            name,
+            yield* Effect.fromResult(decodeCollection(body))
+          )
           return json(JSON.stringify(collection), created ? 201 : 200)
-        }).pipe(failed),
+        }).pipe(failed)
       )
       .handleRaw("listCollections", () =>
         router.collections.pipe(
           Effect.map((collections) => json(JSON.stringify({ collections }))),
-          failed,
-        ),
+          failed
+        )
       )
       .handleRaw("getCollection", ({ params }) =>
         Effect.gen(function* () {
           const collection = yield* router.collection(yield* Effect.fromResult(decodeName(params.name)))
           return json(JSON.stringify({ ...collection, count: yield* router.count(collection) }))
-        }).pipe(failed),
+        }).pipe(failed)
       )
       .handleRaw("deleteCollection", ({ params }) =>
         Effect.fromResult(decodeName(params.name)).pipe(
           Effect.flatMap(router.deleteCollection),
           Effect.as(noContent),
-          failed,
-        ),
+          failed
+        )
       )
-  }),
+  })
 )
 
 const Vectors = HttpApiBuilder.group(
@@ -82,18 +85,18 @@ const Vectors = HttpApiBuilder.group(
           const records = vectors.map(({ id, vector, metadata }) => ({
             id,
             vector,
-            metadata: metadata === undefined ? "" : JSON.stringify(metadata),
+            metadata: metadata === undefined ? "" : JSON.stringify(metadata)
           }))
           const inserted = yield* router.upsert(collection ?? defaultCollection, records)
           return json(`{"inserted":${inserted}}`)
-        }).pipe(failed),
+        }).pipe(failed)
       )
       .handleRaw("embed", ({ params, request }) =>
         Effect.gen(function* () {
           const id = yield* Effect.fromResult(decodeId(params.id))
           const record = yield* router.get(yield* collectionParameter(request), id)
           return json(Answers.storedVector(record))
-        }).pipe(failed),
+        }).pipe(failed)
       )
       .handleRaw("updateMetadata", ({ params, request }) =>
         Effect.gen(function* () {
@@ -102,25 +105,25 @@ const Vectors = HttpApiBuilder.group(
           const { metadata } = yield* Effect.fromResult(decodePatch(yield* readJson(request, maxBodyBytes)))
           const updated = yield* router.updateMetadata(collection, id, JSON.stringify(metadata))
           return json(
-            `{"vector_id":${JSON.stringify(id)},"metadata":${updated.metadata || "{}"},"version":"${updated.version}"}`,
+            `{"vector_id":${JSON.stringify(id)},"metadata":${updated.metadata || "{}"},"version":"${updated.version}"}`
           )
-        }).pipe(failed),
+        }).pipe(failed)
       )
       .handleRaw("deleteVector", ({ params, request }) =>
         Effect.gen(function* () {
           const id = yield* Effect.fromResult(decodeId(params.id))
           yield* router.remove(yield* collectionParameter(request), [id])
           return noContent
-        }).pipe(failed),
+        }).pipe(failed)
       )
       .handleRaw("deleteVectors", ({ request }) =>
         Effect.gen(function* () {
           const { collection, ids } = yield* Effect.fromResult(decodeDelete(yield* readJson(request, maxBodyBytes)))
           const deleted = yield* router.remove(collection ?? defaultCollection, ids)
           return json(`{"deleted":${deleted}}`)
-        }).pipe(failed),
+        }).pipe(failed)
       )
-  }),
+  })
 )
 
 const Search = HttpApiBuilder.group(
@@ -135,23 +138,25 @@ const Search = HttpApiBuilder.group(
           Effect.flatMap((body) => Effect.fromResult(queryOfBody(body))),
           Effect.flatMap(router.search),
           Effect.map((answer) => json(Answers.searchResponse(answer))),
-          failed,
-        ),
+          failed
+        )
       )
       .handleRaw("searchById", ({ request }) =>
         Effect.fromResult(queryOfParameters(parametersOf(request))).pipe(
           Effect.flatMap(router.search),
           Effect.map((answer) => json(Answers.searchResponse(answer))),
-          failed,
-        ),
+          failed
+        )
       )
-  }),
+  })
 )
 
 /** Routes of the REST wire, `/openapi.json` and `/docs`. */
 export const layer = Layer.mergeAll(
-  HttpApiBuilder.layer(RuvectorApi, { openapiPath: "/openapi.json" }).pipe(Layer.provide([Collections, Vectors, Search])),
-  HttpApiScalar.layer(RuvectorApi, { path: "/docs" }),
+  HttpApiBuilder.layer(RuvectorApi, { openapiPath: "/openapi.json" }).pipe(
+    Layer.provide([Collections, Vectors, Search])
+  ),
+  HttpApiScalar.layer(RuvectorApi, { path: "/docs" })
 )
 
 const parametersOf = (request: HttpServerRequest.HttpServerRequest): URLSearchParams => {
@@ -164,7 +169,7 @@ const collectionParameter = (request: HttpServerRequest.HttpServerRequest): Effe
   for (const key of parameters.keys()) {
     if (key !== "collection" || parameters.getAll(key).length > 1) {
       return Effect.fail(
-        new InvalidInput({ field: key, expected: "collection alone, once", got: parameters.getAll(key).join(", ") }),
+        new InvalidInput({ field: key, expected: "collection alone, once", got: parameters.getAll(key).join(", ") })
       )
     }
   }
@@ -175,7 +180,7 @@ const collectionParameter = (request: HttpServerRequest.HttpServerRequest): Effe
 /** Reads a JSON body of at most `maxBytes`. A larger one is not read to its end: its connection is closed. */
 const readJson = (
   request: HttpServerRequest.HttpServerRequest,
-  maxBytes: number,
+  maxBytes: number
 ): Effect.Effect<unknown, TooLarge | UnsupportedMediaType | InvalidInput> => {
   const type = request.headers["content-type"]
   if (type !== undefined && !/^application\/(?:[a-z0-9.+-]+\+)?json\s*(?:;|$)/i.test(type)) {
@@ -185,8 +190,9 @@ const readJson = (
   if (encoding !== undefined && encoding !== "identity") {
     return Effect.fail(new UnsupportedMediaType({ expected: "a body that is not encoded", got: encoding.slice(0, 80) }))
   }
-  return Effect.flatMap(readBody(NodeHttpServerRequest.toIncomingMessage(request) as IncomingMessage, maxBytes), (body) =>
-    Effect.fromResult(parseJson(body)),
+  return Effect.flatMap(
+    readBody(NodeHttpServerRequest.toIncomingMessage(request) as IncomingMessage, maxBytes),
+    (body) => Effect.fromResult(parseJson(body))
   )
 }
 
@@ -216,7 +222,11 @@ const readBody = (message: IncomingMessage, maxBytes: number): Effect.Effect<Buf
     }
     const onError = () => {
       stop()
-      resume(Effect.fail(new InvalidInput({ field: "", expected: "a whole body", got: "a connection cut in the middle of it" })))
+      resume(
+        Effect.fail(
+          new InvalidInput({ field: "", expected: "a whole body", got: "a connection cut in the middle of it" })
+        )
+      )
     }
     const stop = () => {
       message.off("data", onData)

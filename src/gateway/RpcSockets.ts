@@ -9,7 +9,7 @@ import type { IncomingMessage } from "node:http"
 import type { Socket as NodeSocket } from "node:net"
 import type { Duplex } from "node:stream"
 import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
-import { Effect, Latch } from "effect"
+import { Cause, Effect, Exit, Latch } from "effect"
 import type { HttpServerRequest } from "effect/http"
 import { Socket } from "effect/socket"
 import { WebSocket, WebSocketServer } from "ws"
@@ -187,6 +187,12 @@ class Connection {
     }
   }
 
+  /** Nothing serves it any more: it is closed already, or the node stops, or met a defect. */
+  release(exit: Exit.Exit<unknown, unknown>): void {
+    const isDefect = Exit.isFailure(exit) && Cause.hasDies(exit.cause)
+    this.ws.close(isDefect ? closeCodes.internalError : closeCodes.restart)
+  }
+
   ended(code: number): void {
     connectionClosed("rpc", knownCodes.has(code) ? String(code) : "other", this.#socket.bytesWritten)
     this.#hasRoom()
@@ -199,9 +205,12 @@ const knownCodes: ReadonlySet<number> = new Set([...Object.values(closeCodes), 1
 const boundedSocket = (socket: Socket.Socket, connectionOf: () => Connection): Socket.Socket => {
   let connection: Connection | undefined
   return Socket.make({
-    reader: Effect.map(socket.reader, ({ pull, upgrade }) => {
-      connection = connectionOf()
-      return { pull: connection.whenRoom(pull), upgrade }
+    reader: Effect.gen(function* () {
+      const { pull, upgrade } = yield* socket.reader
+      const opened = connectionOf()
+      connection = opened
+      yield* Effect.addFinalizer((exit) => Effect.sync(() => opened.release(exit)))
+      return { pull: opened.whenRoom(pull), upgrade }
     }),
     writer: Effect.map(socket.writer, (writer) => {
       const write: Socket.Writer["write"] = (chunk) => {

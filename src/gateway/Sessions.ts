@@ -58,7 +58,7 @@ export class Sessions extends Context.Service<
           abandon: Effect.sync(() => {
             if (!closed) open -= 1
             closed = true
-          }),
+          })
         }
       }
 
@@ -74,14 +74,13 @@ export class Sessions extends Context.Service<
             .pipe(
               Effect.as(link(id)),
               Effect.mapError((error) => (isApiError(error) ? error : undelivered())),
-              Effect.tapCause(() => Effect.sync(() => (open -= 1))),
+              Effect.tapCause(() => Effect.sync(() => (open -= 1)))
             )
         }),
-        answer: (sessionId, queryId) =>
-          Effect.sync(() => local.sessions.get(sessionId)?.answer(queryId)),
-        count: () => open,
+        answer: (sessionId, queryId) => Effect.sync(() => local.sessions.get(sessionId)?.answer(queryId)),
+        count: () => open
       })
-    }),
+    })
   )
 }
 

@@ -36,20 +36,23 @@ export class Sse extends Context.Service<
       const run = Effect.runForkWith(context)
       const open = new Set<SseStream>()
 
-      const keepAlive = setInterval(() => {
-        const now = Date.now()
-        for (const stream of open) stream.keepAlive(now, settings.pingIntervalMillis, settings.idleTimeoutMillis)
-      }, Math.min(settings.pingIntervalMillis, 5_000))
+      const keepAlive = setInterval(
+        () => {
+          const now = Date.now()
+          for (const stream of open) stream.keepAlive(now, settings.pingIntervalMillis, settings.idleTimeoutMillis)
+        },
+        Math.min(settings.pingIntervalMillis, 5_000)
+      )
       keepAlive.unref()
 
       const drain = Effect.sync(() => {
-        for (const stream of open) stream.end("drain", "retry: 1000\nevent: bye\ndata: {\"event\":\"bye\"}\n\n")
+        for (const stream of open) stream.end("drain", 'retry: 1000\nevent: bye\ndata: {"event":"bye"}\n\n')
       })
       yield* Effect.addFinalizer(() =>
         Effect.andThen(
           drain,
-          Effect.sync(() => clearInterval(keepAlive)),
-        ),
+          Effect.sync(() => clearInterval(keepAlive))
+        )
       )
 
       const handle = (request: IncomingMessage, response: ServerResponse, requestId: string): void => {
@@ -60,7 +63,11 @@ export class Sse extends Context.Service<
         const parameters = new URLSearchParams(url.includes("?") ? url.slice(url.indexOf("?") + 1) : "")
         const keepOpen = parameters.get("keep_open")
         if (keepOpen !== null && keepOpen !== "true" && keepOpen !== "false") {
-          return refuse(response, new InvalidInput({ field: "keep_open", expected: "true or false", got: keepOpen }), requestId)
+          return refuse(
+            response,
+            new InvalidInput({ field: "keep_open", expected: "true or false", got: keepOpen }),
+            requestId
+          )
         }
         const query = queryOfParameters(parameters, ["keep_open"])
         if (Result.isFailure(query)) return refuse(response, query.failure, requestId)
@@ -97,7 +104,11 @@ export class Sse extends Context.Service<
             const error = Exit.findErrorOption(exit)
             if (error._tag === "Some") return refuse(response, error.value, requestId)
             countDefect()
-            run(Effect.annotateLogs(Effect.logError("Streamed search met a defect", exit.cause), { request_id: requestId }))
+            run(
+              Effect.annotateLogs(Effect.logError("Streamed search met a defect", exit.cause), {
+                request_id: requestId
+              })
+            )
             return refuse(response, new InternalError({ requestId }), requestId)
           }
           const { answer, session, after } = exit.value
@@ -114,14 +125,14 @@ export class Sse extends Context.Service<
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
             "x-accel-buffering": "no",
-            "x-request-id": requestId,
+            "x-request-id": requestId
           })
           stream.start(answer, session, after + 1, keepOpen === "true")
         })
       }
 
       return Sse.of({ handle, drain })
-    }),
+    })
   )
 }
 
@@ -177,7 +188,8 @@ class SseStream {
 
   keepAlive(now: number, pingIntervalMillis: number, idleTimeoutMillis: number): void {
     if (this.#ended) return
-    const unread = this.#waitingSince !== 0 ? this.#waitingSince : this.#response.writableNeedDrain ? this.#lastSentAt : 0
+    const unread =
+      this.#waitingSince !== 0 ? this.#waitingSince : this.#response.writableNeedDrain ? this.#lastSentAt : 0
     if (unread !== 0 && now - unread >= idleTimeoutMillis) {
       this.#finish("slow")
       this.#response.destroy()
@@ -230,8 +242,7 @@ const refuse = (response: ServerResponse, error: ApiError, requestId: string): v
   response.writeHead(problem.status, {
     "content-type": problemContentType,
     "x-request-id": requestId,
-    ...problemHeaders(error, problem),
+    ...problemHeaders(error, problem)
   })
   response.end(JSON.stringify(problem))
 }
-

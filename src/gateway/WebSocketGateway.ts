@@ -21,7 +21,7 @@ import {
   frameTypes,
   InsertFrame,
   PingFrame,
-  SearchFrame,
+  SearchFrame
 } from "../protocol/Frames.ts"
 import type { SessionQuery } from "../protocol/StreamSession.ts"
 import { Router } from "../shards/Router.ts"
@@ -51,7 +51,7 @@ export class WebSocketGateway extends Context.Service<
         perMessageDeflate: false,
         // `ws` waits this long for the peer's close frame before it destroys the socket.
         closeTimeout: 2_000,
-        WebSocket: WebSocket,
+        WebSocket: WebSocket
       } as ConstructorParameters<typeof WebSocketServer>[0])
       const connections = new Set<Connection>()
       const hub: Hub = {
@@ -59,12 +59,15 @@ export class WebSocketGateway extends Context.Service<
         router: yield* Router,
         sessions: yield* Sessions,
         run: Effect.runForkWith(yield* Effect.context<never>()),
-        connections,
+        connections
       }
-      const timer = setInterval(() => {
-        const now = Date.now()
-        for (const connection of connections) connection.lookAfter(now)
-      }, Math.max(50, Math.min(5_000, settings.pingIntervalMillis / 4)))
+      const timer = setInterval(
+        () => {
+          const now = Date.now()
+          for (const connection of connections) connection.lookAfter(now)
+        },
+        Math.max(50, Math.min(5_000, settings.pingIntervalMillis / 4))
+      )
       timer.unref()
 
       const drain = Effect.sync(() => {
@@ -76,8 +79,8 @@ export class WebSocketGateway extends Context.Service<
           Effect.sync(() => {
             clearInterval(timer)
             server.close()
-          }),
-        ),
+          })
+        )
       )
       return WebSocketGateway.of({
         handleUpgrade: (request, socket, head) => {
@@ -86,9 +89,9 @@ export class WebSocketGateway extends Context.Service<
           })
         },
         drain,
-        count: () => connections.size,
+        count: () => connections.size
       })
-    }),
+    })
   )
 }
 
@@ -105,7 +108,7 @@ const decoders = {
   insert: decoderOf(InsertFrame),
   cancel: decoderOf(CancelFrame),
   ping: decoderOf(PingFrame),
-  close: decoderOf(CloseFrame),
+  close: decoderOf(CloseFrame)
 }
 
 /** The label of the session that a connection is opened with. */
@@ -177,7 +180,13 @@ class Connection {
         if (Result.isFailure(decoded)) return this.#fail(decoded.failure, envelope)
         const query = toQuery(decoded.success)
         if (Result.isFailure(query)) return this.#fail(query.failure, envelope)
-        return this.#search(query.success, decoded.success.id, decoded.success.session, decoded.success.stream === true, envelope)
+        return this.#search(
+          query.success,
+          decoded.success.id,
+          decoded.success.session,
+          decoded.success.stream === true,
+          envelope
+        )
       }
       case "insert": {
         const decoded = decoders.insert(frame.success)
@@ -207,7 +216,13 @@ class Connection {
     }
   }
 
-  #search(query: SessionQuery, id: string | undefined, session: string | undefined, stream: boolean, envelope: string): void {
+  #search(
+    query: SessionQuery,
+    id: string | undefined,
+    session: string | undefined,
+    stream: boolean,
+    envelope: string
+  ): void {
     const program = (link: SessionLink) => {
       if (stream) this.#send(Answers.searchStart(query.queryId, envelope))
       return link.search(query)
@@ -219,7 +234,7 @@ class Connection {
         ? Effect.suspend(() => program(open))
         : Effect.flatMap(
             Effect.promise(() => this.#session(session ?? ownSession)),
-            (link) => ("_tag" in link ? Effect.fail(link) : program(link)),
+            (link) => ("_tag" in link ? Effect.fail(link) : program(link))
           )
     const withQuery = `,"query_id":${JSON.stringify(query.queryId)}${envelope}`
     this.#start("search", id, search, withQuery, (answer) => {
@@ -236,11 +251,11 @@ class Connection {
     const records = frame.vectors.map(({ id, vector, metadata }) => ({
       id,
       vector,
-      metadata: metadata === undefined ? "" : JSON.stringify(metadata),
+      metadata: metadata === undefined ? "" : JSON.stringify(metadata)
     }))
     const insert = this.#hub.router.upsert(frame.collection ?? defaultCollection, records)
     this.#start("insert", frame.id, insert, envelope, (inserted) =>
-      this.#send(`{"event":"inserted","inserted":${inserted}${envelope}}`),
+      this.#send(`{"event":"inserted","inserted":${inserted}${envelope}}`)
     )
   }
 
@@ -249,7 +264,7 @@ class Connection {
     id: string | undefined,
     effect: Effect.Effect<A, ApiError>,
     envelope: string,
-    answer: (value: A) => void,
+    answer: (value: A) => void
   ): void {
     if (id !== undefined && this.#underWay?.has(id)) {
       return this.#fail(new InvalidInput({ field: "id", expected: "an id that is not under way", got: id }), envelope)
@@ -361,7 +376,9 @@ const decodeText = (data: Buffer): Result.Result<Frame, InvalidInput> => {
     if (typeof value !== "object" || value === null || Array.isArray(value)) return Result.fail(notAnObject(value))
     return Result.succeed(value as Frame)
   } catch (error) {
-    return Result.fail(new InvalidInput({ field: "", expected: "a JSON frame", got: (error as Error).message.slice(0, 120) }))
+    return Result.fail(
+      new InvalidInput({ field: "", expected: "a JSON frame", got: (error as Error).message.slice(0, 120) })
+    )
   }
 }
 
@@ -370,7 +387,8 @@ const decodeBinary = (data: Buffer): Result.Result<Frame, InvalidInput> => {
   const fault = (expected: string, got: string) => Result.fail(new InvalidInput({ field: "", expected, got }))
   if (data.length < 4) return fault("a binary frame: length, JSON, vectors", `${data.length} bytes`)
   const length = data.readUInt32LE(0)
-  if (length > data.length - 4) return fault(`${length} bytes of JSON, as the frame's length says`, `${data.length - 4} bytes`)
+  if (length > data.length - 4)
+    return fault(`${length} bytes of JSON, as the frame's length says`, `${data.length - 4} bytes`)
   return Result.flatMap(decodeText(data.subarray(4, 4 + length)), (frame) => {
     const bytes = data.subarray(4 + ((length + 3) & ~3))
     if (bytes.length % 4 !== 0) return fault("whole float32s after the JSON", `${bytes.length} bytes`)
@@ -379,7 +397,9 @@ const decodeBinary = (data: Buffer): Result.Result<Frame, InvalidInput> => {
     if (frame["type"] === "search") return Result.succeed({ ...frame, query: floats })
     const vectors = frame["vectors"]
     if (frame["type"] !== "insert" || !Array.isArray(vectors) || vectors.length === 0) {
-      return floats.length === 0 ? Result.succeed(frame) : fault("vectors only with a search or an insert", `${floats.length} numbers`)
+      return floats.length === 0
+        ? Result.succeed(frame)
+        : fault("vectors only with a search or an insert", `${floats.length} numbers`)
     }
     if (floats.length % vectors.length !== 0) {
       return fault(`numbers for ${vectors.length} vectors of one length`, `${floats.length} numbers`)
@@ -389,8 +409,8 @@ const decodeBinary = (data: Buffer): Result.Result<Frame, InvalidInput> => {
       ...frame,
       vectors: vectors.map((item: unknown, i) => ({
         ...(typeof item === "object" ? item : {}),
-        vector: floats.slice(i * dimensions, (i + 1) * dimensions),
-      })),
+        vector: floats.slice(i * dimensions, (i + 1) * dimensions)
+      }))
     })
   })
 }

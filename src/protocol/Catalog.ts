@@ -16,18 +16,18 @@ export const Catalog = Entity.make("Catalog", [
   Rpc.make("Create", {
     payload: { name: CollectionName, request: CollectionRequest },
     success: Schema.Struct({ collection: Collection, created: Schema.Boolean }),
-    error: Schema.Union([CollectionConflict, StorageUnavailable, Overloaded, InvalidInput]),
+    error: Schema.Union([CollectionConflict, StorageUnavailable, Overloaded, InvalidInput])
   }),
   Rpc.make("Read", {
     payload: { name: CollectionName },
     success: Collection,
-    error: Schema.Union([CollectionNotFound, StorageUnavailable]),
+    error: Schema.Union([CollectionNotFound, StorageUnavailable])
   }),
   Rpc.make("List", { success: Schema.Array(Collection), error: StorageUnavailable }),
   /** Takes the collection out of the catalogue, then its partitions and their objects. */
   Rpc.make("Delete", {
     payload: { name: CollectionName },
     success: Schema.Void,
-    error: Schema.Union([CollectionNotFound, StorageUnavailable]),
-  }),
+    error: Schema.Union([CollectionNotFound, StorageUnavailable])
+  })
 ])

@@ -9,7 +9,7 @@ export const IndexParameters = Schema.Struct({
   /** Width of the beam while building. */
   ef_construction: HnswEfConstruction,
   /** Width of the beam of a search that names none. */
-  ef_search: Ef,
+  ef_search: Ef
 })
 export type IndexParameters = typeof IndexParameters.Type
 
@@ -22,9 +22,9 @@ export const CollectionRequest = Schema.Struct({
     Schema.Struct({
       m: Schema.optionalKey(HnswM),
       ef_construction: Schema.optionalKey(HnswEfConstruction),
-      ef_search: Schema.optionalKey(Ef),
-    }),
-  ),
+      ef_search: Schema.optionalKey(Ef)
+    })
+  )
 }).annotate({ identifier: "CollectionRequest" })
 export type CollectionRequest = typeof CollectionRequest.Type
 
@@ -36,13 +36,13 @@ export const Collection = Schema.Struct({
   metric: Metric,
   partitions: Partitions,
   index: IndexParameters,
-  created_ms: Schema.Int,
+  created_ms: Schema.Int
 }).annotate({ identifier: "Collection" })
 export type Collection = typeof Collection.Type
 
 /** As listed and read by clients. `count` is of visible vectors, where it was asked for. */
 export const CollectionInfo = Schema.Struct({
   ...Collection.fields,
-  count: Schema.optionalKey(Schema.Int),
+  count: Schema.optionalKey(Schema.Int)
 }).annotate({ identifier: "CollectionInfo" })
 export type CollectionInfo = typeof CollectionInfo.Type

@@ -10,18 +10,18 @@ export class InvalidInput extends Schema.TaggedError<InvalidInput>()("InvalidInp
   field: Schema.String,
   expected: Schema.String,
   /** What came, cut to a readable length. */
-  got: Schema.String,
+  got: Schema.String
 }) {}
 
 /** 404: no collection of that name. */
 export class CollectionNotFound extends Schema.TaggedError<CollectionNotFound>()("CollectionNotFound", {
-  collection: Schema.String,
+  collection: Schema.String
 }) {}
 
 /** 404: no vector of that id in the collection. */
 export class VectorNotFound extends Schema.TaggedError<VectorNotFound>()("VectorNotFound", {
   collection: Schema.String,
-  id: Schema.String,
+  id: Schema.String
 }) {}
 
 /** 404: no such path. */
@@ -30,7 +30,7 @@ export class RouteNotFound extends Schema.TaggedError<RouteNotFound>()("RouteNot
 /** 405: the path exists, not for that method. */
 export class MethodNotAllowed extends Schema.TaggedError<MethodNotAllowed>()("MethodNotAllowed", {
   method: Schema.String,
-  allowed: Schema.Array(Schema.String),
+  allowed: Schema.Array(Schema.String)
 }) {}
 
 /** 409: a collection of that name exists with other parameters. */
@@ -38,32 +38,32 @@ export class CollectionConflict extends Schema.TaggedError<CollectionConflict>()
   collection: Schema.String,
   field: Schema.String,
   expected: Schema.String,
-  got: Schema.String,
+  got: Schema.String
 }) {}
 
 /** 413: body, frame or batch over its bound. */
 export class TooLarge extends Schema.TaggedError<TooLarge>()("TooLarge", {
   what: Schema.String,
-  limitBytes: Schema.Int,
+  limitBytes: Schema.Int
 }) {}
 
 /** 415: a body of a kind the server does not read. */
 export class UnsupportedMediaType extends Schema.TaggedError<UnsupportedMediaType>()("UnsupportedMediaType", {
   expected: Schema.String,
-  got: Schema.String,
+  got: Schema.String
 }) {}
 
 /** 429 or 503: a named bound is reached; nothing was done, try again later. */
 export class Overloaded extends Schema.TaggedError<Overloaded>()("Overloaded", {
   /** The setting whose bound was reached. */
   bound: Schema.String,
-  retryAfterMillis: Schema.Int,
+  retryAfterMillis: Schema.Int
 }) {}
 
 /** 503: the storage below refused or failed; the write it names was not acknowledged. */
 export class StorageUnavailable extends Schema.TaggedError<StorageUnavailable>()("StorageUnavailable", {
   detail: Schema.String,
-  retryAfterMillis: Schema.Int,
+  retryAfterMillis: Schema.Int
 }) {}
 
 /** 503: a partition cannot answer now (starting, moved, failed); `detail` says why. */
@@ -71,7 +71,7 @@ export class PartitionUnavailable extends Schema.TaggedError<PartitionUnavailabl
   collection: Schema.String,
   partition: Schema.Int,
   detail: Schema.String,
-  retryAfterMillis: Schema.Int,
+  retryAfterMillis: Schema.Int
 }) {}
 
 /** 503: a partition's log or snapshot is damaged and nothing was skipped over; an operator has to restore it. */
@@ -80,22 +80,22 @@ export class PartitionCorrupt extends Schema.TaggedError<PartitionCorrupt>()("Pa
   partition: Schema.Int,
   /** Key of the damaged object. */
   object: Schema.String,
-  detail: Schema.String,
+  detail: Schema.String
 }) {}
 
 /** 504: the caller's deadline passed before any partition had answered. */
 export class DeadlineExceeded extends Schema.TaggedError<DeadlineExceeded>()("DeadlineExceeded", {
-  deadlineMillis: Schema.Int,
+  deadlineMillis: Schema.Int
 }) {}
 
 /** 503: this node is shutting down; ask another, or again shortly. */
 export class ShuttingDown extends Schema.TaggedError<ShuttingDown>()("ShuttingDown", {
-  retryAfterMillis: Schema.Int,
+  retryAfterMillis: Schema.Int
 }) {}
 
 /** 500: a defect of ours. `request_id` finds it in the logs. */
 export class InternalError extends Schema.TaggedError<InternalError>()("InternalError", {
-  requestId: Schema.String,
+  requestId: Schema.String
 }) {}
 
 /** What any call may answer with. */
@@ -114,7 +114,7 @@ export const ApiError = Schema.Union([
   PartitionCorrupt,
   DeadlineExceeded,
   ShuttingDown,
-  InternalError,
+  InternalError
 ])
 export type ApiError = typeof ApiError.Type
 
@@ -131,17 +131,23 @@ export const Problem = Schema.Struct({
   got: Schema.optionalKey(Schema.String),
   /** With 429 and 503, beside the `Retry-After` header. */
   retry_after_ms: Schema.optionalKey(Schema.Int),
-  request_id: Schema.optionalKey(Schema.String),
+  request_id: Schema.optionalKey(Schema.String)
 }).annotate({ identifier: "Problem", description: "RFC 9457 problem details" })
 export type Problem = typeof Problem.Type
 
-const problem = (status: number, code: string, title: string, detail: string, extra: Partial<Problem> = {}): Problem => ({
+const problem = (
+  status: number,
+  code: string,
+  title: string,
+  detail: string,
+  extra: Partial<Problem> = {}
+): Problem => ({
   type: `urn:ruvector:problem:${code}`,
   title,
   status,
   detail,
   code,
-  ...extra,
+  ...extra
 })
 
 /** The form of an error that HTTP, SSE and WebSocket carry. */
@@ -150,33 +156,43 @@ export const toProblem = (error: ApiError): Problem => {
     case "InvalidInput": {
       const { field, expected, got } = error
       const at = field === "" ? "The request" : `Field ${field}`
-      return problem(400, "invalid_input", "Invalid input", `${at}: expected ${expected}, got ${got}.`, { field, expected, got })
+      return problem(400, "invalid_input", "Invalid input", `${at}: expected ${expected}, got ${got}.`, {
+        field,
+        expected,
+        got
+      })
     }
     case "CollectionNotFound":
-      return problem(404, "collection_not_found", "Not found", `There is no collection ${JSON.stringify(error.collection)}.`, {
-        field: "collection",
-        expected: "the name of a collection",
-        got: error.collection,
-      })
+      return problem(
+        404,
+        "collection_not_found",
+        "Not found",
+        `There is no collection ${JSON.stringify(error.collection)}.`,
+        {
+          field: "collection",
+          expected: "the name of a collection",
+          got: error.collection
+        }
+      )
     case "VectorNotFound":
       return problem(
         404,
         "vector_not_found",
         "Not found",
         `There is no vector ${JSON.stringify(error.id)} in collection ${JSON.stringify(error.collection)}.`,
-        { field: "id", expected: "the id of a vector", got: error.id },
+        { field: "id", expected: "the id of a vector", got: error.id }
       )
     case "RouteNotFound":
       return problem(404, "route_not_found", "Not found", `Nothing is served at ${error.path}.`, {
         field: "path",
         expected: "a path of /openapi.json",
-        got: error.path,
+        got: error.path
       })
     case "MethodNotAllowed":
       return problem(405, "method_not_allowed", "Method not allowed", `Allowed here: ${error.allowed.join(", ")}.`, {
         field: "method",
         expected: error.allowed.join(", "),
-        got: error.method,
+        got: error.method
       })
     case "CollectionConflict": {
       const { collection, field, expected, got } = error
@@ -184,25 +200,37 @@ export const toProblem = (error: ApiError): Problem => {
       return problem(409, "collection_conflict", "Conflict", detail, { field, expected, got })
     }
     case "TooLarge":
-      return problem(413, "too_large", "Too large", `The ${error.what} is over its limit of ${error.limitBytes} bytes.`, {
-        field: error.what,
-        expected: `at most ${error.limitBytes} bytes`,
-        got: "more",
-      })
+      return problem(
+        413,
+        "too_large",
+        "Too large",
+        `The ${error.what} is over its limit of ${error.limitBytes} bytes.`,
+        {
+          field: error.what,
+          expected: `at most ${error.limitBytes} bytes`,
+          got: "more"
+        }
+      )
     case "UnsupportedMediaType":
-      return problem(415, "unsupported_media_type", "Unsupported media type", `Send ${error.expected}, not ${error.got}.`, {
-        field: "content-type",
-        expected: error.expected,
-        got: error.got,
-      })
+      return problem(
+        415,
+        "unsupported_media_type",
+        "Unsupported media type",
+        `Send ${error.expected}, not ${error.got}.`,
+        {
+          field: "content-type",
+          expected: error.expected,
+          got: error.got
+        }
+      )
     case "Overloaded":
       return problem(429, "overloaded", "Too many requests", `The bound ${error.bound} is reached; nothing was done.`, {
         field: error.bound,
-        retry_after_ms: error.retryAfterMillis,
+        retry_after_ms: error.retryAfterMillis
       })
     case "StorageUnavailable":
       return problem(503, "storage_unavailable", "Storage unavailable", error.detail, {
-        retry_after_ms: error.retryAfterMillis,
+        retry_after_ms: error.retryAfterMillis
       })
     case "PartitionUnavailable":
       return problem(
@@ -210,24 +238,30 @@ export const toProblem = (error: ApiError): Problem => {
         "partition_unavailable",
         "Partition unavailable",
         `Partition ${error.partition} of ${JSON.stringify(error.collection)}: ${error.detail}`,
-        { retry_after_ms: error.retryAfterMillis },
+        { retry_after_ms: error.retryAfterMillis }
       )
     case "PartitionCorrupt":
       return problem(
         503,
         "partition_corrupt",
         "Partition damaged",
-        `Partition ${error.partition} of ${JSON.stringify(error.collection)} does not serve: ${error.object}: ${error.detail}`,
+        `Partition ${error.partition} of ${JSON.stringify(error.collection)} does not serve: ${error.object}: ${error.detail}`
       )
     case "DeadlineExceeded":
       return problem(504, "deadline_exceeded", "Deadline exceeded", `No answer within ${error.deadlineMillis} ms.`)
     case "ShuttingDown":
       return problem(503, "shutting_down", "Shutting down", "This node is shutting down; nothing was done.", {
-        retry_after_ms: error.retryAfterMillis,
+        retry_after_ms: error.retryAfterMillis
       })
     case "InternalError":
-      return problem(500, "internal_error", "Internal error", "A defect of the server; the request id finds it in its logs.", {
-        request_id: error.requestId,
-      })
+      return problem(
+        500,
+        "internal_error",
+        "Internal error",
+        "A defect of the server; the request id finds it in its logs.",
+        {
+          request_id: error.requestId
+        }
+      )
   }
 }

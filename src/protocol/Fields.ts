@@ -7,7 +7,8 @@ import { InvalidInput } from "./Errors.ts"
 import { checkFilter } from "./Filter.ts"
 import * as Limits from "./Limits.ts"
 
-const invalid = (message: string, input: unknown) => new SchemaIssue.InvalidValue({ message }, input, { reportInput: true })
+const invalid = (message: string, input: unknown) =>
+  new SchemaIssue.InvalidValue({ message }, input, { reportInput: true })
 
 const Float32 = Schema.instanceOf(Float32Array<ArrayBufferLike>)
 
@@ -25,9 +26,11 @@ const vectorFromNumbers = (input: unknown): Effect.Effect<Float32Array, SchemaIs
   for (let i = 0; i < out.length; i++) {
     const value: unknown = input[i]
     // A number beyond float32 becomes an infinity on assignment, so what is checked is what is kept.
-    if (typeof value !== "number") return Effect.fail(new SchemaIssue.Pointer([i], invalid("a finite float32 number", value)))
+    if (typeof value !== "number")
+      return Effect.fail(new SchemaIssue.Pointer([i], invalid("a finite float32 number", value)))
     out[i] = value
-    if (!Number.isFinite(out[i])) return Effect.fail(new SchemaIssue.Pointer([i], invalid("a finite float32 number", value)))
+    if (!Number.isFinite(out[i]))
+      return Effect.fail(new SchemaIssue.Pointer([i], invalid("a finite float32 number", value)))
   }
   return Effect.succeed(out)
 }
@@ -38,9 +41,9 @@ export const VectorFromNumbers = Schema.Unknown.pipe(
     Float32,
     SchemaTransformation.transformEffect({
       decode: vectorFromNumbers,
-      encode: (vector) => Effect.succeed<unknown>(Array.from(vector)),
-    }),
-  ),
+      encode: (vector) => Effect.succeed<unknown>(Array.from(vector))
+    })
+  )
 )
 
 /** Little-endian float32 bytes -> vector; `undefined` unless they are 1 to `dimensionsMax` finite numbers. */
@@ -68,9 +71,9 @@ export const VectorFromBytes = Schema.Uint8Array.pipe(
           ? Effect.fail(invalid(vectorBytesExpected, `${bytes.length} bytes`))
           : Effect.succeed(vector)
       },
-      encode: (vector) => Effect.succeed(vectorToBytes(vector)),
-    }),
-  ),
+      encode: (vector) => Effect.succeed(vectorToBytes(vector))
+    })
+  )
 )
 
 /** Any number of float32s <-> their little-endian bytes: scores, and vectors that are answers. */
@@ -79,9 +82,9 @@ export const Float32FromBytes = Schema.Uint8Array.pipe(
     Float32,
     SchemaTransformation.transform({
       decode: (bytes): Float32Array => new Float32Array(bytes.slice().buffer, 0, Math.trunc(bytes.length / 4)),
-      encode: vectorToBytes,
-    }),
-  ),
+      encode: vectorToBytes
+    })
+  )
 )
 
 /** base64url of little-endian float32 bytes <-> `Float32Array`: the form of vectors in query strings. */
@@ -95,9 +98,9 @@ export const VectorFromBase64Url = Schema.String.pipe(
           ? Effect.fail(invalid(`base64url of ${vectorBytesExpected}`, text))
           : Effect.succeed(vector)
       },
-      encode: (vector) => Effect.succeed(Buffer.from(vectorToBytes(vector)).toString("base64url")),
-    }),
-  ),
+      encode: (vector) => Effect.succeed(Buffer.from(vectorToBytes(vector)).toString("base64url"))
+    })
+  )
 )
 
 const loneSurrogate = /\p{Surrogate}/u
@@ -106,8 +109,8 @@ const utf8Bytes = (text: string): number => Buffer.byteLength(text, "utf8")
 /** A vector's id: 1 to `idBytesMax` bytes of UTF-8, no control characters. */
 export const VectorId = Schema.String.check(
   Schema.makeFilter((id: string) => id.length > 0 && utf8Bytes(id) <= Limits.idBytesMax && !controlOrBroken(id), {
-    expected: `a string of 1 to ${Limits.idBytesMax} bytes of UTF-8 without control characters`,
-  }),
+    expected: `a string of 1 to ${Limits.idBytesMax} bytes of UTF-8 without control characters`
+  })
 )
 
 const controlOrBroken = (text: string): boolean => {
@@ -123,8 +126,8 @@ const collectionPattern = /^[A-Za-z0-9][A-Za-z0-9_.-]*$/
 
 export const CollectionName = Schema.String.check(
   Schema.makeFilter((name: string) => name.length <= Limits.collectionNameCharsMax && collectionPattern.test(name), {
-    expected: `a name of 1 to ${Limits.collectionNameCharsMax} characters of A-Z a-z 0-9 _ . - beginning with a letter or digit`,
-  }),
+    expected: `a name of 1 to ${Limits.collectionNameCharsMax} characters of A-Z a-z 0-9 _ . - beginning with a letter or digit`
+  })
 )
 
 export const defaultCollection = "default"
@@ -135,8 +138,8 @@ export type Metric = typeof Metric.Type
 const integer = (minimum: number, maximum: number) =>
   Schema.Number.check(
     Schema.makeFilter((n: number) => Number.isInteger(n) && n >= minimum && n <= maximum, {
-      expected: `an integer from ${minimum} to ${maximum}`,
-    }),
+      expected: `an integer from ${minimum} to ${maximum}`
+    })
   )
 
 export const Dimensions = integer(1, Limits.dimensionsMax)
@@ -150,8 +153,8 @@ export const DeadlineMillis = integer(1, Limits.deadlineMillisMax)
 /** A label given by a client: a request's id, a session's. Printable, bounded. */
 export const ClientId = Schema.String.check(
   Schema.makeFilter((id: string) => id.length > 0 && id.length <= Limits.clientIdCharsMax && !controlOrBroken(id), {
-    expected: `a string of 1 to ${Limits.clientIdCharsMax} characters`,
-  }),
+    expected: `a string of 1 to ${Limits.clientIdCharsMax} characters`
+  })
 )
 
 /** How durable a write is when it is acknowledged. */
@@ -171,7 +174,8 @@ const depthOver = (value: unknown, levels: number): boolean => {
 const metadataFault = (value: unknown): string | undefined => {
   if (typeof value !== "object" || value === null || Array.isArray(value)) return "a JSON object"
   if (depthOver(value, Limits.nestingMax)) return `at most ${Limits.nestingMax} levels of nesting`
-  if (utf8Bytes(JSON.stringify(value)) > Limits.metadataBytesMax) return `at most ${Limits.metadataBytesMax} bytes of JSON`
+  if (utf8Bytes(JSON.stringify(value)) > Limits.metadataBytesMax)
+    return `at most ${Limits.metadataBytesMax} bytes of JSON`
   return undefined
 }
 
@@ -184,9 +188,9 @@ export const MetadataObject = Schema.Unknown.pipe(
         const fault = metadataFault(input)
         return fault === undefined ? Effect.succeed(input as Metadata) : Effect.fail(invalid(fault, input))
       },
-      encode: (metadata) => Effect.succeed<unknown>(metadata),
-    }),
-  ),
+      encode: (metadata) => Effect.succeed<unknown>(metadata)
+    })
+  )
 )
 
 /** A filter in the contract's JSON form (see `Filter.ts`). */
@@ -200,14 +204,14 @@ export const FilterObject = Schema.Unknown.pipe(
         const issue = invalid(fault.expected, fault.got)
         return Effect.fail(fault.path.length === 0 ? issue : new SchemaIssue.Pointer(fault.path, issue))
       },
-      encode: (filter) => Effect.succeed<unknown>(filter),
-    }),
-  ),
+      encode: (filter) => Effect.succeed<unknown>(filter)
+    })
+  )
 )
 
 /** What a record's parts a search or read brings along. */
 export const Include = Schema.Array(Schema.Literals(["metadata", "vector"])).check(
-  Schema.makeFilter((parts: ReadonlyArray<string>) => parts.length <= 2, { expected: "metadata, vector, or both" }),
+  Schema.makeFilter((parts: ReadonlyArray<string>) => parts.length <= 2, { expected: "metadata, vector, or both" })
 )
 
 /**
@@ -215,7 +219,7 @@ export const Include = Schema.Array(Schema.Literals(["metadata", "vector"])).che
  */
 export const decoderOf = <S extends Schema.ConstraintDecoder<unknown>>(
   schema: S,
-  root = "",
+  root = ""
 ): ((input: unknown) => Result.Result<S["Type"], InvalidInput>) => {
   const decode = Schema.decodeUnknownResult(schema, { reportInput: true, errors: "first", onExcessProperty: "error" })
   return (input) => Result.mapError(decode(input), (error) => invalidInputOf(error.issue, root))
@@ -270,7 +274,7 @@ export const invalidInputOf = (issue: SchemaIssue.Issue, root = ""): InvalidInpu
         return new InvalidInput({
           field: path,
           expected: at.annotations?.message?.toString() ?? (expected === "" ? expectedOf(at) : expected),
-          got: describe(got),
+          got: describe(got)
         })
       default:
         return new InvalidInput({ field: path, expected: expectedOf(at), got: describe(got) })
@@ -292,7 +296,8 @@ const gotCharsMax = 80
 export const describe = (value: unknown): string => {
   if (value === undefined) return "nothing"
   if (typeof value === "number" || typeof value === "boolean" || value === null) return String(value)
-  if (typeof value === "string") return value.length > gotCharsMax ? `${JSON.stringify(value.slice(0, gotCharsMax))}...` : value
+  if (typeof value === "string")
+    return value.length > gotCharsMax ? `${JSON.stringify(value.slice(0, gotCharsMax))}...` : value
   if (Array.isArray(value)) return `an array of ${value.length}`
   if (typeof value === "object") return "an object"
   return typeof value

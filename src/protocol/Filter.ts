@@ -65,7 +65,8 @@ class Parser {
   #conditions = 0
 
   object(input: unknown, path: Path, levels: number): Condition {
-    if (typeof input !== "object" || input === null || Array.isArray(input)) throw new Fault(path, "a filter object", input)
+    if (typeof input !== "object" || input === null || Array.isArray(input))
+      throw new Fault(path, "a filter object", input)
     if (levels === 0) throw new Fault(path, `at most ${Limits.nestingMax} levels of nesting`, "more")
     const entries = Object.entries(input)
     if (entries.length === 0) throw new Fault(path, "at least one condition", "an empty object")
@@ -119,7 +120,11 @@ class Parser {
   scalar(value: unknown, path: Path): Scalar {
     if (typeof value === "string") {
       if (value.length <= Limits.filterStringCharsMax) return value
-      throw new Fault(path, `a string of at most ${Limits.filterStringCharsMax} characters`, `${value.length} characters`)
+      throw new Fault(
+        path,
+        `a string of at most ${Limits.filterStringCharsMax} characters`,
+        `${value.length} characters`
+      )
     }
     if (typeof value === "boolean" || value === null) return value
     if (typeof value === "number" && Number.isFinite(value)) return value

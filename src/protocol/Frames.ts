@@ -15,13 +15,16 @@ export const InsertFrame = Schema.Struct({
   ...addressed,
   collection: Schema.optionalKey(CollectionName),
   vectors: Schema.Array(
-    Schema.Struct({ id: VectorId, vector: VectorFromNumbers, metadata: Schema.optionalKey(MetadataObject) }),
+    Schema.Struct({ id: VectorId, vector: VectorFromNumbers, metadata: Schema.optionalKey(MetadataObject) })
   ).check(
-    Schema.makeFilter((vectors: ReadonlyArray<unknown>) => vectors.length > 0 && vectors.length <= Limits.batchItemsMax, {
-      expected: `1 to ${Limits.batchItemsMax} vectors`,
-    }),
+    Schema.makeFilter(
+      (vectors: ReadonlyArray<unknown>) => vectors.length > 0 && vectors.length <= Limits.batchItemsMax,
+      {
+        expected: `1 to ${Limits.batchItemsMax} vectors`
+      }
+    )
   ),
-  ack: Schema.optionalKey(Ack),
+  ack: Schema.optionalKey(Ack)
 })
 export type InsertFrame = typeof InsertFrame.Type
 
@@ -34,7 +37,7 @@ export const PingFrame = Schema.Struct({ type: Schema.Literal("ping"), id: Schem
 export const CloseFrame = Schema.Struct({
   type: Schema.Literal("close"),
   id: Schema.optionalKey(ClientId),
-  session: ClientId,
+  session: ClientId
 })
 
 export { SearchFrame }
@@ -57,5 +60,5 @@ export const closeCodes = {
   /** The client read too slowly and `outboundBytesMax` was reached. Connect again and read faster, or ask for less. */
   slowReader: 4008,
   /** Nothing came for `idleTimeoutMillis`, not even answers to pings. Connect again. */
-  idle: 4009,
+  idle: 4009
 } as const

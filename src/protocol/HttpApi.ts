@@ -13,7 +13,7 @@ import { querySource, SearchRequest } from "./Search.ts"
 
 const collection = { collection: Schema.optionalKey(Fields.CollectionName) }
 const Numbers = Schema.Array(Schema.Finite).annotate({
-  description: `1 to ${Limits.dimensionsMax} numbers, kept as float32`,
+  description: `1 to ${Limits.dimensionsMax} numbers, kept as float32`
 })
 const JsonObject = Schema.Record(Schema.String, Schema.Json)
 
@@ -24,14 +24,17 @@ export const InsertRequest = Schema.Struct({
     Schema.Struct({
       id: Fields.VectorId,
       vector: Fields.VectorFromNumbers,
-      metadata: Schema.optionalKey(Fields.MetadataObject),
-    }),
+      metadata: Schema.optionalKey(Fields.MetadataObject)
+    })
   ).check(
-    Schema.makeFilter((vectors: ReadonlyArray<unknown>) => vectors.length > 0 && vectors.length <= Limits.batchItemsMax, {
-      expected: `1 to ${Limits.batchItemsMax} vectors`,
-    }),
+    Schema.makeFilter(
+      (vectors: ReadonlyArray<unknown>) => vectors.length > 0 && vectors.length <= Limits.batchItemsMax,
+      {
+        expected: `1 to ${Limits.batchItemsMax} vectors`
+      }
+    )
   ),
-  ack: Schema.optionalKey(Fields.Ack),
+  ack: Schema.optionalKey(Fields.Ack)
 })
 export type InsertRequest = typeof InsertRequest.Type
 
@@ -40,9 +43,9 @@ export const DeleteRequest = Schema.Struct({
   ...collection,
   ids: Schema.Array(Fields.VectorId).check(
     Schema.makeFilter((ids: ReadonlyArray<string>) => ids.length > 0 && ids.length <= Limits.batchItemsMax, {
-      expected: `1 to ${Limits.batchItemsMax} ids`,
-    }),
-  ),
+      expected: `1 to ${Limits.batchItemsMax} ids`
+    })
+  )
 }).annotate({ identifier: "DeleteRequest" })
 
 /** Body of `PATCH /vectors/{id}`. */
@@ -59,16 +62,16 @@ export const SearchQueryString = Schema.Struct({
   filter: Schema.optionalKey(Schema.String),
   include: Schema.optionalKey(Schema.String),
   deadline_ms: Schema.optionalKey(Schema.String),
-  keep_open: Schema.optionalKey(Schema.String),
+  keep_open: Schema.optionalKey(Schema.String)
 })
 
 const documented = {
   insert: Schema.Struct({
     ...collection,
     vectors: Schema.Array(
-      Schema.Struct({ id: Fields.VectorId, vector: Numbers, metadata: Schema.optionalKey(JsonObject) }),
+      Schema.Struct({ id: Fields.VectorId, vector: Numbers, metadata: Schema.optionalKey(JsonObject) })
     ),
-    ack: Schema.optionalKey(Fields.Ack),
+    ack: Schema.optionalKey(Fields.Ack)
   }).annotate({ identifier: "InsertRequest" }),
   search: Schema.Struct({
     ...collection,
@@ -80,7 +83,7 @@ const documented = {
     metric: Schema.optionalKey(Fields.Metric),
     filter: Schema.optionalKey(JsonObject),
     include: Schema.optionalKey(Fields.Include),
-    deadline_ms: Schema.optionalKey(Fields.DeadlineMillis),
+    deadline_ms: Schema.optionalKey(Fields.DeadlineMillis)
   }).annotate({ identifier: "SearchRequest", description: "Exactly one of query, query_b64 and query_vector_id." }),
   patch: Schema.Struct({ metadata: JsonObject }).annotate({ identifier: "PatchRequest" }),
   query: {
@@ -92,15 +95,15 @@ const documented = {
     metric: Schema.optionalKey(Schema.String),
     filter: Schema.optionalKey(Schema.String),
     include: Schema.optionalKey(Schema.String),
-    deadline_ms: Schema.optionalKey(Schema.String),
-  },
+    deadline_ms: Schema.optionalKey(Schema.String)
+  }
 }
 
 const SearchResult = Schema.Struct({
   vector_id: Schema.String,
   score: Schema.Number,
   metadata: Schema.optionalKey(JsonObject),
-  vector: Schema.optionalKey(Numbers),
+  vector: Schema.optionalKey(Numbers)
 }).annotate({ identifier: "SearchResult" })
 
 const SearchResponse = Schema.Struct({
@@ -109,7 +112,7 @@ const SearchResponse = Schema.Struct({
   total_results: Schema.Int,
   partial: Schema.Boolean,
   missing_partitions: Schema.optionalKey(Schema.Array(Schema.Int)),
-  took_ms: Schema.Number,
+  took_ms: Schema.Number
 }).annotate({ identifier: "SearchResponse" })
 
 const problem = (status: number) => Problem.pipe(HttpApiSchema.status(status))
@@ -125,29 +128,29 @@ const CollectionsGroup = HttpApiGroup.make("collections").add(
     params: name,
     payload: CollectionRequest,
     success: [CollectionInfo, CollectionInfo.pipe(HttpApiSchema.status(201))],
-    error: [...badInput, problem(409)],
+    error: [...badInput, problem(409)]
   }),
   HttpApiEndpoint.get("listCollections", "/api/v1/collections", {
     success: Schema.Struct({ collections: Schema.Array(CollectionInfo) }),
-    error: badInput,
+    error: badInput
   }),
   HttpApiEndpoint.get("getCollection", "/api/v1/collections/:name", {
     params: name,
     success: CollectionInfo,
-    error: notFound,
+    error: notFound
   }),
   HttpApiEndpoint.delete("deleteCollection", "/api/v1/collections/:name", {
     params: name,
     success: HttpApiSchema.NoContent,
-    error: notFound,
-  }),
+    error: notFound
+  })
 )
 
 const VectorsGroup = HttpApiGroup.make("vectors").add(
   HttpApiEndpoint.post("insert", "/api/v1/insert", {
     payload: documented.insert,
     success: Schema.Struct({ inserted: Schema.Int }),
-    error: notFound,
+    error: notFound
   }),
   HttpApiEndpoint.get("embed", "/api/v1/embed/:id", {
     params: id,
@@ -156,41 +159,41 @@ const VectorsGroup = HttpApiGroup.make("vectors").add(
       vector_id: Schema.String,
       vector: Numbers,
       metadata: JsonObject,
-      version: Schema.String,
+      version: Schema.String
     }).annotate({ identifier: "StoredVector" }),
-    error: notFound,
+    error: notFound
   }),
   HttpApiEndpoint.patch("updateMetadata", "/api/v1/vectors/:id", {
     params: id,
     query: collection,
     payload: documented.patch,
     success: Schema.Struct({ vector_id: Schema.String, metadata: JsonObject, version: Schema.String }),
-    error: notFound,
+    error: notFound
   }),
   HttpApiEndpoint.delete("deleteVector", "/api/v1/vectors/:id", {
     params: id,
     query: collection,
     success: HttpApiSchema.NoContent,
-    error: notFound,
+    error: notFound
   }),
   HttpApiEndpoint.post("deleteVectors", "/api/v1/delete", {
     payload: DeleteRequest,
     success: Schema.Struct({ deleted: Schema.Int }),
-    error: notFound,
-  }),
+    error: notFound
+  })
 )
 
 const SearchGroup = HttpApiGroup.make("search").add(
   HttpApiEndpoint.post("search", "/api/v1/search", {
     payload: documented.search,
     success: SearchResponse,
-    error: searching,
+    error: searching
   }),
   HttpApiEndpoint.get("searchById", "/api/v1/search", {
     query: documented.query,
     success: SearchResponse,
-    error: searching,
-  }),
+    error: searching
+  })
 )
 
 /** The REST contract. Streams (`/api/v1/stream/search`, `/api/v1/ws`) are described in its text and in `docs/protocol.md`. */
@@ -204,8 +207,8 @@ export const RuvectorApi = HttpApi.make("ruvector")
       version: "1",
       description:
         "Vectors in, searches streamed out. Beside these calls: `GET /api/v1/stream/search` (Server-Sent Events), " +
-        "`GET /api/v1/ws` (WebSocket), `/api/v1/rpc` (Effect RPC). Errors are problem details (RFC 9457).",
-    }),
+        "`GET /api/v1/ws` (WebSocket), `/api/v1/rpc` (Effect RPC). Errors are problem details (RFC 9457)."
+    })
   )
 
 export { SearchRequest }

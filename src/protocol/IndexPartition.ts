@@ -15,7 +15,7 @@ import {
   PartitionCorrupt,
   PartitionUnavailable,
   StorageUnavailable,
-  VectorNotFound,
+  VectorNotFound
 } from "./Errors.ts"
 import { Float32FromBytes, VectorFromBytes } from "./Fields.ts"
 import { VersionText } from "./Version.ts"
@@ -26,7 +26,8 @@ export interface PartitionAddress {
   readonly partition: number
 }
 
-export const partitionId = (address: PartitionAddress): string => `${address.collection}/${address.uid}/${address.partition}`
+export const partitionId = (address: PartitionAddress): string =>
+  `${address.collection}/${address.uid}/${address.partition}`
 
 export const partitionAddressOf = (entityId: string): PartitionAddress => {
   const [collection, uid, partition] = entityId.split("/") as [string, string, string]
@@ -40,7 +41,7 @@ export const PartitionError = Schema.Union([
   Overloaded,
   StorageUnavailable,
   PartitionUnavailable,
-  PartitionCorrupt,
+  PartitionCorrupt
 ])
 export type PartitionError = typeof PartitionError.Type
 
@@ -56,7 +57,7 @@ export const PartitionQuery = Schema.Struct({
   /** JSON text of a filter, empty for none. */
   filter: Schema.String,
   includeMetadata: Schema.Boolean,
-  includeVector: Schema.Boolean,
+  includeVector: Schema.Boolean
 })
 export type PartitionQuery = typeof PartitionQuery.Type
 
@@ -67,7 +68,7 @@ export const PartitionHits = Schema.Struct({
   /** JSON texts beside the ids, where asked for. */
   metadata: Schema.optionalKey(Schema.Array(Schema.String)),
   /** `ids.length * dimensions` components, where asked for. */
-  vectors: Schema.optionalKey(Float32FromBytes),
+  vectors: Schema.optionalKey(Float32FromBytes)
 })
 export type PartitionHits = typeof PartitionHits.Type
 
@@ -75,7 +76,7 @@ export const PartitionRecord = Schema.Struct({
   id: Schema.String,
   vector: Float32FromBytes,
   metadata: Schema.String,
-  version: VersionText,
+  version: VersionText
 })
 export type PartitionRecord = typeof PartitionRecord.Type
 
@@ -88,7 +89,7 @@ export const PartitionStats = Schema.Struct({
   snapshot_seq: Schema.Int,
   /** Log objects that were cut off as damaged at activation, and snapshots passed over. */
   log_objects_cut: Schema.Int,
-  snapshots_refused: Schema.Int,
+  snapshots_refused: Schema.Int
 })
 export type PartitionStats = typeof PartitionStats.Type
 
@@ -99,7 +100,7 @@ export const Change = Schema.Struct({
   index: Schema.Int,
   kind: Schema.Literals(["upsert", "metadata", "delete"]),
   id: Schema.String,
-  version: VersionText,
+  version: VersionText
 })
 export type Change = typeof Change.Type
 
@@ -113,24 +114,24 @@ export const IndexPartition = Entity.make("IndexPartition", [
   Rpc.make("Upsert", {
     payload: { records: Schema.Array(UpsertRecord) },
     success: Schema.Struct({ inserted: Schema.Int }),
-    error: PartitionError,
+    error: PartitionError
   }),
   /** Sets the fields of `patch` (JSON text of an object); `null` removes one. */
   Rpc.make("UpdateMetadata", {
     payload: { id: Schema.String, patch: Schema.String },
     success: Schema.Struct({ metadata: Schema.String, version: VersionText }),
-    error: Schema.Union([PartitionError, VectorNotFound]),
+    error: Schema.Union([PartitionError, VectorNotFound])
   }),
   Rpc.make("Delete", {
     payload: { ids: Schema.Array(Schema.String) },
     success: Schema.Struct({ deleted: Schema.Int }),
-    error: PartitionError,
+    error: PartitionError
   }),
   /** `null` where there is no visible record. */
   Rpc.make("Get", {
     payload: { ids: Schema.Array(Schema.String) },
     success: Schema.Array(Schema.NullOr(PartitionRecord)),
-    error: PartitionError,
+    error: PartitionError
   }),
   Rpc.make("Search", { payload: PartitionQuery.fields, success: PartitionHits, error: PartitionError }),
   Rpc.make("Stats", { success: PartitionStats, error: PartitionError }),
@@ -139,8 +140,8 @@ export const IndexPartition = Entity.make("IndexPartition", [
     payload: { seq: Schema.Int, index: Schema.Int },
     success: Change,
     error: Schema.Union([PartitionError, Compacted]),
-    stream: true,
+    stream: true
   }),
   /** Deactivates the partition and deletes its objects. Only the Catalog asks this. */
-  Rpc.make("Remove", { payload: { collection: Collection }, success: Schema.Void, error: PartitionError }),
+  Rpc.make("Remove", { payload: { collection: Collection }, success: Schema.Void, error: PartitionError })
 ])

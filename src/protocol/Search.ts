@@ -11,7 +11,7 @@ import {
   Metric,
   VectorFromBase64Url,
   VectorFromNumbers,
-  VectorId,
+  VectorId
 } from "./Fields.ts"
 
 const common = {
@@ -21,14 +21,14 @@ const common = {
   metric: Schema.optionalKey(Metric),
   filter: Schema.optionalKey(FilterObject),
   include: Schema.optionalKey(Include),
-  deadline_ms: Schema.optionalKey(DeadlineMillis),
+  deadline_ms: Schema.optionalKey(DeadlineMillis)
 }
 
 /** What is searched for: one of a vector in one of its forms, or the id of a vector of the collection. */
 export const querySource = {
   query: Schema.optionalKey(VectorFromNumbers),
   query_b64: Schema.optionalKey(VectorFromBase64Url),
-  query_vector_id: Schema.optionalKey(VectorId),
+  query_vector_id: Schema.optionalKey(VectorId)
 }
 
 /** Results of a search that names no k. */
@@ -45,7 +45,7 @@ export const SearchFrame = Schema.Struct({
   session: Schema.optionalKey(ClientId),
   stream: Schema.optionalKey(Schema.Boolean),
   ...common,
-  ...querySource,
+  ...querySource
 })
 export type SearchFrame = typeof SearchFrame.Type
 

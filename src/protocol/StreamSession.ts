@@ -25,7 +25,7 @@ export const SessionQuery = Schema.Struct({
   includeMetadata: Schema.Boolean,
   includeVector: Schema.Boolean,
   /** 0: the server's. */
-  deadlineMillis: Schema.Int,
+  deadlineMillis: Schema.Int
 })
 export type SessionQuery = typeof SessionQuery.Type
 
@@ -41,7 +41,7 @@ export const SearchAnswer = Schema.Struct({
   dimensions: Schema.Int,
   /** Partitions that had not answered at the deadline. */
   missing: Schema.Array(Schema.Int),
-  tookMillis: Schema.Number,
+  tookMillis: Schema.Number
 })
 export type SearchAnswer = typeof SearchAnswer.Type
 
@@ -52,5 +52,5 @@ export const StreamSession = Entity.make("StreamSession", [
   /** An answer given before; `null` where it is no longer kept. */
   Rpc.make("Resume", { payload: { queryId: Schema.String }, success: Schema.NullOr(SearchAnswer), error: ApiError }),
   /** Ends the session and everything it has under way. */
-  Rpc.make("Close", { success: Schema.Void }),
+  Rpc.make("Close", { success: Schema.Void })
 ])

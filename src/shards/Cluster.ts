@@ -3,7 +3,7 @@
  * that entities are the same ones as in a cluster and only this layer differs.
  */
 import { Duration, Effect, Layer } from "effect"
-import { MessageStorage, RunnerHealth, Runners, RunnerStorage, Sharding, ShardingConfig } from "effect/cluster"
+import { MessageStorage, RunnerHealth, RunnerStorage, Runners, Sharding, ShardingConfig } from "effect/cluster"
 import { Settings } from "../config.ts"
 
 /** One process, no services. */
@@ -19,9 +19,9 @@ export const layerSingle = Layer.unwrap(
           simulateRemoteSerialization: false,
           maxResidentEntities: settings.residentEntitiesMax,
           entityTerminationTimeout: Duration.millis(settings.drainMillis),
-          entityMaxIdleTime: Duration.millis(settings.sessionIdleMillis),
-        }),
-      ),
-    ),
-  ),
+          entityMaxIdleTime: Duration.millis(settings.sessionIdleMillis)
+        })
+      )
+    )
+  )
 )

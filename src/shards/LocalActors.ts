@@ -37,13 +37,13 @@ export class LocalActors extends Context.Service<
           Effect.sync(() => {
             map.set(entityId, actor)
           }),
-          () => Effect.sync(() => (map.get(entityId) === actor ? map.delete(entityId) : false)),
+          () => Effect.sync(() => (map.get(entityId) === actor ? map.delete(entityId) : false))
         )
     return LocalActors.of({
       partitions,
       sessions,
       registerPartition: register(partitions),
-      registerSession: register(sessions),
+      registerSession: register(sessions)
     })
   })
 }

@@ -19,7 +19,7 @@ const encoder = new TextEncoder()
 export const groupByPartition = <A>(
   items: ReadonlyArray<A>,
   idOf: (item: A) => string,
-  partitions: number,
+  partitions: number
 ): ReadonlyMap<number, ReadonlyArray<A>> => {
   const groups = new Map<number, Array<A>>()
   if (partitions === 1) return items.length === 0 ? groups : groups.set(0, [...items])

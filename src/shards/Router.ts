@@ -19,7 +19,7 @@ import {
   Overloaded,
   PartitionUnavailable,
   StorageUnavailable,
-  VectorNotFound,
+  VectorNotFound
 } from "../protocol/Errors.ts"
 import {
   IndexPartition,
@@ -29,7 +29,7 @@ import {
   type PartitionRecord,
   type PartitionStats,
   partitionId,
-  type UpsertRecord,
+  type UpsertRecord
 } from "../protocol/IndexPartition.ts"
 import { answerComponentsMax } from "../protocol/Limits.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
@@ -48,7 +48,7 @@ export class Router extends Context.Service<
   {
     readonly createCollection: (
       name: string,
-      request: CollectionRequest,
+      request: CollectionRequest
     ) => Effect.Effect<
       { readonly collection: Collection; readonly created: boolean },
       CollectionConflict | StorageUnavailable | Overloaded | InvalidInput
@@ -68,7 +68,7 @@ export class Router extends Context.Service<
     readonly updateMetadata: (
       name: string,
       id: string,
-      patch: string,
+      patch: string
     ) => Effect.Effect<{ readonly metadata: string; readonly version: string }, ApiError>
     readonly remove: (name: string, ids: ReadonlyArray<string>) => Effect.Effect<number, ApiError>
     readonly search: (query: SessionQuery) => Effect.Effect<SearchAnswer, ApiError>
@@ -100,7 +100,7 @@ export class Router extends Context.Service<
           if (found !== undefined) return Effect.succeed(found)
           return catalog.Read({ name }).pipe(
             Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)),
-            Effect.tap((read) => Effect.sync(() => remember(read))),
+            Effect.tap((read) => Effect.sync(() => remember(read)))
           )
         }
 
@@ -109,7 +109,10 @@ export class Router extends Context.Service<
           known.set(read.name, read)
         }
 
-        const createCollection = Effect.fn("Router.createCollection")(function* (name: string, request: CollectionRequest) {
+        const createCollection = Effect.fn("Router.createCollection")(function* (
+          name: string,
+          request: CollectionRequest
+        ) {
           const result = yield* catalog
             .Create({ name, request })
             .pipe(Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)))
@@ -128,7 +131,7 @@ export class Router extends Context.Service<
         const delivered = <A, E extends { readonly _tag: string }>(
           of: Collection,
           partition: number,
-          call: Effect.Effect<A, E>,
+          call: Effect.Effect<A, E>
         ): Effect.Effect<A, Exclude<E, DeliveryError> | PartitionUnavailable | Overloaded> =>
           Effect.mapError(call, (error) => {
             if (!isDelivery(error)) return error as Exclude<E, DeliveryError>
@@ -137,17 +140,16 @@ export class Router extends Context.Service<
               collection: of.name,
               partition,
               detail: "It cannot be reached now.",
-              retryAfterMillis: 1_000,
+              retryAfterMillis: 1_000
             })
           })
 
-        const idOf = (of: Collection, partition: number) =>
-          partitionId({ collection: of.name, uid: of.uid, partition })
+        const idOf = (of: Collection, partition: number) => partitionId({ collection: of.name, uid: of.uid, partition })
 
         /** Runs with the collection, and once more with a fresh reading of it where the one at hand was out of date. */
         const withCollection = <A, E>(
           name: string,
-          use: (of: Collection) => Effect.Effect<A, E | CollectionNotFound>,
+          use: (of: Collection) => Effect.Effect<A, E | CollectionNotFound>
         ): Effect.Effect<A, E | CollectionNotFound | StorageUnavailable> => {
           const cached = known.has(name)
           const run = Effect.flatMap(collection(name), use)
@@ -160,7 +162,7 @@ export class Router extends Context.Service<
               Effect.suspend(() => {
                 known.delete(name)
                 return Effect.flatMap(collection(name), use)
-              }),
+              })
           )
         }
 
@@ -168,7 +170,7 @@ export class Router extends Context.Service<
           Effect.forEach(
             Array.from({ length: of.partitions }, (_, partition) => partition),
             call,
-            { concurrency: "unbounded" },
+            { concurrency: "unbounded" }
           )
 
         const stats = (of: Collection) =>
@@ -176,7 +178,7 @@ export class Router extends Context.Service<
 
         const activate = (of: Collection) =>
           Effect.asVoid(
-            eachPartition(of, (partition) => delivered(of, partition, partitionClient(idOf(of, partition)).Activate())),
+            eachPartition(of, (partition) => delivered(of, partition, partitionClient(idOf(of, partition)).Activate()))
           )
 
         const checkVector = (of: Collection, vector: Float32Array, field: string): InvalidInput | undefined => {
@@ -184,7 +186,7 @@ export class Router extends Context.Service<
             return new InvalidInput({
               field,
               expected: `${of.dimensions} numbers, the dimensions of collection ${of.name}`,
-              got: `${vector.length}`,
+              got: `${vector.length}`
             })
           }
           if (of.metric === "cosine" && isZero(vector)) {
@@ -200,8 +202,8 @@ export class Router extends Context.Service<
             yield* Effect.catchTag(collection(name), "CollectionNotFound", () =>
               createCollection(name, { dimensions: first.vector.length }).pipe(
                 // Two first inserts at once: the other's collection is as good, or the check below says what differs.
-                Effect.catchTag("CollectionConflict", () => collection(name)),
-              ),
+                Effect.catchTag("CollectionConflict", () => collection(name))
+              )
             )
           }
           return yield* withCollection(name, (of): Effect.Effect<number, ApiError> => {
@@ -215,16 +217,16 @@ export class Router extends Context.Service<
                 groups,
                 ([partition, group]) =>
                   delivered(of, partition, partitionClient(idOf(of, partition)).Upsert({ records: group })),
-                { concurrency: "unbounded" },
+                { concurrency: "unbounded" }
               ),
-              (results) => results.reduce((sum, result) => sum + result.inserted, 0),
+              (results) => results.reduce((sum, result) => sum + result.inserted, 0)
             )
           })
         })
 
         const getFrom = (
           of: Collection,
-          id: string,
+          id: string
         ): Effect.Effect<PartitionRecord | null, PartitionError | CollectionNotFound> => {
           const partition = partitionOf(id, of.partitions)
           const entityId = idOf(of, partition)
@@ -239,8 +241,8 @@ export class Router extends Context.Service<
         const get = (name: string, id: string) =>
           withCollection(name, (of) =>
             Effect.flatMap(getFrom(of, id), (record) =>
-              record === null ? Effect.fail(new VectorNotFound({ collection: name, id })) : Effect.succeed(record),
-            ),
+              record === null ? Effect.fail(new VectorNotFound({ collection: name, id })) : Effect.succeed(record)
+            )
           )
 
         const updateMetadata = (name: string, id: string, patch: string) =>
@@ -256,13 +258,17 @@ export class Router extends Context.Service<
                 groupByPartition(ids, (id) => id, of.partitions),
                 ([partition, group]) =>
                   delivered(of, partition, partitionClient(idOf(of, partition)).Delete({ ids: group })),
-                { concurrency: "unbounded" },
+                { concurrency: "unbounded" }
               ),
-              (results) => results.reduce((sum, result) => sum + result.deleted, 0),
-            ),
+              (results) => results.reduce((sum, result) => sum + result.deleted, 0)
+            )
           )
 
-        const ask = (of: Collection, partition: number, query: PartitionQuery): Effect.Effect<PartitionHits, PartitionError> => {
+        const ask = (
+          of: Collection,
+          partition: number,
+          query: PartitionQuery
+        ): Effect.Effect<PartitionHits, PartitionError> => {
           const entityId = idOf(of, partition)
           const resident = local.partitions.get(entityId)
           if (resident !== undefined) return resident.search(query)
@@ -273,7 +279,7 @@ export class Router extends Context.Service<
           of: Collection,
           query: SessionQuery,
           vector: Float32Array,
-          deadlineMillis: number,
+          deadlineMillis: number
         ) {
           const partitionQuery: PartitionQuery = {
             vector,
@@ -281,17 +287,17 @@ export class Router extends Context.Service<
             ef: query.ef === 0 ? of.index.ef_search : query.ef,
             filter: query.filter,
             includeMetadata: query.includeMetadata,
-            includeVector: query.includeVector,
+            includeVector: query.includeVector
           }
           if (of.partitions === 1) {
             const hits = yield* Effect.timeoutOrElse(ask(of, 0, partitionQuery), {
               duration: deadlineMillis,
-              orElse: () => Effect.fail(new DeadlineExceeded({ deadlineMillis })),
+              orElse: () => Effect.fail(new DeadlineExceeded({ deadlineMillis }))
             })
             return { hits, missing: [] }
           }
           const exits = yield* eachPartition(of, (partition) =>
-            Effect.exit(Effect.timeoutOption(ask(of, partition, partitionQuery), deadlineMillis)),
+            Effect.exit(Effect.timeoutOption(ask(of, partition, partitionQuery), deadlineMillis))
           )
           const lists: Array<PartitionHits> = []
           const missing: Array<number> = []
@@ -306,7 +312,8 @@ export class Router extends Context.Service<
             const error = Exit.findErrorOption(exit)
             if (Option.isNone(error)) return yield* Effect.failCause(exit.cause)
             // What is wrong with the request is wrong everywhere; what is wrong with one partition is that one's.
-            if (error.value._tag === "InvalidInput" || error.value._tag === "CollectionNotFound") return yield* error.value
+            if (error.value._tag === "InvalidInput" || error.value._tag === "CollectionNotFound")
+              return yield* error.value
             failure ??= error.value
             missing.push(partition)
           }
@@ -321,13 +328,17 @@ export class Router extends Context.Service<
             query.collection,
             Effect.fnUntraced(function* (of: Collection) {
               if (query.metric !== undefined && query.metric !== of.metric) {
-                return yield* new InvalidInput({ field: "metric", expected: `${of.metric}, the metric of the collection`, got: query.metric })
+                return yield* new InvalidInput({
+                  field: "metric",
+                  expected: `${of.metric}, the metric of the collection`,
+                  got: query.metric
+                })
               }
               if (query.includeVector && query.k * of.dimensions > answerComponentsMax) {
                 return yield* new InvalidInput({
                   field: "k",
                   expected: `at most ${Math.trunc(answerComponentsMax / of.dimensions)} where vectors are included`,
-                  got: String(query.k),
+                  got: String(query.k)
                 })
               }
               let vector = query.vector
@@ -346,9 +357,9 @@ export class Router extends Context.Service<
                 ...hits,
                 dimensions: of.dimensions,
                 missing,
-                tookMillis: performance.now() - started,
+                tookMillis: performance.now() - started
               } satisfies SearchAnswer
-            }),
+            })
           )
         })
 
@@ -364,9 +375,9 @@ export class Router extends Context.Service<
           get,
           updateMetadata,
           remove,
-          search,
+          search
         })
-      }),
+      })
     )
 }
 
@@ -380,7 +391,7 @@ export const mergeHits = (lists: ReadonlyArray<PartitionHits>, k: number, dimens
   if (lists.length === 1) return lists[0] as PartitionHits
   const total = Math.min(
     k,
-    lists.reduce((sum, list) => sum + list.ids.length, 0),
+    lists.reduce((sum, list) => sum + list.ids.length, 0)
   )
   const ids: Array<string> = []
   const scores = new Float32Array(total)

@@ -20,35 +20,38 @@ describe("a collection", () => {
   for (const [metric, partitions, seed] of [
     ["cosine", 1, 1],
     ["l2", 3, 2],
-    ["ip", 2, 3],
+    ["ip", 2, 3]
   ] as const) {
-    it(`${metric}, ${partitions} partition(s): ${operations} random operations and restarts, as a map would answer`, {
-      timeout: 120_000,
-    }, () =>
-      seeded(seedOf(seed), async (source) => {
-        const store = await Effect.runPromise(Effect.scoped(Layer.build(ObjectStore.layerMemory)))
-        const settings = { snapshotOps: 100, snapshotSharePercent: 1, snapshotIdleMillis: 100 }
-        let node = await startActors(store, settings)
-        const model = new Map<string, Record_>()
-        try {
-          await Effect.runPromise(node.router.createCollection("c", { dimensions, metric, partitions }))
-          for (let n = 0; n < operations; n++) {
-            const choice = source.next()
-            if (choice < 0.35) await upsert(node.router, model, source)
-            else if (choice < 0.5) await remove(node.router, model, source)
-            else if (choice < 0.65) await patch(node.router, model, source)
-            else if (choice < 0.75) await read(node.router, model, source)
-            else if (choice < 0.985) await search(node.router, model, source, metric)
-            else {
-              await node.stop()
-              node = await startActors(store, settings)
+    it(
+      `${metric}, ${partitions} partition(s): ${operations} random operations and restarts, as a map would answer`,
+      {
+        timeout: 120_000
+      },
+      () =>
+        seeded(seedOf(seed), async (source) => {
+          const store = await Effect.runPromise(Effect.scoped(Layer.build(ObjectStore.layerMemory)))
+          const settings = { snapshotOps: 100, snapshotSharePercent: 1, snapshotIdleMillis: 100 }
+          let node = await startActors(store, settings)
+          const model = new Map<string, Record_>()
+          try {
+            await Effect.runPromise(node.router.createCollection("c", { dimensions, metric, partitions }))
+            for (let n = 0; n < operations; n++) {
+              const choice = source.next()
+              if (choice < 0.35) await upsert(node.router, model, source)
+              else if (choice < 0.5) await remove(node.router, model, source)
+              else if (choice < 0.65) await patch(node.router, model, source)
+              else if (choice < 0.75) await read(node.router, model, source)
+              else if (choice < 0.985) await search(node.router, model, source, metric)
+              else {
+                await node.stop()
+                node = await startActors(store, settings)
+              }
             }
+            for (const id of ids) assert.deepStrictEqual(await readOne(node.router, id), model.get(id))
+          } finally {
+            await node.stop()
           }
-          for (const id of ids) assert.deepStrictEqual(await readOne(node.router, id), model.get(id))
-        } finally {
-          await node.stop()
-        }
-      }),
+        })
     )
   }
 })
@@ -65,12 +68,12 @@ const upsert = async (router: Node, model: Model, source: Random) => {
   const batch = Array.from({ length: 1 + source.below(8) }, () => ({
     id: source.pick(ids),
     vector: vectorOf(source),
-    metadata: metadataOf(source),
+    metadata: metadataOf(source)
   }))
   const records = batch.map(({ id, vector, metadata }) => ({
     id,
     vector: new Float32Array(vector),
-    metadata: Object.keys(metadata).length === 0 ? "" : JSON.stringify(metadata),
+    metadata: Object.keys(metadata).length === 0 ? "" : JSON.stringify(metadata)
   }))
   assert.strictEqual(await Effect.runPromise(router.upsert("c", records)), batch.length)
   for (const { id, vector, metadata } of batch) model.set(id, { vector, metadata })
@@ -120,7 +123,7 @@ const search = async (router: Node, model: Model, source: Random, metric: "cosin
     filter: colour === undefined ? "" : JSON.stringify({ colour }),
     includeMetadata: true,
     includeVector: true,
-    deadlineMillis: 0,
+    deadlineMillis: 0
   }
   const answer = await Effect.runPromise(router.search(query))
   const truth = [...model]
@@ -135,7 +138,10 @@ const search = async (router: Node, model: Model, source: Random, metric: "cosin
     const record = model.get(answer.ids[i] as string) as Record_
     const metadata = answer.metadata?.[i] ?? ""
     assert.deepStrictEqual(metadata === "" ? {} : JSON.parse(metadata), record.metadata)
-    assert.deepStrictEqual(Array.from(answer.vectors?.subarray(i * dimensions, (i + 1) * dimensions) ?? []), record.vector)
+    assert.deepStrictEqual(
+      Array.from(answer.vectors?.subarray(i * dimensions, (i + 1) * dimensions) ?? []),
+      record.vector
+    )
   }
 }
 

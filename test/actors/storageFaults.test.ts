@@ -16,14 +16,22 @@ describe("a store that fails", () => {
   const modes: ReadonlyArray<readonly [string, (faults: Faults) => void]> = [
     ["disk full", (faults) => (faults.full = true)],
     ["failing fsync", (faults) => (faults.fsyncFails = true)],
-    ["answers lost, before and after the effect", (faults) => Object.assign(faults, { dropShare: 0.3, doubtShare: 0.3 })],
-    ["writes that arrive late", (faults) => Object.assign(faults, { lateShare: 0.4, failShare: 0.2 })],
+    [
+      "answers lost, before and after the effect",
+      (faults) => Object.assign(faults, { dropShare: 0.3, doubtShare: 0.3 })
+    ],
+    ["writes that arrive late", (faults) => Object.assign(faults, { lateShare: 0.4, failShare: 0.2 })]
   ]
   for (const [mode, begin] of modes) {
-    it(`${mode}: typed errors, nothing acknowledged is lost, searches go on, it recovers`, { timeout: 60_000 }, async () => {
+    it(`${mode}: typed errors, nothing acknowledged is lost, searches go on, it recovers`, {
+      timeout: 60_000
+    }, async () => {
       const source = random(seedOf(7))
       const faults = new Faults(source.seed)
-      const inner = Context.get(await Effect.runPromise(Effect.scoped(Layer.build(ObjectStore.layerMemory))), ObjectStore)
+      const inner = Context.get(
+        await Effect.runPromise(Effect.scoped(Layer.build(ObjectStore.layerMemory))),
+        ObjectStore
+      )
       const store = Context.make(ObjectStore, withFaults(inner, faults))
       const settings = { snapshotOps: 100, snapshotSharePercent: 1, snapshotIdleMillis: 100 }
       let node = await startActors(store, settings)
@@ -63,11 +71,15 @@ let states = 0
 const write = async (
   node: RunningActors,
   known: Map<string, { state: number; maybe: Set<number> }>,
-  source: Random,
+  source: Random
 ): Promise<boolean> => {
   const state = ++states
   const ids = [0, 1, 2].map((i) => `id-${source.below(12) + i}`)
-  const records = ids.map((id) => ({ id, vector: new Float32Array(source.vector(dimensions)), metadata: `{"state":${state}}` }))
+  const records = ids.map((id) => ({
+    id,
+    vector: new Float32Array(source.vector(dimensions)),
+    metadata: `{"state":${state}}`
+  }))
   for (const id of ids) {
     const entry = known.get(id) ?? { state: 0, maybe: new Set() }
     known.set(id, entry)
@@ -93,7 +105,7 @@ const searchWorks = async (node: RunningActors, known: ReadonlyMap<string, unkno
     filter: "",
     includeMetadata: false,
     includeVector: false,
-    deadlineMillis: 0,
+    deadlineMillis: 0
   }
   const answer = await Effect.runPromise(node.router.search(query))
   assert.isAtMost(answer.ids.length, 5)

@@ -32,13 +32,18 @@ describe("kill -9", () => {
           (_, writer): Model => ({
             name: `w${writer}`,
             acknowledged: new Array<number>(idsPerWriter).fill(0),
-            outstanding: undefined,
-          }),
+            outstanding: undefined
+          })
         )
         const counter = { value: 0 }
         let acknowledgedWrites = 0
         for (let round = 0; round < kills; round++) {
-          const server = await startServer(directory, ["--snapshot-ops", "300", "--default-partitions", String(partitions)])
+          const server = await startServer(directory, [
+            "--snapshot-ops",
+            "300",
+            "--default-partitions",
+            String(partitions)
+          ])
           await ready(server.base)
           await verify(server, models)
           const stop = { stopped: false }
@@ -53,8 +58,8 @@ describe("kill -9", () => {
         await verify(server, models)
         assert.strictEqual(await server.stop("SIGTERM"), 0)
         assert.isAbove(acknowledgedWrites, kills * 5, "the load wrote something between the kills")
-      }),
-    ),
+      })
+    )
   )
 })
 
@@ -64,7 +69,7 @@ const write = async (
   model: Model,
   counter: { value: number },
   source: Random,
-  stop: { readonly stopped: boolean },
+  stop: { readonly stopped: boolean }
 ): Promise<number> => {
   let acknowledged = 0
   while (!stop.stopped) {
@@ -85,7 +90,7 @@ const write = async (
         : kind === "delete"
           ? await send(server, "POST", "/api/v1/delete", { ids })
           : await send(server, "POST", "/api/v1/insert", {
-              vectors: ids.map((id) => ({ id, vector: source.vector(dimensions), metadata: { state } })),
+              vectors: ids.map((id) => ({ id, vector: source.vector(dimensions), metadata: { state } }))
             })
     if (status === undefined) return acknowledged
     model.outstanding = undefined
@@ -103,13 +108,13 @@ const send = (server: ServerProcess, method: string, path: string, body: unknown
   fetch(`${server.base}${path}`, {
     method,
     headers: { "content-type": "application/json" },
-    body: JSON.stringify(body),
+    body: JSON.stringify(body)
   }).then(
     async (response) => {
       await response.arrayBuffer()
       return response.status
     },
-    () => undefined,
+    () => undefined
   )
 
 const verify = async (server: ServerProcess, models: ReadonlyArray<Model>) => {
@@ -122,9 +127,16 @@ const verify = async (server: ServerProcess, models: ReadonlyArray<Model>) => {
       if (outstanding?.touched.includes(i)) {
         const happened = state === (outstanding.state > 0 ? outstanding.state : undefined)
         const before = state === (acknowledged > 0 ? acknowledged : undefined)
-        assert.isTrue(happened || before, `${model.name}-${i} is ${state}, was ${acknowledged}, then perhaps ${outstanding.state}`)
+        assert.isTrue(
+          happened || before,
+          `${model.name}-${i} is ${state}, was ${acknowledged}, then perhaps ${outstanding.state}`
+        )
       } else {
-        assert.strictEqual(state, acknowledged > 0 ? acknowledged : undefined, `${model.name}-${i}, acknowledged ${acknowledged}`)
+        assert.strictEqual(
+          state,
+          acknowledged > 0 ? acknowledged : undefined,
+          `${model.name}-${i}, acknowledged ${acknowledged}`
+        )
       }
     }
     if (outstanding !== undefined && outstanding.state > 0) {
@@ -132,7 +144,10 @@ const verify = async (server: ServerProcess, models: ReadonlyArray<Model>) => {
       for (let partition = 0; partition < partitions; partition++) {
         const group = outstanding.touched.filter((i) => partitionOf(`${model.name}-${i}`, partitions) === partition)
         const there = group.filter((i) => found[i] === outstanding.state)
-        assert.isTrue(there.length === 0 || there.length === group.length, `half of batch ${outstanding.state} of ${model.name}`)
+        assert.isTrue(
+          there.length === 0 || there.length === group.length,
+          `half of batch ${outstanding.state} of ${model.name}`
+        )
       }
     }
     // What happened to it is known from here on.

@@ -51,7 +51,7 @@ const floats = (...components: ReadonlyArray<number>) => Float32Array.from(compo
 const until = (condition: () => boolean) =>
   Effect.gen(function* () {
     while (!condition()) yield* Effect.sleep(5)
-  }).pipe(Effect.timeout(5_000))
+  }).pipe(Effect.timeout(15_000))
 
 const threeVectors = [
   { id: "a", vector: floats(1, 0), metadata: '{ "kind": "first",  "n": 1 }' },
@@ -399,7 +399,7 @@ describe("a connection", () => {
       const exit = yield* Effect.exit(client.Insert({ vectors: [{ id: "a", vector: new Float32Array(2_000) }] }))
       assert.isTrue(Exit.isFailure(exit) && Cause.pretty(exit.cause).includes("RpcClientError"), String(exit))
       assert.strictEqual(
-        (yield* client.Get({ id: "a" }).pipe(Effect.retry(Schedule.spaced(20)), Effect.timeout(5_000))).vector.length,
+        (yield* client.Get({ id: "a" }).pipe(Effect.retry(Schedule.spaced(20)), Effect.timeout(15_000))).vector.length,
         2
       )
     })

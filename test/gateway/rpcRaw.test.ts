@@ -6,7 +6,7 @@ import { type RpcMessage, RpcSerialization } from "effect/rpc"
 import { WebSocket } from "ws"
 import { closeCodes } from "../../src/protocol/Frames.ts"
 import { RuvectorRpcs } from "../../src/protocol/Rpcs.ts"
-import { bulky, endless, startRpcServer } from "./rpcServer.ts"
+import { bulky, endless, openRpcServer, startRpcServer } from "./rpcServer.ts"
 
 type Message = Readonly<Record<string, unknown>> & { readonly _tag: string }
 
@@ -20,7 +20,7 @@ const ok = { _tag: "Exit", requestId: "last", exit: { _tag: "Success", value: []
 const until = (condition: () => boolean) =>
   Effect.gen(function* () {
     while (!condition()) yield* Effect.sleep(5)
-  }).pipe(Effect.timeout(5_000))
+  }).pipe(Effect.timeout(15_000))
 
 const post = Effect.fnUntraced(function* (
   url: string,
@@ -295,20 +295,24 @@ describe("a connection", () => {
       })
       const slow = yield* connect(port, ndjsonPath)
       const [atServer] = Array.from(sockets.clients)
+      console.log("T1", performance.now() | 0, seen.queries.length)
       slow.socket.pause()
       let waitedBytes = 0
       const watch = setInterval(() => {
         waitedBytes = Math.max(waitedBytes, atServer?.bufferedAmount ?? 0)
       }, 1)
-      // 200 frames of 64 KiB, each with about 650 searches whose answers are of 100 KB.
+      // 20 frames of 64 KiB, each with about 650 searches whose answers are of 100 KB.
       const search = (id: number) =>
         line(id, "Search", { collection: bulky, query_vector_id: "a", include_metadata: true })
-      for (let i = 0; i < 200; i++)
+      for (let i = 0; i < 20; i++)
         slow.socket.send(Array.from({ length: 650 }, (_, j) => search(i * 650 + j)).join(""))
+      console.log("T2", performance.now() | 0, seen.queries.length)
       const other = yield* connect(port, ndjsonPath)
       other.socket.send(line("last", "ListCollections", null))
       yield* until(() => other.received.length === 1)
+      console.log("T3", performance.now() | 0, seen.queries.length)
       yield* until(() => atServer?.readyState !== WebSocket.OPEN)
+      console.log("T4", performance.now() | 0, seen.queries.length)
       clearInterval(watch)
       const answerBytes = 110_000
       assert.isBelow(waitedBytes, outboundBytesMax + answerBytes)
@@ -316,9 +320,11 @@ describe("a connection", () => {
       assert.isBelow(seen.queries.length, 1_000)
       slow.socket.resume()
       yield* until(() => slow.closedWith() !== undefined)
+      console.log("T5", performance.now() | 0, seen.queries.length)
       assert.strictEqual(slow.closedWith(), closeCodes.slowReader)
       other.socket.send(line("last", "ListCollections", null))
       yield* until(() => other.received.length === 2)
+      console.log("T6", performance.now() | 0, seen.queries.length)
       assert.isUndefined(other.closedWith())
     })
   )
@@ -358,6 +364,18 @@ describe("a connection", () => {
       sockets.drain()
       yield* until(() => closedWith() === closeCodes.restart)
       yield* until(() => seen.sessionsOpen === 0)
+    })
+  )
+
+  it.live("is told the same when the server stops without draining", () =>
+    Effect.gen(function* () {
+      const server = yield* Effect.promise(() => openRpcServer({}))
+      const { socket, closedWith } = yield* connect(server.port, ndjsonPath)
+      socket.send(line("s", "SearchStream", { collection: endless, query_vector_id: "a" }))
+      yield* until(() => server.seen.sessionsOpen === 1)
+      yield* Effect.promise(server.close)
+      yield* until(() => closedWith() === closeCodes.restart)
+      assert.strictEqual(server.seen.sessionsOpen, 0)
     })
   )
 })

@@ -24,7 +24,7 @@ describe("serve", () => {
       const inserted = await fetch(insert?.[2] as string, {
         method: "POST",
         headers: { "content-type": "application/json" },
-        body: insert?.[1] as string,
+        body: insert?.[1] as string
       })
       assert.deepStrictEqual(await inserted.json(), { inserted: 2 })
       const search = /curl -N '([^']+)'/.exec(server.output())?.[1] as string
@@ -34,7 +34,7 @@ describe("serve", () => {
       await ready(again.base)
       assert.include(await (await fetch(search.replace(server.base, again.base))).text(), '"vector_id":"b"')
       assert.strictEqual(await again.stop("SIGINT"), 0)
-    }),
+    })
   )
 
   it("tells streams to come back, and ends within the drain time, when it is told to stop", { timeout: 60_000 }, () =>
@@ -48,7 +48,7 @@ describe("serve", () => {
       assert.strictEqual(await server.stop("SIGTERM"), 0)
       assert.deepStrictEqual(await client.closed, { code: 1012, reason: "restarting" })
       assert.match(await text, /retry: 1000\nevent: bye/)
-    }),
+    })
   )
 
   it("--help lists every setting, its default and its variable", { timeout: 60_000 }, async () => {
@@ -79,7 +79,7 @@ describe("serve", () => {
       other.close()
       assert.strictEqual(code, 1)
       assert.match(oneLine(stderr), new RegExp(`Port ${port} .*taken`))
-    }),
+    })
   )
 
   it("data locked by another process, named by its pid", { timeout: 60_000 }, () =>
@@ -92,7 +92,7 @@ describe("serve", () => {
       await server.stop("SIGKILL")
       const next = await startServer(directory)
       assert.strictEqual(await next.stop("SIGTERM"), 0)
-    }),
+    })
   )
 
   it("data of a newer format, a file in its place, a directory that cannot be written", { timeout: 60_000 }, () =>
@@ -121,6 +121,6 @@ describe("serve", () => {
       assert.strictEqual(unwritable.code, 1)
       assert.include(oneLine(unwritable.stderr), place)
       assert.isTrue((await stat(readonly)).isDirectory())
-    }),
+    })
   )
 })

@@ -18,7 +18,7 @@ export interface RunningActors {
 
 export const startActors = async (
   store: Context.Context<ObjectStore>,
-  settings: Partial<SettingValues> = {},
+  settings: Partial<SettingValues> = {}
 ): Promise<RunningActors> => {
   const path = await mkdtemp(join(tmpdir(), "ruvector-"))
   const scope = await Effect.runPromise(Scope.make())
@@ -27,8 +27,8 @@ export const startActors = async (
     Layer.provideMerge(Layer.succeedContext(store)),
     Layer.provideMerge(Layer.succeed(Settings, { ...defaultSettings, drainMillis: 1_000, ...settings })),
     Layer.provideMerge(
-      Layer.mergeAll(Logger.layer([Logger.consoleJson]), Layer.succeed(References.MinimumLogLevel, "Fatal")),
-    ),
+      Layer.mergeAll(Logger.layer([Logger.consoleJson]), Layer.succeed(References.MinimumLogLevel, "Fatal"))
+    )
   )
   const context = await Effect.runPromise(Layer.buildWithScope(layer, scope))
   return {
@@ -37,6 +37,6 @@ export const startActors = async (
     stop: async () => {
       await Effect.runPromise(Scope.close(scope, Exit.void))
       await rm(path, { recursive: true, force: true })
-    },
+    }
   }
 }

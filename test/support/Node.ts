@@ -16,11 +16,10 @@ export interface RunningNode {
 export const startNode = async (settings: Partial<SettingValues> = {}): Promise<RunningNode> => {
   const data = settings.data ?? (await mkdtemp(join(tmpdir(), "ruvector-")))
   const scope = await Effect.runPromise(Scope.make())
-  const quiet = Layer.mergeAll(
-    Logger.layer([Logger.consoleJson]),
-    Layer.succeed(References.MinimumLogLevel, "Error"),
+  const quiet = Layer.mergeAll(Logger.layer([Logger.consoleJson]), Layer.succeed(References.MinimumLogLevel, "Error"))
+  const layer = node({ ...defaultSettings, port: 0, data, drainMillis: 500, ...settings }).pipe(
+    Layer.provideMerge(quiet)
   )
-  const layer = node({ ...defaultSettings, port: 0, data, drainMillis: 500, ...settings }).pipe(Layer.provideMerge(quiet))
   const context = await Effect.runPromise(Layer.buildWithScope(layer, scope))
   await Effect.runPromise(Effect.provideContext(activate, context))
   const { port } = Context.get(context, HttpGateway)
@@ -31,6 +30,6 @@ export const startNode = async (settings: Partial<SettingValues> = {}): Promise<
     stop: async () => {
       await Effect.runPromise(Scope.close(scope, Exit.void))
       if (settings.data === undefined) await rm(data, { recursive: true, force: true })
-    },
+    }
   }
 }

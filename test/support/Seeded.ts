@@ -25,7 +25,7 @@ export const random = (seed: number): Random => {
     next,
     below,
     pick: (items) => items[below(items.length)] as (typeof items)[number],
-    vector: (dimensions) => Array.from({ length: dimensions }, () => next() * 2 - 1),
+    vector: (dimensions) => Array.from({ length: dimensions }, () => next() * 2 - 1)
   }
 }
 

@@ -38,7 +38,7 @@ export const startServer = (data: string, flags: ReadonlyArray<string> = []): Pr
         stop: (signal) => {
           child.kill(signal)
           return exited
-        },
+        }
       })
     }
     child.stdout?.on("data", read)
@@ -49,7 +49,7 @@ export const startServer = (data: string, flags: ReadonlyArray<string> = []): Pr
 /** Runs `serve` with these words and waits for its end. */
 export const runServe = (
   words: ReadonlyArray<string>,
-  environment: Record<string, string> = {},
+  environment: Record<string, string> = {}
 ): Promise<{ readonly code: number | null; readonly stdout: string; readonly stderr: string }> =>
   new Promise((resolve) => {
     const child = spawnServe(words, environment)
@@ -64,7 +64,7 @@ const spawnServe = (words: ReadonlyArray<string>, environment: Record<string, st
   const { PORT: _, ...inherited } = process.env
   return spawn(process.execPath, [main, "serve", ...words], {
     stdio: ["ignore", "pipe", "pipe"],
-    env: { ...inherited, ...environment },
+    env: { ...inherited, ...environment }
   })
 }
 
@@ -84,7 +84,7 @@ export const ready = async (base: string, withinMillis = 20_000): Promise<void> 
   for (;;) {
     const status = await fetch(`${base}/health/ready`).then(
       (response) => response.status,
-      () => 0,
+      () => 0
     )
     if (status === 200) return
     if (Date.now() > until) throw new Error(`not ready within ${withinMillis} ms (${status})`)

@@ -81,7 +81,7 @@ export interface SseEvent {
 /** Reads a whole event stream, or until `enough` says so. */
 export const readSse = async (
   response: Response,
-  enough: (events: ReadonlyArray<SseEvent>) => boolean = () => false,
+  enough: (events: ReadonlyArray<SseEvent>) => boolean = () => false
 ): Promise<ReadonlyArray<SseEvent>> => {
   const events: Array<SseEvent> = []
   let text = ""
