@@ -210,7 +210,11 @@ const boundedSocket = (socket: Socket.Socket, connectionOf: () => Connection): S
       const opened = connectionOf()
       connection = opened
       yield* Effect.addFinalizer((exit) => Effect.sync(() => opened.release(exit)))
-      return { pull: opened.whenRoom(pull), upgrade }
+      // What still comes when its connection is being closed is read past, up to the answer to the close frame.
+      const next: typeof pull = Effect.flatMap(opened.whenRoom(pull), (frames) =>
+        opened.ws.readyState === WebSocket.OPEN ? Effect.succeed(frames) : next
+      )
+      return { pull: next, upgrade }
     }),
     writer: Effect.map(socket.writer, (writer) => {
       const write: Socket.Writer["write"] = (chunk) => {
