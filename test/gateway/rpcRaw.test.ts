@@ -119,6 +119,32 @@ describe("a body", () => {
     })
   )
 
+  it.live("for Effect 3 is answered in its forms, and in ASCII", () =>
+    Effect.gen(function* () {
+      const { url } = yield* serverOf()
+      const body =
+        line(1, "Insert", { vectors: [{ id: "ü\u{1f600}", vector: "AACAPw==" }] }) +
+        line(2, "Get", { id: "ü\u{1f600}" }) +
+        line(3, "Get", { id: "ö" }) +
+        line(4, "DeleteCollection", { name: "default" })
+      const { type, text } = yield* post(`${url}/effect3`, body, { "content-type": "application/ndjson" })
+      assert.strictEqual(type, "application/ndjson")
+      assert.strictEqual(Buffer.byteLength(text), text.length)
+      const byId = new Map(messagesOf(text).map((message) => [message["requestId"], message["exit"]]))
+      assert.deepStrictEqual(byId.get(2), {
+        _tag: "Success",
+        value: { vector_id: "ü\u{1f600}", vector: "AACAPw==", metadata: "{}", version: "v0" }
+      })
+      const error = { _tag: "VectorNotFound", collection: "default", id: "ö" }
+      assert.deepStrictEqual(byId.get(3), { _tag: "Failure", cause: { _tag: "Fail", error } })
+      assert.deepStrictEqual(byId.get(4), { _tag: "Success" })
+
+      const other = yield* post(`${url}/effect3`, body, { "content-type": "application/msgpack" })
+      assert.strictEqual(other.status, 415)
+      assert.match(defectsOf(messagesOf(other.text))[0] as string, /^Send content-type: application\/ndjson/)
+    })
+  )
+
   it.live("that cannot be read is answered with a defect that says why", () =>
     Effect.gen(function* () {
       const { ndjson, url } = yield* serverOf()
