@@ -116,6 +116,8 @@ export interface VectorIndexOptions {
   readonly threads?: number
   /** Milliseconds of insertion work between two looks at waiting searches. */
   readonly insertSliceMillis?: number
+  /** Records from which a partition has a graph, fewer are always looked at one by one; chosen by their dimensions where there is none. */
+  readonly graphFrom?: number
   /** Searches waiting for one thread, at most. */
   readonly threadPendingMax?: number
   /** Megabytes of V8's heap in one thread (ids, metadata and its index; vectors and graphs are not in it); V8 chooses where there is none. */
@@ -152,7 +154,7 @@ export class VectorIndex extends Context.Service<
                 new ThreadClient({
                   name: `vector-${i}`,
                   entry: options.entry ?? new URL("./vectorThread.ts", import.meta.url),
-                  thread: { insertSliceMillis: options.insertSliceMillis ?? 4 },
+                  thread: { insertSliceMillis: options.insertSliceMillis ?? 4, graphFrom: options.graphFrom },
                   pendingMax: options.threadPendingMax ?? 4_096,
                   heapMegabytes: options.threadHeapMegabytes,
                   onDeath: (detail, delayMillis) => {

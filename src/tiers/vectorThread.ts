@@ -67,11 +67,13 @@ interface Seat {
 }
 
 const port = parentPort!
-const { insertSliceMillis } = workerData as ThreadOptions
+const { insertSliceMillis, graphFrom } = workerData as ThreadOptions
 
 const seats = new Map<number, Seat>()
 /** Seats with a step to do, taken in turn, a slice each. */
 const ready: Array<Seat> = []
+/** The seat whose slice it is; put back in the row afterwards. */
+let running: Seat | undefined
 /** Searches that wait, oldest first, by request. */
 const searches = new Map<number, Search>()
 const reads: Array<Command & { readonly kind: "get" | "stats" }> = []
@@ -157,6 +159,8 @@ const search = ({ request, seat, vector, k, ef, filter, flags }: Search): void =
     answer({ kind: "failed", request, reason: "refused", detail: messageOf(error) })
     return
   }
+  // A search may find that the graph needs work.
+  makeReady(seat)
   const { slots, scores } = found
   if (hitHead.length === 0) waitingSince = performance.now()
   hitHead.push(request, slots.length, flags, spec.dimensions)
@@ -236,23 +240,25 @@ const hasStep = (seat: Seat): boolean =>
   !seat.closed && !seat.waiting && (seat.jobs.length > 0 || seat.partition.hasBackgroundWork)
 
 const makeReady = (seat: Seat): void => {
-  if (hasStep(seat) && !ready.includes(seat)) ready.push(seat)
+  if (seat !== running && hasStep(seat) && !ready.includes(seat)) ready.push(seat)
 }
 
 /** Works for one partition until the slice is over. */
 const runSlice = (): void => {
   const began = performance.now()
   const seat = nextSeat()
-  for (;;) {
+  running = seat
+  while (hasStep(seat)) {
     if (seat.jobs.length > 0) jobStep(seat)
     else seat.partition.backgroundStep()
     const millis = performance.now() - began
-    if (millis >= insertSliceMillis || !hasStep(seat)) break
+    if (millis >= insertSliceMillis) break
     receive()
     if ((searches.size > 0 || reads.length > 0) && millis >= owedMillis) break
     // Work that is asked for goes before what a partition does of its own accord.
-    if (seat.jobs.length === 0 && ready.length > 0 && ready.some((other) => other.jobs.length > 0)) break
+    if (seat.jobs.length === 0 && ready.some((other) => other.jobs.length > 0)) break
   }
+  running = undefined
   owedMillis = Math.max(0, owedMillis - (performance.now() - began))
   makeReady(seat)
   if (seat.parked.size > 0 && seat.partition.filtersReady) {
@@ -414,7 +420,7 @@ const take = (message: ToThread): void => {
 
 const obey = (command: Command): void => {
   if (command.kind === "open") {
-    const partition = new Partition(command.spec)
+    const partition = new Partition(command.spec, { graphFrom })
     const seat: Seat = {
       number: command.partition,
       partition,

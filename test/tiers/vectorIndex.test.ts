@@ -62,7 +62,7 @@ describe("a partition in a vector thread", () => {
       seeded(seedOf(seed), (source) =>
         model(metric, source).pipe(
           Effect.scoped,
-          Effect.provide(VectorIndex.layerWith({ threads: 2 })),
+          Effect.provide(VectorIndex.layerWith({ threads: 2, graphFrom: 500 })),
           Effect.runPromise
         )
       )
@@ -102,7 +102,7 @@ describe("a partition in a vector thread", () => {
         const { id, vector, metadata, version } = op
         assert.deepStrictEqual(records, [{ id, vector, metadata, version }, undefined])
       }
-    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1 })))
+    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1, graphFrom: 500 })))
   )
 
   it.live("answers a search before a long apply ends, also beside another partition's", () =>
@@ -113,11 +113,11 @@ describe("a partition in a vector thread", () => {
       const other = yield* vectors.open(specOf(4), undefined)
       yield* other.apply(segmentOf(4, upsertsOf(source, 4, 20, stamper())))
       const stamp = stamper()
-      yield* busy.apply(segmentOf(64, upsertsOf(source, 64, 3_000, stamp)))
+      yield* busy.apply(segmentOf(64, upsertsOf(source, 64, 1_000, stamp)))
       const order: Array<string> = []
       const said = (what: string) => Effect.sync(() => void order.push(what))
       const apply = yield* busy
-        .apply(segmentOf(64, upsertsOf(source, 64, 2_500, stamp)))
+        .apply(segmentOf(64, upsertsOf(source, 64, 1_000, stamp)))
         .pipe(Effect.andThen(said("applied")), Effect.forkChild({ startImmediately: true }))
       for (let i = 0; i < 5; i++) {
         yield* busy.search(queryOf(source.vector(64), i % 2 === 0 ? {} : { filter: `{"even":true}` }))
@@ -127,7 +127,7 @@ describe("a partition in a vector thread", () => {
       }
       yield* Fiber.join(apply)
       assert.deepStrictEqual(order, ["searched", "searched", "searched", "searched", "searched", "applied"])
-    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1 })))
+    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1, graphFrom: 500 })))
   )
 
   it.live("makes progress with an apply while searches never cease", () =>
@@ -135,15 +135,15 @@ describe("a partition in a vector thread", () => {
       const source = random(seedOf(6))
       const index = yield* (yield* VectorIndex).open(specOf(32), undefined)
       const stamp = stamper()
-      yield* index.apply(segmentOf(32, upsertsOf(source, 32, 3_000, stamp)))
+      yield* index.apply(segmentOf(32, upsertsOf(source, 32, 1_000, stamp)))
       const searchers = yield* Effect.forever(index.search(queryOf(source.vector(32)))).pipe(
         Effect.replicateEffect(8, { concurrency: "unbounded" }),
         Effect.forkChild({ startImmediately: true })
       )
       yield* index.apply(segmentOf(32, upsertsOf(source, 32, 300, stamp)))
       yield* Fiber.interrupt(searchers)
-      assert.strictEqual((yield* index.stats).count, 3_000)
-    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1 })))
+      assert.strictEqual((yield* index.stats).count, 1_000)
+    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1, graphFrom: 500 })))
   )
 
   it.live("snapshots what was applied before, and goes on answering meanwhile", () =>
@@ -152,7 +152,7 @@ describe("a partition in a vector thread", () => {
       const vectors = yield* VectorIndex
       const index = yield* vectors.open(specOf(16), undefined)
       const stamp = stamper()
-      yield* index.apply(segmentOf(16, upsertsOf(source, 16, 4_000, stamp)))
+      yield* index.apply(segmentOf(16, upsertsOf(source, 16, 2_000, stamp)))
       const path = yield* directory
       const snapshot = yield* Effect.forkChild(index.snapshot(path), { startImmediately: true })
       const later = yield* index
@@ -163,9 +163,9 @@ describe("a partition in a vector thread", () => {
       yield* Fiber.join(later)
       const queries = Array.from({ length: 20 }, () => source.vector(16))
       const again = yield* vectors.open(specOf(16), files)
-      assert.strictEqual((yield* again.stats).count, 4_000)
-      assert.strictEqual((yield* again.stats).graphSlots, 4_000)
-      assert.strictEqual((yield* index.stats).count, 3_999)
+      assert.strictEqual((yield* again.stats).count, 2_000)
+      assert.strictEqual((yield* again.stats).graphSlots, 2_000)
+      assert.strictEqual((yield* index.stats).count, 1_999)
       yield* again.apply(segmentOf(16, [{ kind: "delete", id: "0", version: stamp() }]))
       for (const query of queries) {
         const before = yield* index.search(queryOf(query, { includeMetadata: true }))
@@ -173,9 +173,9 @@ describe("a partition in a vector thread", () => {
       }
       // A filter asked at once waits for the metadata index, which opening leaves for later.
       const third = yield* vectors.open(specOf(16), files)
-      const hits = yield* third.search(queryOf(queries[0]!, { k: 5_000, filter: `{"even":true}` }))
-      assert.lengthOf(hits.ids, 2_000)
-    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1 })))
+      const hits = yield* third.search(queryOf(queries[0]!, { k: 3_000, filter: `{"even":true}` }))
+      assert.lengthOf(hits.ids, 1_000)
+    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1, graphFrom: 500 })))
   )
 
   it.live("is not begun for one that was interrupted, and refuses more than may wait", () =>
@@ -207,7 +207,7 @@ describe("a partition in a vector thread", () => {
         { concurrency: "unbounded" }
       )
       assert.lengthOf(after, 8)
-    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1, threadPendingMax: 8 })))
+    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1, graphFrom: 500, threadPendingMax: 8 })))
   )
 
   it.live("is lost, alone, by a segment that cannot be applied", () =>
@@ -232,7 +232,7 @@ describe("a partition in a vector thread", () => {
       assert.strictEqual((yield* again.apply(good)).effects.length, 100)
       const [thread] = yield* vectors.threads
       assert.strictEqual(thread?.restarts, 0)
-    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1 })))
+    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1, graphFrom: 500 })))
   )
 
   it.live("survives bytes of any kind, and queries that its caller should have refused", () =>
@@ -258,7 +258,7 @@ describe("a partition in a vector thread", () => {
       }
       assert.lengthOf((yield* index.search(queryOf([1, 2, 3, 4]))).ids, 10)
       assert.lengthOf((yield* index.search(queryOf([Number.NaN, 2, 3, 4]))).ids, 10)
-    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1 })))
+    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1, graphFrom: 500 })))
   )
 
   it.live("gives its memory back with its scope, and is opened where least is held", () =>
@@ -280,7 +280,7 @@ describe("a partition in a vector thread", () => {
       yield* Scope.close(scope, Exit.void)
       assert.deepStrictEqual(partitions(yield* vectors.threads).sort(), [0, 1])
       assert.strictEqual((yield* Effect.flip(big.search(queryOf(source.vector(256)))))._tag, "IndexLost")
-    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 2 })))
+    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 2, graphFrom: 500 })))
   )
 })
 
@@ -295,7 +295,7 @@ describe("a vector thread that dies", () => {
         const channel = new BroadcastChannel("mortal vector thread")
         yield* Effect.addFinalizer(() => Effect.sync(() => channel.close()))
         const stamp = stamper()
-        const good = segmentOf(16, upsertsOf(source, 16, 2_600, stamp))
+        const good = segmentOf(16, upsertsOf(source, 16, 1_000, stamp))
         for (let death = 1; death <= 3; death++) {
           const index = yield* vectors.open(specOf(16), undefined)
           const other = yield* vectors.open(specOf(16), undefined)
@@ -325,7 +325,10 @@ describe("a vector thread that dies", () => {
             [death]
           )
         }
-      }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1, entry, threadHeapMegabytes: 64 })))
+      }).pipe(
+        Effect.scoped,
+        Effect.provide(VectorIndex.layerWith({ threads: 1, graphFrom: 500, entry, threadHeapMegabytes: 64 }))
+      )
     )
   }
 })

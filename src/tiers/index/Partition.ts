@@ -20,6 +20,13 @@ export interface Found {
   readonly scores: Float32Array
 }
 
+export interface PartitionTuning {
+  /** Records from which there is a graph; chosen by the dimensions where none is given. */
+  readonly graphFrom?: number | undefined
+  /** Rows that an exact scan looks at in the time in which a walk's beam widens by one. */
+  readonly exactRowsPerBeam?: number
+}
+
 export class Partition {
   readonly spec: IndexSpec
   readonly table = new RecordTable()
@@ -36,12 +43,15 @@ export class Partition {
   /** Searches since the graph was built that its dead nodes sent on to an exact scan. */
   #misses = 0
   readonly #graphFrom: number
+  readonly #exactRowsPerBeam: number
 
-  constructor(spec: IndexSpec) {
+  constructor(spec: IndexSpec, tuning: PartitionTuning = {}) {
     this.spec = spec
     this.arena = new VectorArena(spec.dimensions, spec.metric)
     this.#point = new Array<number>(spec.dimensions).fill(0)
-    this.#graphFrom = Math.min(graphFromMax, Math.max(graphFromMin, Math.round(exactComponents / spec.dimensions)))
+    this.#graphFrom =
+      tuning.graphFrom ?? Math.min(graphFromMax, Math.max(graphFromMin, Math.round(exactComponents / spec.dimensions)))
+    this.#exactRowsPerBeam = tuning.exactRowsPerBeam ?? exactRowsPerBeam
   }
 
   get graph(): Graph | undefined {
@@ -92,10 +102,7 @@ export class Partition {
     const wanted = Math.min(k, candidates.count)
     if (wanted === 0) return { slots: new Int32Array(0), scores: new Float32Array(0) }
     this.#top.reset(wanted)
-    if (!this.#walk(vector, wanted, ef, candidates)) {
-      this.#top.reset(wanted)
-      this.arena.scan(vector, candidates, this.#top)
-    }
+    if (!this.#walk(vector, wanted, ef, candidates)) this.#scan(vector, wanted, candidates)
     const found = { slots: new Int32Array(wanted), scores: new Float32Array(wanted) }
     this.#top.drain(found.scores, found.slots, 0)
     return found
@@ -212,7 +219,7 @@ export class Partition {
     const sifting = graph.nodes > candidates.count
     const depth = sifting ? Math.max(ef * siftingMargin, wanted * siftingDepth) : Math.max(ef, wanted)
     const beam = Math.ceil((depth * graph.nodes) / candidates.count)
-    if (beam > beamMax || beam * exactRowsPerBeam >= candidates.count) return false
+    if (beam > beamMax || beam * this.#exactRowsPerBeam >= candidates.count) return false
     // The far end of a beam has holes, so candidates met only there are not the nearest ones for sure.
     const trusted = sifting ? Math.ceil(beam * Math.max(trustedShare, (1 + wanted / depth) / 2)) : wanted
     const { arena } = this
@@ -223,12 +230,25 @@ export class Partition {
     for (const node of graph.search(this.#point, trusted, beam)) {
       const slot = graph.slotOf(node)
       if (slot === -1 || !(all || candidates.has(slot))) continue
-      this.#top.offer(arena.score(vector, factor, slot), slot)
+      this.#top.offer(Math.fround(arena.score(vector, factor, slot)), slot)
       met += 1
       if (met === wanted) return true
     }
     if (all) this.#missed()
     return false
+  }
+
+  /** Offers the nearest `wanted` of all candidates. */
+  #scan(vector: Float32Array, wanted: number, candidates: Bitset): void {
+    const { arena } = this
+    this.#top.reset(wanted)
+    arena.scan(vector, candidates, this.#top)
+    // Scored again in double precision, so that a score does not depend on how a record was found; and ordered by what the
+    // caller is given, so that what is equal there is in the order of slots.
+    const factor = arena.factorOf(vector)
+    const slots = this.#top.take()
+    this.#top.reset(wanted)
+    for (const slot of slots) this.#top.offer(Math.fround(arena.score(vector, factor, slot)), slot)
   }
 
   #missed(): void {
@@ -288,14 +308,14 @@ export class Partition {
 }
 
 /** Components that an exact scan over a partition without a graph may look at; records from which there is a graph follow. */
-const exactComponents = 200_000
-const graphFromMin = 200
-const graphFromMax = 2_000
+const exactComponents = 500_000
+const graphFromMin = 500
+const graphFromMax = 10_000
 /** A graph is dropped when so many times fewer records are left. */
 const graphDropFactor = 4
 
-/** Rows that an exact scan looks at in the time in which a walk's beam widens by one. */
-const exactRowsPerBeam = 12
+/** As measured: {@link PartitionTuning}. */
+const exactRowsPerBeam = 20
 
 /** Widest beam of a walk. */
 const beamMax = 10_000

@@ -181,12 +181,12 @@ export function* readRecords(file: string, spec: IndexSpec, table: RecordTable, 
     if (table.slots.size !== count) throw new FileFault("an id that is there twice")
 
     arena.reserve(count)
-    for (let slot = 0; slot < count; slot += arena.chunkRows) {
-      const rows = Math.min(arena.chunkRows, count - slot)
-      const chunk = arena.chunk(slot / arena.chunkRows)!
-      const bytes = new Uint8Array(chunk.buffer, 0, rows * spec.dimensions * 4)
+    const rowsInBlock = Math.ceil(blockBytes / (spec.dimensions * 4))
+    const block = new Uint8Array(Math.min(rowsInBlock, count) * spec.dimensions * 4)
+    for (let slot = 0; slot < count; slot += rowsInBlock) {
+      const bytes = block.subarray(0, Math.min(rowsInBlock, count - slot) * spec.dimensions * 4)
       yield* settled(readAll(handle, bytes, vectorsAt + slot * spec.dimensions * 4))
-      for (let i = slot; i < slot + rows; i++) arena.normed(i)
+      arena.setBytes(slot, bytes)
       yield
     }
     return { graphNodes, nodeOfSlot }

@@ -4,6 +4,7 @@ import type { IndexSpec, SnapshotFiles } from "../VectorIndex.ts"
 /** What a thread is started with. */
 export interface ThreadOptions {
   readonly insertSliceMillis: number
+  readonly graphFrom: number | undefined
 }
 
 export interface ToThread {

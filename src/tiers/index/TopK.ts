@@ -38,6 +38,11 @@ export class TopK {
     }
   }
 
+  /** The slots that are held, in no order. */
+  take(): Int32Array {
+    return this.#slots.slice(0, this.size)
+  }
+
   #up(from: number, score: number, slot: number): void {
     const scores = this.#scores
     const slots = this.#slots

@@ -30,8 +30,9 @@ export const finished = async <A>(work: Work<A>): Promise<A> => {
   }
 }
 
+/** With a graph from fewer records, and walks of it rather than exact scans, so that tests need not many. */
 export const partitionOf = (dimensions: number, metric: Metric = "cosine"): Partition =>
-  new Partition({ dimensions, metric, m: 16, efConstruction: 200 })
+  new Partition({ dimensions, metric, m: 16, efConstruction: 200 }, { graphFrom: 500, exactRowsPerBeam: 1 })
 
 export const apply = (partition: Partition, ops: ReadonlyArray<LogOp>): Uint8Array =>
   done(partition.apply(segmentOf(partition.spec.dimensions, ops)))

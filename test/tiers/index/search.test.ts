@@ -122,13 +122,13 @@ describe("a search of many records", () => {
       const source = random(seedOf(11))
       const vector = clustered(source, 24, 40)
       const partition = partitionOf(24, metric)
-      const model = new Map<string, Float32Array>(Array.from({ length: 4_000 }, (_, i) => [`${i}`, vector()] as const))
+      const model = new Map<string, Float32Array>(Array.from({ length: 2_000 }, (_, i) => [`${i}`, vector()] as const))
       apply(
         partition,
         [...model].map(([id, vector]) => upsert(id, vector))
       )
       settle(partition)
-      assert.isAtLeast(partition.graph?.nodes ?? 0, 4_000)
+      assert.isAtLeast(partition.graph?.nodes ?? 0, 2_000)
       const queries = Array.from({ length: 60 }, () => vector())
       assert.isAtLeast(recallOf(partition, model, queries), 0.95)
       for (const query of queries) {
@@ -140,7 +140,7 @@ describe("a search of many records", () => {
         }
       }
       // More than there are, and a beam narrower than what is wanted.
-      assert.strictEqual(idsOf(partition, queries[0]!, 10_000, 1).length, 4_000)
+      assert.strictEqual(idsOf(partition, queries[0]!, 10_000, 1).length, 2_000)
       assert.strictEqual(new Set(idsOf(partition, queries[0]!, 300, 1)).size, 300)
     })
   }
@@ -149,7 +149,7 @@ describe("a search of many records", () => {
     const source = random(seedOf(12))
     const clusters = 40
     const vector = clustered(source, 16, clusters)
-    const count = 8_000
+    const count = 4_000
     const partition = partitionOf(16)
     const model = new Map<string, Float32Array>()
     const meta = new Map<string, { readonly n: number; readonly cluster: number }>()
@@ -186,7 +186,7 @@ describe("a search of many records", () => {
   it("keeps its recall when every vector is replaced again and again, in bounded memory", { timeout: 60_000 }, () => {
     const source = random(seedOf(13))
     const vector = clustered(source, 12, 30)
-    const count = 3_000
+    const count = 1_500
     const partition = partitionOf(12)
     const model = new Map<string, Float32Array>()
     const replace = (ids: ReadonlyArray<string>) => {
@@ -209,11 +209,11 @@ describe("a search of many records", () => {
     }
     // One record that never rests leaves its old nodes where the queries are.
     const hot = queries[0]!
-    for (let i = 0; i < 2_000; i++) {
+    for (let i = 0; i < 1_000; i++) {
       const now = Float32Array.from(hot, (x) => x + (source.next() - 0.5) * 0.01)
       model.set("7", now)
       apply(partition, [upsert("7", now)])
-      if (i % 200 === 199) assert.isAtLeast(recallOf(partition, model, [hot, queries[1]!]), 0.9)
+      if (i % 100 === 99) assert.isAtLeast(recallOf(partition, model, [hot, queries[1]!]), 0.9)
     }
     settle(partition)
     assert.isBelow(partition.graph!.dead, count)
@@ -224,7 +224,7 @@ describe("a search of many records", () => {
     const source = random(seedOf(14))
     const vector = clustered(source, 8, 10)
     const partition = partitionOf(8, "l2")
-    const model = new Map<string, Float32Array>(Array.from({ length: 3_000 }, (_, i) => [`${i}`, vector()] as const))
+    const model = new Map<string, Float32Array>(Array.from({ length: 1_500 }, (_, i) => [`${i}`, vector()] as const))
     apply(
       partition,
       [...model].map(([id, vector]) => upsert(id, vector))
@@ -232,23 +232,23 @@ describe("a search of many records", () => {
     settle(partition)
     assert.isDefined(partition.graph)
     const queries = Array.from({ length: 20 }, () => vector())
-    for (let i = 0; i < 3_000; i++) {
-      if (i % 10 === 0) continue
+    for (let i = 0; i < 1_500; i++) {
+      if (i % 20 === 0) continue
       model.delete(`${i}`)
       apply(partition, [{ kind: "delete", id: `${i}`, version: stamp() }])
-      if (i % 300 === 1) assert.isAtLeast(recallOf(partition, model, queries), 0.95)
+      if (i % 250 === 1) assert.isAtLeast(recallOf(partition, model, queries), 0.95)
     }
     assert.strictEqual(recallOf(partition, model, queries), 1)
     assert.isUndefined(partition.graph)
     // Slots are used again.
-    for (let i = 0; i < 2_700; i++) {
+    for (let i = 0; i < 1_425; i++) {
       model.set(`new-${i}`, vector())
     }
     apply(
       partition,
       [...model].filter(([id]) => id.startsWith("new")).map(([id, vector]) => upsert(id, vector))
     )
-    assert.strictEqual(partition.table.slotCount, 3_000)
+    assert.strictEqual(partition.table.slotCount, 1_500)
     settle(partition)
     assert.isAtLeast(recallOf(partition, model, queries), 0.95)
   })
@@ -257,7 +257,7 @@ describe("a search of many records", () => {
     const source = random(seedOf(15))
     const vector = clustered(source, 8, 10)
     const partition = partitionOf(8)
-    const model = new Map<string, Float32Array>(Array.from({ length: 2_500 }, (_, i) => [`${i}`, vector()] as const))
+    const model = new Map<string, Float32Array>(Array.from({ length: 1_500 }, (_, i) => [`${i}`, vector()] as const))
     apply(
       partition,
       [...model].map(([id, vector]) => upsert(id, vector))
@@ -271,6 +271,6 @@ describe("a search of many records", () => {
     assert.isTrue(effects.every((effect) => effect === 2))
     assert.strictEqual(partition.graph!.nodes, nodes)
     assert.strictEqual(partition.graph!.dead, 0)
-    assert.lengthOf(idsOf(partition, model.get("1")!, 10_000, 10, `{"again":true}`), 2_500)
+    assert.lengthOf(idsOf(partition, model.get("1")!, 10_000, 10, `{"again":true}`), 1_500)
   })
 })

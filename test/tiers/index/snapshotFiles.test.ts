@@ -14,6 +14,7 @@ import { apply, finished, partitionOf } from "./indexSupport.ts"
 
 const dimensions = 1_000
 const count = 260
+const tuning = { graphFrom: 200, exactRowsPerBeam: 1 }
 let directory = ""
 let original: Partition
 let records: Buffer
@@ -27,7 +28,7 @@ const write = async (partition: Partition, to: string) => {
 }
 
 const read = async (spec: IndexSpec, from: string): Promise<Partition> => {
-  const partition = new Partition(spec)
+  const partition = new Partition(spec, tuning)
   const { graphNodes, nodeOfSlot } = await finished(
     readRecords(join(from, "records"), spec, partition.table, partition.arena)
   )
@@ -64,7 +65,7 @@ const refusal = async (spec: IndexSpec, from: string): Promise<string | undefine
 beforeAll(async () => {
   directory = mkdtempSync(join(tmpdir(), "snapshot-files-"))
   const source = random(seedOf(21))
-  original = partitionOf(dimensions, "l2")
+  original = new Partition({ dimensions, metric: "l2", m: 16, efConstruction: 200 }, tuning)
   let counter = 0
   const version = () => {
     counter += 1
