@@ -57,15 +57,28 @@ export const runServe = (
     let stderr = ""
     child.stdout?.on("data", (chunk: Buffer) => (stdout += chunk.toString()))
     child.stderr?.on("data", (chunk: Buffer) => (stderr += chunk.toString()))
-    child.once("exit", (code) => resolve({ code, stdout, stderr }))
+    // One that neither serves nor ends must not outlive the test.
+    const late = setTimeout(() => child.kill("SIGKILL"), 30_000)
+    child.once("exit", (code) => {
+      clearTimeout(late)
+      resolve({ code, stdout, stderr })
+    })
   })
+
+const children = new Set<ChildProcess>()
+process.on("exit", () => {
+  for (const child of children) child.kill("SIGKILL")
+})
 
 const spawnServe = (words: ReadonlyArray<string>, environment: Record<string, string> = {}) => {
   const { PORT: _, ...inherited } = process.env
-  return spawn(process.execPath, [main, "serve", ...words], {
+  const child = spawn(process.execPath, [main, "serve", ...words], {
     stdio: ["ignore", "pipe", "pipe"],
     env: { ...inherited, ...environment }
   })
+  children.add(child)
+  child.once("exit", () => children.delete(child))
+  return child
 }
 
 /** A directory of the test's own, removed when `use` is done. */
