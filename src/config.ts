@@ -200,5 +200,10 @@ export const readSettings = (
     set(name, environment[variableOf(name)], variableOf(name))
     set(name, flags[name], `--${flagOf(name)}`)
   }
-  return values as SettingValues
+  const read = values as SettingValues
+  if (read.pingIntervalMillis >= read.idleTimeoutMillis) {
+    const expected = `less than ${flagOf("idleTimeoutMillis")} (${read.idleTimeoutMillis}), or quiet clients are cut`
+    throw new SettingError(`--${flagOf("pingIntervalMillis")}: expected ${expected}, got ${read.pingIntervalMillis}`)
+  }
+  return read
 }

@@ -23,6 +23,7 @@ import { VectorIndex } from "./tiers/VectorIndex.ts"
 export { defaultSettings, Settings, type SettingValues } from "./config.ts"
 export { HttpGateway } from "./gateway/HttpGateway.ts"
 export { Readiness } from "./gateway/Readiness.ts"
+export { RuvectorRpcs } from "./protocol/Rpcs.ts"
 export { Router } from "./shards/Router.ts"
 
 /** The wires over the actors, on one port. Closed first: it drains before the actors below it stop. */

@@ -10,7 +10,7 @@ import type { AddressInfo, Socket } from "node:net"
 import type { Duplex } from "node:stream"
 import * as NodeHttpServer from "@effect/platform-node/NodeHttpServer"
 import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
-import { Context, Data, Effect, Layer } from "effect"
+import { Context, Data, Effect, Layer, Scope } from "effect"
 import { HttpRouter, HttpServerRequest, HttpServerResponse } from "effect/http"
 import { OpenApi } from "effect/http-api"
 import { Settings } from "../config.ts"
@@ -43,7 +43,8 @@ export class HttpGateway extends Context.Service<
       const readiness = yield* Readiness
       const sse = yield* Sse.Sse
       const webSockets = yield* WebSocketGateway.WebSocketGateway
-      const scope = yield* Effect.scope
+      // Requests under way live in a scope of their own, which is closed after the drain below has waited for them.
+      const handlers = yield* Scope.fork(yield* Effect.scope, "parallel")
 
       const app = yield* HttpRouter.toHttpEffect(Layer.mergeAll(RestApi.layer, Operations.layer, RpcGateway.layer))
       const answered = Effect.gen(function* () {
@@ -57,9 +58,11 @@ export class HttpGateway extends Context.Service<
         countRequest("http", routeOf(path), response.status, performance.now() - started)
         return HttpServerResponse.setHeader(response, "x-request-id", id)
       })
-      const handler = yield* NodeHttpServer.makeHandler(answered, { scope })
+      const handler = yield* NodeHttpServer.makeHandler(answered, { scope: handlers })
       const rpcSockets = yield* RpcGateway.webSocketServer
-      const upgrade = yield* NodeHttpServer.makeUpgradeHandler(Effect.succeed(rpcSockets), answered, { scope })
+      const upgrade = yield* NodeHttpServer.makeUpgradeHandler(Effect.succeed(rpcSockets), answered, {
+        scope: handlers
+      })
 
       const server = Http.createServer({
         maxHeaderSize: settings.maxHeaderBytes,
@@ -103,6 +106,7 @@ export class HttpGateway extends Context.Service<
           server.close()
           yield* sse.drain
           yield* webSockets.drain
+          yield* Effect.sync(() => rpcSockets.drain())
           const until = Date.now() + settings.drainMillis
           while (sockets.size > 0 && Date.now() < until) {
             server.closeIdleConnections()

@@ -76,12 +76,15 @@ export const VectorFromBytes = Schema.Uint8Array.pipe(
   )
 )
 
+/** A copy in a buffer of its own. Not `bytes.slice()`: of a Node `Buffer` that is a view of the same, larger one. */
+const copied = (bytes: Uint8Array): ArrayBufferLike => Uint8Array.prototype.slice.call(bytes).buffer
+
 /** Any number of float32s <-> their little-endian bytes: scores, and vectors that are answers. */
 export const Float32FromBytes = Schema.Uint8Array.pipe(
   Schema.decodeTo(
     Float32,
     SchemaTransformation.transform({
-      decode: (bytes): Float32Array => new Float32Array(bytes.slice().buffer, 0, Math.trunc(bytes.length / 4)),
+      decode: (bytes): Float32Array => new Float32Array(copied(bytes), 0, Math.trunc(bytes.length / 4)),
       encode: vectorToBytes
     })
   )

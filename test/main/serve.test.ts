@@ -51,6 +51,31 @@ describe("serve", () => {
     })
   )
 
+  it("answers a request that had begun to arrive before it was told to stop", { timeout: 60_000 }, () =>
+    withDirectory(async (directory) => {
+      const server = await startServer(directory)
+      await ready(server.base)
+      const body = '{"vectors":[{"id":"a","vector":[1,0]}]}'
+      const socket = net.connect(server.port, "127.0.0.1")
+      const head = `POST /api/v1/insert HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: ${body.length}`
+      let text = ""
+      socket.on("data", (chunk) => {
+        text += chunk.toString()
+      })
+      socket.write(`${head}\r\n\r\n${body.slice(0, 10)}`)
+      await new Promise((resolve) => setTimeout(resolve, 300))
+      const stopped = server.stop("SIGTERM")
+      await new Promise((resolve) => setTimeout(resolve, 300))
+      socket.write(body.slice(10))
+      assert.strictEqual(await stopped, 0)
+      assert.match(text, /^HTTP\/1\.1 200 /)
+      const again = await startServer(directory)
+      await ready(again.base)
+      assert.strictEqual((await fetch(`${again.base}/api/v1/embed/a`)).status, 200)
+      await again.stop("SIGTERM")
+    })
+  )
+
   it("--help lists every setting, its default and its variable", { timeout: 60_000 }, async () => {
     const { code, stdout } = await runServe(["--help"])
     assert.strictEqual(code, 0)
