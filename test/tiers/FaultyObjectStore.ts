@@ -2,7 +2,7 @@
  * A wrapper around any object store that fails by a seed, the way disks and networks do: before the effect, after it, with
  * the effect coming late, with no space, with a failing fsync, with damaged reads, and for good.
  */
-import { Context, Effect, Fiber, Layer } from "effect"
+import { Clock, Context, Effect, Fiber, Layer } from "effect"
 import {
   type ListedObject,
   type ObjectBody,
@@ -36,6 +36,8 @@ export class Faults {
   /** Calls until the process is dead; the last of them has its effect where `crashAfterEffect`. */
   callsLeft = Number.POSITIVE_INFINITY
   crashAfterEffect = false
+  /** Shared by the stores of one simulation: each turn that a call waits takes a millisecond of it. */
+  time: SimulatedTime | undefined
   /** Calls made so far, as `operation key`. */
   readonly calls: Array<string> = []
   readonly late: Array<Fiber.Fiber<unknown, unknown>> = []
@@ -77,7 +79,7 @@ export const withFaults = (inner: ObjectStore["Service"], faults: Faults): Objec
   const turns = Effect.suspend(() => {
     if (faults.turnsMax === 0) return Effect.void
     const most = chance(faults.stallShare) ? faults.turnsMax * 100 : faults.turnsMax
-    return Effect.yieldNow.pipe(Effect.repeat({ times: Math.floor(faults.random() * most) }), Effect.asVoid)
+    return turn(faults).pipe(Effect.repeat({ times: Math.floor(faults.random() * most) }), Effect.asVoid)
   })
 
   const call = <A, E>(
@@ -109,7 +111,7 @@ export const withFaults = (inner: ObjectStore["Service"], faults: Faults): Objec
       }
       if (chance(faults.dropShare)) return yield* failure(operation, key, "timed out", true)
       if (chance(faults.lateShare)) {
-        const delay = Effect.repeat(Effect.yieldNow, { times: Math.floor(faults.random() * 300) })
+        const delay = Effect.repeat(turn(faults), { times: Math.floor(faults.random() * 300) })
         faults.late.push(yield* Effect.forkDetach(Effect.andThen(delay, effect)))
         return yield* failure(operation, key, "timed out, arrives late", true)
       }
@@ -137,6 +139,33 @@ export const withFaults = (inner: ObjectStore["Service"], faults: Faults): Objec
     withFile: (key, use) => Effect.andThen(call("withFile", key, Effect.void, false), inner.withFile(key, use))
   })
 }
+
+/** Time that passes while stores are waited for; give it to a program as its clock. */
+export class SimulatedTime {
+  millis = 0
+
+  readonly layer = Layer.effect(
+    Clock.Clock,
+    Clock.clockWith((clock) =>
+      Effect.succeed({
+        ...clock,
+        sleep: (duration) => clock.sleep(duration),
+        currentTimeMillisUnsafe: () => this.millis,
+        currentTimeMillis: Effect.sync(() => this.millis),
+        currentTimeNanosUnsafe: () => BigInt(this.millis) * 1_000_000n,
+        currentTimeNanos: Effect.sync(() => BigInt(this.millis) * 1_000_000n),
+        monotonicTimeNanosUnsafe: () => BigInt(this.millis) * 1_000_000n,
+        monotonicTimeNanos: Effect.sync(() => BigInt(this.millis) * 1_000_000n)
+      })
+    )
+  )
+}
+
+const turn = (faults: Faults): Effect.Effect<void> =>
+  Effect.suspend(() => {
+    if (faults.time !== undefined) faults.time.millis += 1
+    return Effect.yieldNow
+  })
 
 /** Numbers from 0 to below 1, the same for the same seed (mulberry32). */
 export const seededRandom = (seed: number): (() => number) => {
