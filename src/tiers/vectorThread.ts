@@ -2,9 +2,10 @@
  * A vector thread: owns whole partitions and does all that is done with vectors. Plain TypeScript, no Effect, so that it
  * starts fast and stays small.
  *
- * Two lanes. Searches, reads and counts are answered as soon as the thread looks. Everything else is work in steps, done
- * in slices between two looks: while nothing is asked it goes on as it likes, and once something is, it ends after the
- * current step, if it has had its share of the time since the last look, and after `insertSliceMillis` at the latest.
+ * Two lanes. Searches, reads and counts are answered when the thread looks. Everything else is work in steps, done in
+ * slices between two looks. A slice ends after `insertSliceMillis` at the latest, and once something is asked, as soon as
+ * work has had its share of the time. While searches never cease, work keeps that share: of those that wait, a look
+ * answers as many as fit into the rest, and all that have waited for too long.
  */
 import { mkdir, writeFile } from "node:fs/promises"
 import { join } from "node:path"
@@ -27,8 +28,15 @@ import {
 import { settled, type Work } from "./index/Work.ts"
 import type { IndexSpec, SnapshotFiles } from "./VectorIndex.ts"
 
-/** Share of the thread's time that work is given while searches never cease. */
-const workShare = 0.8
+/** Share of the thread's time that work has while searches never cease. */
+const workShare = 0.78
+const workPerSearch = workShare / (1 - workShare)
+
+/** A search that has waited so long is answered at the next look, whatever the share. */
+const overdueMillis = 15
+
+/** Every so many slices one goes to what a partition does of its own accord, though others are asked for work. */
+const backgroundEverySlices = 8
 
 /** Answers sent in one message, at most, and how long the first of them waits for the others. */
 const answersMax = 16
@@ -39,6 +47,7 @@ const bytesEveryMillis = 250
 
 interface Search {
   readonly request: number
+  readonly arrivedAt: number
   readonly seat: Seat
   readonly k: number
   readonly ef: number
@@ -74,6 +83,7 @@ const seats = new Map<number, Seat>()
 const ready: Array<Seat> = []
 /** The seat whose slice it is; put back in the row afterwards. */
 let running: Seat | undefined
+let slices = 0
 /** Searches that wait, oldest first, by request. */
 const searches = new Map<number, Search>()
 const reads: Array<Command & { readonly kind: "get" | "stats" }> = []
@@ -213,13 +223,16 @@ const read = (command: Command & { readonly kind: "get" | "stats" }): void => {
   answer({ kind: "records", request, there, times, counters, regions, metadata, vectors })
 }
 
-/** Answers what had arrived, or, while there is no work, all that arrives. */
+/** Answers all that arrives while there is no work; beside work, what is overdue or within its share. */
 const runSearches = (): void => {
   while (searches.size > 0 || reads.length > 0) {
     for (const command of reads.splice(0)) read(command)
+    let last = performance.now()
     let left = searches.size
     for (const [request, one] of searches) {
       if (left-- === 0) break
+      const isBesideWork = ready.length > 0
+      if (isBesideWork && owedMillis >= insertSliceMillis && last - one.arrivedAt < overdueMillis) return
       searches.delete(request)
       if (one.seat.closed) continue
       if (one.filter !== undefined && !one.seat.partition.filtersReady) {
@@ -227,7 +240,10 @@ const runSearches = (): void => {
         continue
       }
       search(one)
-      if (hitHead.length >= answersMax * hitWords || performance.now() - waitingSince > answerDelayMillis) flush()
+      const now = performance.now()
+      if (isBesideWork) owedMillis += (now - last) * workPerSearch
+      last = now
+      if (hitHead.length >= answersMax * hitWords || now - waitingSince > answerDelayMillis) flush()
     }
     if (ready.length > 0) return
     receive()
@@ -255,8 +271,6 @@ const runSlice = (): void => {
     if (millis >= insertSliceMillis) break
     receive()
     if ((searches.size > 0 || reads.length > 0) && millis >= owedMillis) break
-    // Work that is asked for goes before what a partition does of its own accord.
-    if (seat.jobs.length === 0 && ready.some((other) => other.jobs.length > 0)) break
   }
   running = undefined
   owedMillis = Math.max(0, owedMillis - (performance.now() - began))
@@ -267,9 +281,11 @@ const runSlice = (): void => {
   }
 }
 
-/** The seat whose turn it is: those with jobs, or a search that waits for them, before those without. */
+/** The seat whose turn it is: those with jobs, or with a search that waits for them, before those without, mostly. */
 const nextSeat = (): Seat => {
-  const at = ready.findIndex((seat) => seat.jobs.length > 0 || seat.parked.size > 0)
+  const isAsked = (seat: Seat) => seat.jobs.length > 0 || seat.parked.size > 0
+  slices += 1
+  const at = ready.findIndex(slices % backgroundEverySlices === 0 ? (seat) => !isAsked(seat) : isAsked)
   return ready.splice(Math.max(at, 0), 1)[0]!
 }
 
@@ -395,6 +411,7 @@ const receive = (): void => {
 const take = (message: ToThread): void => {
   if (message.searches !== undefined) {
     const { head, filters, vectors } = message.searches
+    const arrivedAt = performance.now()
     let at = 0
     for (let i = 0; i < head.length; i += searchWords) {
       const request = head[i]!
@@ -406,7 +423,16 @@ const take = (message: ToThread): void => {
         continue
       }
       const filter = filters[head[i + 5]!]
-      searches.set(request, { request, seat, k: head[i + 2]!, ef: head[i + 3]!, flags: head[i + 4]!, filter, vector })
+      searches.set(request, {
+        request,
+        arrivedAt,
+        seat,
+        k: head[i + 2]!,
+        ef: head[i + 3]!,
+        flags: head[i + 4]!,
+        filter,
+        vector
+      })
     }
   }
   if (message.commands !== undefined) for (const command of message.commands) obey(command)
@@ -462,10 +488,10 @@ const messageOf = (error: unknown): string => (error instanceof Error ? error.me
 const turn = (): void => {
   scheduled = false
   receive()
-  const began = performance.now()
   runSearches()
   if (ready.length > 0) {
-    owedMillis = Math.min(insertSliceMillis, owedMillis + ((performance.now() - began) * workShare) / (1 - workShare))
+    // Most of what overdue searches took is forgiven: work catches up with what it can.
+    owedMillis = Math.min(owedMillis, 2 * insertSliceMillis)
     flush()
     runSlice()
     schedule()

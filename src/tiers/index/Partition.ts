@@ -104,7 +104,7 @@ export class Partition {
     this.#top.reset(wanted)
     if (!this.#walk(vector, wanted, ef, candidates)) this.#scan(vector, wanted, candidates)
     const found = { slots: new Int32Array(wanted), scores: new Float32Array(wanted) }
-    this.#top.drain(found.scores, found.slots, 0)
+    this.#top.drain(found.scores, found.slots)
     return found
   }
 

@@ -28,12 +28,12 @@ export class TopK {
     }
   }
 
-  /** Sorts what is held, best first, into the given arrays from `at` on; the heap is empty then. */
-  drain(scores: Float32Array, slots: Int32Array, at: number): void {
+  /** Sorts what is held, best first, into the given arrays; the heap is empty then. */
+  drain(scores: Float32Array, slots: Int32Array): void {
     while (this.size > 0) {
       this.size -= 1
-      scores[at + this.size] = this.#scores[0]!
-      slots[at + this.size] = this.#slots[0]!
+      scores[this.size] = this.#scores[0]!
+      slots[this.size] = this.#slots[0]!
       this.#down(this.#scores[this.size]!, this.#slots[this.size]!, this.size)
     }
   }

@@ -21,11 +21,11 @@ export class VectorArena {
   #rows = 0
   #inverseNorms = new Float64Array(0)
 
-  constructor(dimensions: number, metric: Metric) {
+  constructor(dimensions: number, metric: Metric, bankBytes = bankBytesMax) {
     this.dimensions = dimensions
     this.metric = metric
     this.#stride = Math.ceil(dimensions / lanes) * lanes
-    this.#bankShift = 31 - Math.clz32(Math.floor(bankBytesMax / (this.#stride * 4)))
+    this.#bankShift = 31 - Math.clz32(Math.floor(bankBytes / (this.#stride * 4)))
   }
 
   set(slot: number, vector: Float32Array): void {
