@@ -199,6 +199,8 @@ const deletesAtOnce = 16
 const removePassesMax = 4
 /** Times that a replace of the manifest is tried again after a race; of several openers at least one gets on each time. */
 const racesMax = 64
+/** Writes of a claim that nobody could tell the outcome of, before it gives up. */
+const doubtsMax = 4
 /** Segments of an earlier owner that a claim takes over while it looks for the end of the log. */
 const takeOversMax = 100_000
 /** Age of a claim, in leases, from which its owner prunes. */
@@ -285,7 +287,8 @@ class Log {
   /** See {@link open}. */
   readonly open = Effect.fnUntraced(function* (this: Log) {
     const isNew = yield* this.#claim()
-    this.#claimedAt = this.#seenAt
+    // Not when it was asked for: the claim may have taken its time, and others count from when it took effect.
+    this.#claimedAt = yield* now
     yield* Effect.catchTag(this.#locate(isNew), "LogCorrupt", (error) => this.#unlessOvertaken(error))
   })
 
@@ -299,6 +302,7 @@ class Log {
 
   /** Makes this handle the manifest's owner. True where there was no manifest before. */
   #claim = Effect.fnUntraced(function* (this: Log) {
+    let doubts = 0
     for (let race = 0; race < racesMax; race++) {
       const at = yield* now
       const seen = yield* this.#readManifest()
@@ -329,12 +333,12 @@ class Log {
         return this.#claimed({ manifest, etag: written.success }, at, seen === undefined)
       }
       const error = written.failure
-      if (error._tag === "StoreFailure" && !error.uncertain) return yield* error
+      if (error._tag === "StoreFailure" && (!error.uncertain || ++doubts > doubtsMax)) return yield* error
     }
     return yield* new StoreFailure({
       operation: "claim",
       key: this.#manifestKey,
-      detail: `${racesMax} attempts lost the race for the manifest, or nobody could say`,
+      detail: `${racesMax} attempts lost the race for the manifest`,
       uncertain: false
     })
   })
@@ -435,6 +439,7 @@ class Log {
 
   /** Takes over what is at the end of the log and puts an empty segment of this epoch there. */
   #closeEnd = Effect.fnUntraced(function* (this: Log, base: number, sizes: Array<number>, isNew: boolean) {
+    let doubts = 0
     for (let step = 0; step < takeOversMax; step++) {
       const last = base + sizes.length
       if (sizes.length > 0) {
@@ -461,7 +466,7 @@ class Log {
         return
       }
       const error = created.failure
-      if (error._tag === "StoreFailure" && !error.uncertain) return yield* error
+      if (error._tag === "StoreFailure" && (!error.uncertain || ++doubts > doubtsMax)) return yield* error
       const there = yield* this.#readSegment(last + 1)
       if (there._tag !== "missing") sizes.push(there.bytes.length)
     }
