@@ -1,6 +1,7 @@
 /**
- * The port: one HTTP/1.1 server for all wires. Two paths are taken before Effect sees them, because they are held open by
- * the thousand: streams of events and WebSockets. Everything else is an `HttpRouter` of Effect.
+ * The port: one HTTP/1.1 server for all wires. Three are taken before Effect sees them: streams of events and WebSockets,
+ * because they are held open by the thousand, and searches, because they are most of what comes. Everything else is an
+ * `HttpRouter` of Effect.
  *
  * Shutting down: no new connections, readiness off, streams told to come back elsewhere, open requests given
  * `drainMillis`, then the rest is cut.
@@ -22,6 +23,7 @@ import { instance } from "./Queries.ts"
 import { Readiness } from "./Readiness.ts"
 import * as RestApi from "./RestApi.ts"
 import * as RpcGateway from "./RpcGateway.ts"
+import * as SearchEndpoint from "./SearchEndpoint.ts"
 import * as Sse from "./Sse.ts"
 import * as WebSocketGateway from "./WebSocketGateway.ts"
 
@@ -42,6 +44,7 @@ export class HttpGateway extends Context.Service<
       const settings = yield* Settings
       const readiness = yield* Readiness
       const sse = yield* Sse.Sse
+      const search = yield* SearchEndpoint.SearchEndpoint
       const webSockets = yield* WebSocketGateway.WebSocketGateway
       // Requests under way live in a scope of their own, which is closed after the drain below has waited for them.
       const handlers = yield* Scope.fork(yield* Effect.scope, "parallel")
@@ -82,7 +85,9 @@ export class HttpGateway extends Context.Service<
       const nextRequestId = () => `req_${instance}${(requests++).toString(36)}_${settings.region}_${instance}`
       server.on("request", (request, response) => {
         const id = nextRequestId()
-        if (pathOf(request.url as string) === Sse.path) return sse.handle(request, response, id)
+        const path = pathOf(request.url as string)
+        if (path === Sse.path) return sse.handle(request, response, id)
+        if (path === SearchEndpoint.path && request.method === "POST") return search.handle(request, response, id)
         // Handed on in the request, where the Effect side reads it; a client's own is not taken over.
         request.headers[requestIdHeader] = id
         handler(request, response)
@@ -118,7 +123,7 @@ export class HttpGateway extends Context.Service<
       return HttpGateway.of({ host: settings.host, port: address.port })
     })
   ).pipe(
-    Layer.provide([Sse.Sse.layer, WebSocketGateway.WebSocketGateway.layer]),
+    Layer.provide([Sse.Sse.layer, SearchEndpoint.SearchEndpoint.layer, WebSocketGateway.WebSocketGateway.layer]),
     Layer.provide(NodeHttpServer.layerHttpServices)
   )
 }

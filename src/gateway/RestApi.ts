@@ -1,21 +1,22 @@
 /**
- * The REST wire: handlers of the `HttpApi` of `protocol/HttpApi.ts`, its OpenAPI document and a page to try it. Bodies
+ * The REST wire but for `POST /search` (`SearchEndpoint.ts`): handlers of the `HttpApi` of `protocol/HttpApi.ts`, its OpenAPI document and a page to try it. Bodies
  * are read and decoded here, with a bound on their size and errors that name the field; answers are written as text.
  */
 import type { IncomingMessage } from "node:http"
 import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
-import { Effect, Layer, Result } from "effect"
-import { type HttpServerRequest, HttpServerResponse } from "effect/http"
-import { HttpApiBuilder, HttpApiScalar } from "effect/http-api"
+import { Effect, Layer } from "effect"
+import { HttpRouter, type HttpServerRequest, HttpServerResponse } from "effect/http"
+import { HttpApiBuilder, HttpApiScalar, OpenApi } from "effect/http-api"
 import { Settings } from "../config.ts"
 import { CollectionRequest } from "../protocol/Collection.ts"
-import { type ApiError, InvalidInput, TooLarge, UnsupportedMediaType } from "../protocol/Errors.ts"
+import { type ApiError, InvalidInput, type TooLarge, type UnsupportedMediaType } from "../protocol/Errors.ts"
 import { CollectionName, decoderOf, defaultCollection, VectorId } from "../protocol/Fields.ts"
-import { DeleteRequest, InsertRequest, PatchRequest, RuvectorApi } from "../protocol/HttpApi.ts"
+import { DeleteRequest, InsertRequest, PatchRequest, RoutedApi, RuvectorApi } from "../protocol/HttpApi.ts"
 import { Router } from "../shards/Router.ts"
 import * as Answers from "./Answers.ts"
+import * as Bodies from "./Bodies.ts"
 import { problemResponse } from "./Problems.ts"
-import { queryOfBody, queryOfParameters } from "./Queries.ts"
+import { queryOfParameters } from "./Queries.ts"
 
 const decodeInsert = decoderOf(InsertRequest)
 const decodeDelete = decoderOf(DeleteRequest)
@@ -33,7 +34,7 @@ const noContent = HttpServerResponse.empty({ status: 204 })
 const failed = Effect.catch((error: ApiError) => Effect.succeed(problemResponse(error)))
 
 const Collections = HttpApiBuilder.group(
-  RuvectorApi,
+  RoutedApi,
   "collections",
   Effect.fnUntraced(function* (handlers) {
     const router = yield* Router
@@ -73,7 +74,7 @@ const Collections = HttpApiBuilder.group(
 )
 
 const Vectors = HttpApiBuilder.group(
-  RuvectorApi,
+  RoutedApi,
   "vectors",
   Effect.fnUntraced(function* (handlers) {
     const router = yield* Router
@@ -126,36 +127,25 @@ const Vectors = HttpApiBuilder.group(
   })
 )
 
-const Search = HttpApiBuilder.group(
-  RuvectorApi,
-  "search",
+const CachedSearch = HttpApiBuilder.group(
+  RoutedApi,
+  "cached search",
   Effect.fnUntraced(function* (handlers) {
     const router = yield* Router
-    const { maxBodyBytes } = yield* Settings
-    return handlers
-      .handleRaw("search", ({ request }) =>
-        readJson(request, maxBodyBytes).pipe(
-          Effect.flatMap((body) => Effect.fromResult(queryOfBody(body))),
-          Effect.flatMap(router.search),
-          Effect.map((answer) => json(Answers.searchResponse(answer))),
-          failed
-        )
+    return handlers.handleRaw("searchById", ({ request }) =>
+      Effect.fromResult(queryOfParameters(parametersOf(request))).pipe(
+        Effect.flatMap(router.search),
+        Effect.map((answer) => json(Answers.searchResponse(answer))),
+        failed
       )
-      .handleRaw("searchById", ({ request }) =>
-        Effect.fromResult(queryOfParameters(parametersOf(request))).pipe(
-          Effect.flatMap(router.search),
-          Effect.map((answer) => json(Answers.searchResponse(answer))),
-          failed
-        )
-      )
+    )
   })
 )
 
 /** Routes of the REST wire, `/openapi.json` and `/docs`. */
 export const layer = Layer.mergeAll(
-  HttpApiBuilder.layer(RuvectorApi, { openapiPath: "/openapi.json" }).pipe(
-    Layer.provide([Collections, Vectors, Search])
-  ),
+  HttpApiBuilder.layer(RoutedApi).pipe(Layer.provide([Collections, Vectors, CachedSearch])),
+  HttpRouter.add("GET", "/openapi.json", Effect.succeed(HttpServerResponse.jsonUnsafe(OpenApi.fromApi(RuvectorApi)))),
   HttpApiScalar.layer(RuvectorApi, { path: "/docs" })
 )
 
@@ -177,78 +167,13 @@ const collectionParameter = (request: HttpServerRequest.HttpServerRequest): Effe
   return name === null ? Effect.succeed(defaultCollection) : Effect.fromResult(decodeCollectionParameter(name))
 }
 
-/** Reads a JSON body of at most `maxBytes`. A larger one is not read to its end: its connection is closed. */
+/** The JSON body of a request, of at most `maxBytes`. */
 const readJson = (
   request: HttpServerRequest.HttpServerRequest,
   maxBytes: number
-): Effect.Effect<unknown, TooLarge | UnsupportedMediaType | InvalidInput> => {
-  const type = request.headers["content-type"]
-  if (type !== undefined && !/^application\/(?:[a-z0-9.+-]+\+)?json\s*(?:;|$)/i.test(type)) {
-    return Effect.fail(new UnsupportedMediaType({ expected: "content-type: application/json", got: type.slice(0, 80) }))
-  }
-  const encoding = request.headers["content-encoding"]
-  if (encoding !== undefined && encoding !== "identity") {
-    return Effect.fail(new UnsupportedMediaType({ expected: "a body that is not encoded", got: encoding.slice(0, 80) }))
-  }
-  return Effect.flatMap(
-    readBody(NodeHttpServerRequest.toIncomingMessage(request) as IncomingMessage, maxBytes),
-    (body) => Effect.fromResult(parseJson(body))
+): Effect.Effect<unknown, TooLarge | UnsupportedMediaType | InvalidInput> =>
+  Effect.callback((resume) =>
+    Bodies.readJson(NodeHttpServerRequest.toIncomingMessage(request) as IncomingMessage, maxBytes, (body) =>
+      resume(Effect.fromResult(body))
+    )
   )
-}
-
-const readBody = (message: IncomingMessage, maxBytes: number): Effect.Effect<Buffer, TooLarge | InvalidInput> =>
-  Effect.callback((resume) => {
-    const tooLarge = () => {
-      message.pause()
-      resume(Effect.fail(new TooLarge({ what: "body", limitBytes: maxBytes })))
-    }
-    if (Number(message.headers["content-length"] ?? 0) > maxBytes) return tooLarge()
-    let first: Buffer | undefined
-    let more: Array<Buffer> | undefined
-    let bytes = 0
-    const onData = (chunk: Buffer) => {
-      bytes += chunk.length
-      if (bytes > maxBytes) {
-        stop()
-        return tooLarge()
-      }
-      if (first === undefined) first = chunk
-      else if (more === undefined) more = [first, chunk]
-      else more.push(chunk)
-    }
-    const onEnd = () => {
-      stop()
-      resume(Effect.succeed(more === undefined ? (first ?? Buffer.alloc(0)) : Buffer.concat(more)))
-    }
-    const onError = () => {
-      stop()
-      resume(
-        Effect.fail(
-          new InvalidInput({ field: "", expected: "a whole body", got: "a connection cut in the middle of it" })
-        )
-      )
-    }
-    const stop = () => {
-      message.off("data", onData)
-      message.off("end", onEnd)
-      message.off("error", onError)
-      message.off("close", onError)
-    }
-    message.on("data", onData)
-    message.on("end", onEnd)
-    message.on("error", onError)
-    message.on("close", onError)
-  })
-
-const utf8 = new TextDecoder("utf-8", { fatal: true })
-
-const parseJson = (body: Buffer): Result.Result<unknown, InvalidInput> => {
-  try {
-    // `toString` is fast and lenient; only text it had to mend is looked at by the strict decoder.
-    const text = body.toString("utf8")
-    return Result.succeed(JSON.parse(text.includes("\ufffd") ? utf8.decode(body) : text))
-  } catch (error) {
-    const got = body.length === 0 ? "an empty body" : (error as Error).message.slice(0, 120)
-    return Result.fail(new InvalidInput({ field: "", expected: "a JSON body in UTF-8", got }))
-  }
-}

@@ -188,7 +188,10 @@ const SearchGroup = HttpApiGroup.make("search").add(
     payload: documented.search,
     success: SearchResponse,
     error: searching
-  }),
+  })
+)
+
+const CachedSearchGroup = HttpApiGroup.make("cached search").add(
   HttpApiEndpoint.get("searchById", "/api/v1/search", {
     query: documented.query,
     success: SearchResponse,
@@ -196,19 +199,18 @@ const SearchGroup = HttpApiGroup.make("search").add(
   })
 )
 
+/** The calls that the router serves: all but `POST /search`, which the gateway answers before it. */
+export const RoutedApi = HttpApi.make("ruvector").add(CollectionsGroup).add(VectorsGroup).add(CachedSearchGroup)
+
 /** The REST contract. Streams (`/api/v1/stream/search`, `/api/v1/ws`) are described in its text and in `docs/protocol.md`. */
-export const RuvectorApi = HttpApi.make("ruvector")
-  .add(CollectionsGroup)
-  .add(VectorsGroup)
-  .add(SearchGroup)
-  .annotateMerge(
-    OpenApi.annotations({
-      title: "ruvector-streaming",
-      version: "1",
-      description:
-        "Vectors in, searches streamed out. Beside these calls: `GET /api/v1/stream/search` (Server-Sent Events), " +
-        "`GET /api/v1/ws` (WebSocket), `/api/v1/rpc` (Effect RPC). Errors are problem details (RFC 9457)."
-    })
-  )
+export const RuvectorApi = RoutedApi.add(SearchGroup).annotateMerge(
+  OpenApi.annotations({
+    title: "ruvector-streaming",
+    version: "1",
+    description:
+      "Vectors in, searches streamed out. Beside these calls: `GET /api/v1/stream/search` (Server-Sent Events), " +
+      "`GET /api/v1/ws` (WebSocket), `/api/v1/rpc` (Effect RPC). Errors are problem details (RFC 9457)."
+  })
+)
 
 export { SearchRequest }

@@ -290,23 +290,19 @@ export class Router extends Context.Service<
             includeVector: query.includeVector
           }
           if (of.partitions === 1) {
-            const hits = yield* Effect.timeoutOrElse(ask(of, 0, partitionQuery), {
-              duration: deadlineMillis,
-              orElse: () => Effect.fail(new DeadlineExceeded({ deadlineMillis }))
-            })
+            const hits = yield* within(ask(of, 0, partitionQuery), deadlineMillis)
             return { hits, missing: [] }
           }
           const exits = yield* eachPartition(of, (partition) =>
-            Effect.exit(Effect.timeoutOption(ask(of, partition, partitionQuery), deadlineMillis))
+            Effect.exit(within(ask(of, partition, partitionQuery), deadlineMillis))
           )
           const lists: Array<PartitionHits> = []
           const missing: Array<number> = []
           let failure: PartitionError | undefined
           for (let partition = 0; partition < exits.length; partition++) {
-            const exit = exits[partition] as Exit.Exit<Option.Option<PartitionHits>, PartitionError>
+            const exit = exits[partition] as Exit.Exit<PartitionHits, PartitionError | DeadlineExceeded>
             if (Exit.isSuccess(exit)) {
-              if (Option.isSome(exit.value)) lists.push(exit.value.value)
-              else missing.push(partition)
+              lists.push(exit.value)
               continue
             }
             const error = Exit.findErrorOption(exit)
@@ -314,7 +310,7 @@ export class Router extends Context.Service<
             // What is wrong with the request is wrong everywhere; what is wrong with one partition is that one's.
             if (error.value._tag === "InvalidInput" || error.value._tag === "CollectionNotFound")
               return yield* error.value
-            failure ??= error.value
+            if (error.value._tag !== "DeadlineExceeded") failure ??= error.value
             missing.push(partition)
           }
           if (lists.length === 0) return yield* failure ?? new DeadlineExceeded({ deadlineMillis })
@@ -380,6 +376,29 @@ export class Router extends Context.Service<
       })
     )
 }
+
+/**
+ * Fails with {@link DeadlineExceeded} where the effect has not ended in time, and interrupts it. What
+ * `Effect.timeoutOrElse` does at a third of its cost, which counts in every search.
+ */
+const within = <A, E>(effect: Effect.Effect<A, E>, deadlineMillis: number): Effect.Effect<A, E | DeadlineExceeded> =>
+  Effect.withFiber((parent) =>
+    Effect.callback<A, E | DeadlineExceeded>((resume) => {
+      const fiber = Effect.runForkWith(parent.context as Context.Context<never>)(effect)
+      const timer = setTimeout(() => {
+        resume(Effect.fail(new DeadlineExceeded({ deadlineMillis })))
+        fiber.interruptUnsafe()
+      }, deadlineMillis)
+      fiber.addObserver((exit) => {
+        clearTimeout(timer)
+        resume(exit)
+      })
+      return Effect.sync(() => {
+        clearTimeout(timer)
+        fiber.interruptUnsafe()
+      })
+    })
+  )
 
 const isZero = (vector: Float32Array): boolean => {
   for (let i = 0; i < vector.length; i++) if (vector[i] !== 0) return false

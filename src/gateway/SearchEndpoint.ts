@@ -1,0 +1,70 @@
+/**
+ * `POST /api/v1/search`, the call made most, answered on Node's request and response directly: half the main thread's work
+ * of one that passes through a router and an effect for each request. `protocol/HttpApi.ts` describes it with the others.
+ */
+import type { IncomingMessage, ServerResponse } from "node:http"
+import { Context, Effect, Exit, Layer, Result } from "effect"
+import { Settings } from "../config.ts"
+import { type ApiError, InternalError, toProblem } from "../protocol/Errors.ts"
+import { Router } from "../shards/Router.ts"
+import * as Answers from "./Answers.ts"
+import { readJson } from "./Bodies.ts"
+import { countDefect, countRequest } from "./Instruments.ts"
+import { problemContentType, problemHeaders } from "./Problems.ts"
+import { queryOfBody } from "./Queries.ts"
+
+export const path = "/api/v1/search"
+
+export class SearchEndpoint extends Context.Service<
+  SearchEndpoint,
+  { readonly handle: (request: IncomingMessage, response: ServerResponse, requestId: string) => void }
+>()("ruvector/gateway/SearchEndpoint") {
+  static readonly layer = Layer.effect(
+    SearchEndpoint,
+    Effect.gen(function* () {
+      const { maxBodyBytes } = yield* Settings
+      const router = yield* Router
+      const run = Effect.runForkWith(yield* Effect.context<never>())
+
+      const handle = (request: IncomingMessage, response: ServerResponse, requestId: string): void => {
+        const started = performance.now()
+        const answer = (status: number, headers: Record<string, string>, text: string) => {
+          countRequest("http", "search", status, performance.now() - started)
+          if (response.destroyed) return
+          // A length given beforehand lets head and body go out in one write.
+          response.writeHead(status, {
+            ...headers,
+            "content-length": Buffer.byteLength(text),
+            "x-request-id": requestId
+          })
+          response.end(text)
+        }
+        const refuse = (error: ApiError) => {
+          const problem = toProblem(error)
+          const headers = { "content-type": problemContentType, ...problemHeaders(error, problem) }
+          answer(problem.status, headers, JSON.stringify(problem))
+        }
+        readJson(request, maxBodyBytes, (body) => {
+          const query = Result.flatMap(body, queryOfBody)
+          if (Result.isFailure(query)) return refuse(query.failure)
+          const fiber = run(router.search(query.success))
+          const onGone = () => fiber.interruptUnsafe()
+          response.once("close", onGone)
+          fiber.addObserver((exit) => {
+            response.off("close", onGone)
+            if (Exit.isSuccess(exit)) return answer(200, found, Answers.searchResponse(exit.value))
+            const error = Exit.findErrorOption(exit)
+            if (error._tag === "Some") return refuse(error.value)
+            if (Exit.hasInterrupts(exit)) return countRequest("http", "search", 499, performance.now() - started)
+            countDefect()
+            run(Effect.annotateLogs(Effect.logError("Search met a defect", exit.cause), { request_id: requestId }))
+            refuse(new InternalError({ requestId }))
+          })
+        })
+      }
+      return SearchEndpoint.of({ handle })
+    })
+  )
+}
+
+const found = { "content-type": "application/json", "cache-control": "no-store" }
