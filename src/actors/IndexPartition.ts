@@ -5,7 +5,7 @@
  */
 import { mkdtemp, rm } from "node:fs/promises"
 import { join } from "node:path"
-import { Deferred, Duration, Effect, Exit, Layer, Metric, Option, Scope, Stream } from "effect"
+import { Deferred, Duration, Effect, Exit, Layer, Metric, Option, Result, Scope, Stream } from "effect"
 import { Entity } from "effect/cluster"
 import { Settings } from "../config.ts"
 import { Catalog, catalogId } from "../protocol/Catalog.ts"
@@ -36,7 +36,15 @@ import { DataDirectory } from "../tiers/DataDirectory.ts"
 import { decodeSegment, type LogOp } from "../tiers/LogSegment.ts"
 import { ObjectStore } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
-import { type Applied, type IndexHits, IndexLost, type IndexRecord, VectorIndex } from "../tiers/VectorIndex.ts"
+import {
+  type Applied,
+  type IndexHits,
+  IndexLost,
+  type IndexRecord,
+  type IndexSpec,
+  type PartitionIndex,
+  VectorIndex
+} from "../tiers/VectorIndex.ts"
 import { ChangeFeed, type Position } from "./ChangeFeed.ts"
 import * as PartitionWriter from "./PartitionWriter.ts"
 
@@ -127,56 +135,69 @@ const makePartition = Effect.gen(function* () {
     return collection
   })
 
+  /**
+   * Claims the log and opens the newest snapshot that can be opened: one whose checksums hold and that is of no use all the
+   * same is given up for the one before it, once; the log reaches back to that.
+   */
+  const openNewest = (
+    scope: Scope.Closeable,
+    spec: IndexSpec,
+    snapshotsBefore: number | undefined
+  ): Effect.Effect<{ readonly log: PartitionLog.PartitionLogHandle; readonly index: PartitionIndex }, PartitionError> =>
+    Effect.gen(function* () {
+      const log = yield* PartitionLog.open(prefix, snapshotsBefore === undefined ? {} : { snapshotsBefore }).pipe(
+        Effect.provideService(ObjectStore, store),
+        Scope.provide(scope),
+        Effect.mapError((error): PartitionError => {
+          switch (error._tag) {
+            case "LogCorrupt":
+              return new PartitionCorrupt({ collection: name, partition, object: error.object, detail: error.detail })
+            case "StoreFailure":
+              return new StorageUnavailable({ detail: error.detail, retryAfterMillis: 1_000 })
+            default:
+              return unavailable(error.message, 5_000)
+          }
+        })
+      )
+      const { snapshot } = log
+      const opening =
+        snapshot === undefined
+          ? vectors.open(spec, undefined)
+          : store.withFile(snapshot.records.key, (records) =>
+              store.withFile(snapshot.graph.key, (graph) => vectors.open(spec, { records, graph }))
+            )
+      const opened = yield* Effect.result(Scope.provide(opening, scope))
+      if (Result.isSuccess(opened)) return { log, index: opened.success }
+      const error = opened.failure
+      switch (error._tag) {
+        case "IndexLost":
+          return yield* lostError(error)
+        case "StoreFailure":
+          return yield* new StorageUnavailable({ detail: error.detail, retryAfterMillis: 1_000 })
+        case "ObjectMissing":
+          // Pruned by an owner that came after this one.
+          return yield* unavailable("Another node owns it now.")
+        case "SnapshotUnreadable": {
+          if (snapshot === undefined || snapshotsBefore !== undefined) {
+            const object = snapshot?.records.key ?? prefix
+            return yield* new PartitionCorrupt({ collection: name, partition, object, detail: error.detail })
+          }
+          yield* annotate(Effect.logWarning("A snapshot cannot be opened; the one before is", error.detail))
+          return yield* openNewest(scope, spec, snapshot.seq)
+        }
+      }
+    })
+
   const open = Effect.fnUntraced(function* (scope: Scope.Closeable) {
     const started = performance.now()
     const collection = yield* readCollection
-    const log = yield* PartitionLog.open(prefix).pipe(
-      Effect.provideService(ObjectStore, store),
-      Scope.provide(scope),
-      Effect.mapError((error): PartitionError => {
-        switch (error._tag) {
-          case "LogCorrupt":
-            return new PartitionCorrupt({ collection: name, partition, object: error.object, detail: error.detail })
-          case "StoreFailure":
-            return new StorageUnavailable({ detail: error.detail, retryAfterMillis: 1_000 })
-          default:
-            return unavailable(error.message, 5_000)
-        }
-      })
-    )
     const spec = {
       dimensions: collection.dimensions,
       metric: collection.metric,
       m: collection.index.m,
       efConstruction: collection.index.ef_construction
     }
-    const { snapshot } = log
-    const opening =
-      snapshot === undefined
-        ? vectors.open(spec, undefined)
-        : store.withFile(snapshot.records.key, (records) =>
-            store.withFile(snapshot.graph.key, (graph) => vectors.open(spec, { records, graph }))
-          )
-    const index = yield* opening.pipe(
-      Scope.provide(scope),
-      Effect.mapError((error): PartitionError => {
-        switch (error._tag) {
-          case "IndexLost":
-            return lostError(error)
-          case "SnapshotUnreadable":
-            return new PartitionCorrupt({
-              collection: name,
-              partition,
-              object: snapshot?.records.key ?? prefix,
-              detail: error.detail
-            })
-          case "ObjectMissing":
-            return new PartitionCorrupt({ collection: name, partition, object: error.key, detail: "It is missing." })
-          case "StoreFailure":
-            return new StorageUnavailable({ detail: error.detail, retryAfterMillis: 1_000 })
-        }
-      })
-    )
+    const { log, index } = yield* openNewest(scope, spec, undefined)
 
     // Replay: handed to the thread as they are read, a bounded number ahead of what it has applied.
     let replayed = 0

@@ -5,7 +5,7 @@
  *
  * A metadata update reads before it writes, so a group ends before a second operation on an id that an update in it reads.
  */
-import { Deferred, Effect, Fiber, Result, type Scope } from "effect"
+import { Deferred, Effect, Fiber, Option, Result, type Scope } from "effect"
 import { InvalidInput, Overloaded, StorageUnavailable } from "../protocol/Errors.ts"
 import { metadataBytesMax } from "../protocol/Limits.ts"
 import { formatVersion, type Version, type VersionClock } from "../protocol/Version.ts"
@@ -63,6 +63,9 @@ interface Span {
   readonly metadata: string | undefined
 }
 
+/** After a failed commit, quiet time until it is looked what became of it. */
+const settleMillis = 1_000
+
 /** What a patch is counted as in the bounds on bytes, before it is merged. */
 const patchBytes = 1_024
 
@@ -88,6 +91,8 @@ export const make = (options: {
     let fatal: Fatal | undefined
     let news = Deferred.makeUnsafe<void>()
     let room = Deferred.makeUnsafe<void>()
+    /** A commit failed, and whether it is in the log is not known for good. */
+    let inDoubt = false
     let lastApply: Fiber.Fiber<void> | undefined
     const scope = yield* Effect.scope
 
@@ -225,12 +230,14 @@ export const make = (options: {
       if (Result.isFailure(appended)) {
         const error = appended.failure
         if (error._tag === "NotOwner") return yield* stop(error, group)
+        inDoubt = true
         return fail(
           group,
           new StorageUnavailable({ detail: `The write was not committed: ${error.detail}`, retryAfterMillis: 1_000 })
         )
       }
       const { seq, recovered } = appended.success
+      inDoubt = false
       // An earlier group whose writers were told that it failed has turned out to be in the log: it counts.
       for (const earlier of recovered)
         yield* applyInOrder(earlier.seq, earlier.bytes, decodeSegment(earlier.bytes).ops, () => {})
@@ -245,11 +252,29 @@ export const make = (options: {
       })
     })
 
+    /** Finds out what became of a failed commit where no other follows it, so that the index does not lag the log. */
+    const settle = Effect.gen(function* () {
+      const settled = yield* Effect.result(log.settle)
+      if (Result.isFailure(settled)) {
+        if (settled.failure._tag === "NotOwner") yield* stop(settled.failure, [])
+        return
+      }
+      inDoubt = false
+      for (const { seq, bytes } of settled.success) {
+        yield* applyInOrder(seq, bytes, decodeSegment(bytes).ops, () => {})
+      }
+    })
+
     const loop = Effect.gen(function* () {
       while (fatal === undefined) {
         if (queue.length === 0) {
           news = Deferred.makeUnsafe()
-          yield* Deferred.await(news)
+          const arrival = Deferred.await(news)
+          const came = yield* inDoubt ? Effect.timeoutOption(arrival, settleMillis) : Effect.asSome(arrival)
+          if (Option.isNone(came)) {
+            yield* settle
+            continue
+          }
           // One turn of the event loop, so that what arrives together commits together.
           yield* Effect.yieldNow
           continue

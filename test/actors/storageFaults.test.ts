@@ -136,3 +136,43 @@ const eventually = async (check: () => Promise<void>) => {
     }
   }
 }
+
+describe("a failed write that turns out to be in the log", () => {
+  it("is in the index too, without another write", { timeout: 30_000 }, async () => {
+    const faults = new Faults(1)
+    const inner = Context.get(await Effect.runPromise(Effect.scoped(Layer.build(ObjectStore.layerMemory))), ObjectStore)
+    let armed = false
+    const store: ObjectStore["Service"] = {
+      ...inner,
+      create: (key, body) =>
+        Effect.tap(inner.create(key, body), () =>
+          Effect.sync(() => {
+            if (armed) faults.failShare = 1
+          })
+        )
+    }
+    const node = await startActors(Context.make(ObjectStore, withFaults(store, faults)), {
+      snapshotIdleMillis: 3_600_000
+    })
+    await Effect.runPromise(node.router.createCollection("c", { dimensions }))
+    const known = new Map<string, { state: number; maybe: Set<number> }>()
+    const source = random(1)
+    assert.isTrue(await write(node, known, source))
+    // The write happens, its answer is lost, and then nothing can be read that would tell.
+    faults.doubtShare = 1
+    armed = true
+    assert.isFalse(await write(node, known, source))
+    armed = false
+    await Effect.runPromise(faults.heal)
+    const logged = await Effect.runPromise(inner.list("collections/"))
+    assert.isAtLeast(logged.filter(({ key }) => key.includes("/log/")).length, 2)
+    await eventually(async () => {
+      for (const [id, { state, maybe }] of known) {
+        const { metadata } = await Effect.runPromise(node.router.get("c", id))
+        const expected = maybe.size === 0 ? state : Math.max(...maybe)
+        assert.strictEqual((JSON.parse(metadata) as { state: number }).state, expected)
+      }
+    })
+    await node.stop()
+  })
+})
