@@ -19,6 +19,8 @@ import {
   type Command,
   type FromThread,
   hitWords,
+  isBusy,
+  mustStop,
   searchWords,
   type ThreadOptions,
   type ToThread,
@@ -29,7 +31,7 @@ import { settled, type Work } from "./index/Work.ts"
 import type { IndexSpec, SnapshotFiles } from "./VectorIndex.ts"
 
 /** Share of the thread's time that work has while searches never cease. */
-const workShare = 0.78
+const workShare = 0.75
 const workPerSearch = workShare / (1 - workShare)
 
 /** A search that has waited so long is answered at the next look, whatever the share. */
@@ -76,7 +78,7 @@ interface Seat {
 }
 
 const port = parentPort!
-const { insertSliceMillis, graphFrom } = workerData as ThreadOptions
+const { insertSliceMillis, graphFrom, shared } = workerData as ThreadOptions
 
 const seats = new Map<number, Seat>()
 /** Seats with a step to do, taken in turn, a slice each. */
@@ -84,6 +86,9 @@ const ready: Array<Seat> = []
 /** The seat whose slice it is; put back in the row afterwards. */
 let running: Seat | undefined
 let slices = 0
+/** Closed partitions that wait for something nevertheless; the thread cannot end before. */
+const leaving = new Set<Seat>()
+let isStopping = false
 /** Searches that wait, oldest first, by request. */
 const searches = new Map<number, Search>()
 const reads: Array<Command & { readonly kind: "get" | "stats" }> = []
@@ -102,7 +107,7 @@ let hitVectors: Array<Float32Array> = []
 let hitResults = 0
 let hitComponents = 0
 let waitingSince = 0
-let bytesSaid = 0
+let bytesDue = false
 let bytesSaidAt = 0
 
 const answer = (one: Answer): void => {
@@ -110,7 +115,7 @@ const answer = (one: Answer): void => {
 }
 
 const flush = (): void => {
-  if (hitHead.length === 0 && answers.length === 0) return
+  if (hitHead.length === 0 && answers.length === 0 && !bytesDue) return
   const message: { -readonly [Key in keyof FromThread]: FromThread[Key] } = {}
   if (hitHead.length > 0) {
     message.hits = {
@@ -131,13 +136,13 @@ const flush = (): void => {
   if (answers.length > 0) {
     message.answers = answers
     answers = []
-    const now = performance.now()
-    if (now - bytesSaidAt > bytesEveryMillis) {
-      bytesSaidAt = now
-      let bytes = 0
-      for (const seat of seats.values()) bytes += seat.partition.bytes
-      if (bytes !== bytesSaid) message.bytes = bytesSaid = bytes
-    }
+    bytesDue ||= performance.now() - bytesSaidAt > bytesEveryMillis
+  }
+  if (bytesDue) {
+    bytesDue = false
+    bytesSaidAt = performance.now()
+    message.bytes = 0
+    for (const seat of seats.values()) message.bytes += seat.partition.bytes
   }
   port.postMessage(message)
 }
@@ -240,6 +245,7 @@ const runSearches = (): void => {
         continue
       }
       search(one)
+      if (Atomics.load(shared, mustStop) !== 0) return
       const now = performance.now()
       if (isBesideWork) owedMillis += (now - last) * workPerSearch
       last = now
@@ -268,7 +274,7 @@ const runSlice = (): void => {
     if (seat.jobs.length > 0) jobStep(seat)
     else seat.partition.backgroundStep()
     const millis = performance.now() - began
-    if (millis >= insertSliceMillis) break
+    if (millis >= insertSliceMillis || Atomics.load(shared, mustStop) !== 0) break
     receive()
     if ((searches.size > 0 || reads.length > 0) && millis >= owedMillis) break
   }
@@ -317,13 +323,17 @@ const jobStep = (seat: Seat, resumed?: { readonly value?: unknown; readonly erro
 
 const resume = (seat: Seat, settledWith: { readonly value?: unknown; readonly error?: unknown }): void => {
   seat.waiting = false
+  if (!enter()) return
   if (seat.closed) {
+    leaving.delete(seat)
     vacate(seat)
-    return
+    if (isStopping) end()
+  } else {
+    jobStep(seat, settledWith)
+    makeReady(seat)
+    schedule()
   }
-  jobStep(seat, settledWith)
-  makeReady(seat)
-  schedule()
+  leave()
 }
 
 /** A partition whose state cannot be trusted: everything asked of it fails, until it is opened again. */
@@ -338,12 +348,14 @@ const lose = (seat: Seat, detail: string): void => {
 
 const close = (seat: Seat): void => {
   seat.closed = true
+  bytesDue = true
   seats.delete(seat.number)
   seat.parked.clear()
   const at = ready.indexOf(seat)
   if (at !== -1) ready.splice(at, 1)
   // What is under way in another thread of the process still needs the partition's memory.
-  if (!seat.waiting) vacate(seat)
+  if (seat.waiting) leaving.add(seat)
+  else vacate(seat)
 }
 
 const vacate = (seat: Seat): void => {
@@ -442,6 +454,11 @@ const take = (message: ToThread): void => {
       for (const seat of seats.values()) seat.parked.delete(request)
     }
   }
+  if (message.stop === true) {
+    isStopping = true
+    for (const seat of [...seats.values()]) close(seat)
+    end()
+  }
 }
 
 const obey = (command: Command): void => {
@@ -485,8 +502,29 @@ const obey = (command: Command): void => {
 
 const messageOf = (error: unknown): string => (error instanceof Error ? error.message : String(error))
 
+/** Says that native code may be running from here on; false where it must not any more. */
+const enter = (): boolean => {
+  Atomics.store(shared, isBusy, 1)
+  if (Atomics.load(shared, mustStop) === 0) return true
+  leave()
+  return false
+}
+
+const leave = (): void => {
+  Atomics.store(shared, isBusy, 0)
+  Atomics.notify(shared, isBusy)
+}
+
+/** Ends the thread from inside, where it is not in native code. */
+const end = (): void => {
+  if (leaving.size > 0) return
+  leave()
+  process.exit(0)
+}
+
 const turn = (): void => {
   scheduled = false
+  if (!enter()) return
   receive()
   runSearches()
   if (ready.length > 0) {
@@ -499,6 +537,7 @@ const turn = (): void => {
     owedMillis = 0
   }
   flush()
+  leave()
 }
 
 /** The event loop turns between two slices, so that files and promises get on. */
@@ -509,6 +548,8 @@ const schedule = (): void => {
 }
 
 port.on("message", (message: ToThread) => {
+  if (!enter()) return
   take(message)
-  if (!scheduled) turn()
+  if (scheduled) leave()
+  else turn()
 })

@@ -278,9 +278,76 @@ describe("a partition in a vector thread", () => {
       yield* vectors.open(specOf(4), undefined)
       assert.deepStrictEqual(partitions(yield* vectors.threads), [1, 1])
       yield* Scope.close(scope, Exit.void)
+      const held = Effect.map(vectors.threads, (states) => Math.max(...states.map(({ bytes }) => bytes)))
+      // A turn of each side later, its memory is counted no more.
+      while ((yield* held) > 500_000) yield* Effect.sleep(5)
       assert.deepStrictEqual(partitions(yield* vectors.threads).sort(), [0, 1])
       assert.strictEqual((yield* Effect.flip(big.search(queryOf(source.vector(256)))))._tag, "IndexLost")
     }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 2, graphFrom: 500 })))
+  )
+})
+
+describe("the vector threads", () => {
+  it.live("end inside of insertion, search and snapshot without ending the process", () =>
+    Effect.gen(function* () {
+      const source = random(seedOf(19))
+      const root = yield* directory
+      for (let round = 0; round < 12; round++) {
+        const life = Effect.gen(function* () {
+          const stamp = stamper()
+          const index = yield* (yield* VectorIndex).open(specOf(64), undefined)
+          const apply = index.apply(segmentOf(64, upsertsOf(source, 64, 800, stamp)))
+          if (round % 3 === 0) yield* apply
+          yield* Effect.forkChild(apply)
+          yield* Effect.forkChild(Effect.forever(index.search(queryOf(source.vector(64)))))
+          yield* Effect.forkChild(index.snapshot(join(root, `${round}`)))
+          yield* Effect.sleep(source.below(80))
+        })
+        yield* life.pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 2, graphFrom: 100 })))
+      }
+    }).pipe(Effect.scoped)
+  )
+})
+
+describe("a partition that is closed", () => {
+  it.live("at any moment of opening, applying, searching or snapshotting harms no other", () =>
+    Effect.gen(function* () {
+      const source = random(seedOf(18))
+      const vectors = yield* VectorIndex
+      const root = yield* directory
+      const stamp = stamper()
+      const good = segmentOf(16, upsertsOf(source, 16, 1_200, stamp))
+      const steady = yield* vectors.open(specOf(16), undefined)
+      yield* steady.apply(good)
+      const files = yield* steady.snapshot(join(root, "steady"))
+      for (let round = 0; round < 40; round++) {
+        const scope = yield* Scope.make()
+        const life = Effect.gen(function* () {
+          const index = yield* vectors.open(specOf(16), round % 3 === 0 ? undefined : files)
+          yield* Effect.all(
+            [
+              round % 3 === 0 ? index.apply(good) : index.snapshot(join(root, `${round}`)),
+              index.apply(segmentOf(16, upsertsOf(source, 16, 50, stamp))),
+              Effect.forever(index.search(queryOf(source.vector(16), { filter: `{"even":true}` })))
+            ],
+            { concurrency: "unbounded" }
+          )
+        })
+        const fiber = yield* Effect.forkChild(Scope.provide(life, scope), { startImmediately: true })
+        yield* Effect.sleep(source.below(round % 3 === 0 ? 60 : 25))
+        if (round % 2 === 0) yield* Fiber.interrupt(fiber)
+        yield* Scope.close(scope, Exit.void)
+        const exit = yield* Fiber.await(fiber)
+        if (round % 2 === 1) {
+          const tag = Option.map(Exit.findErrorOption(exit), (error) => error._tag)
+          assert.deepStrictEqual(tag, Option.some("IndexLost"))
+        }
+        assert.strictEqual((yield* steady.stats).count, 1_200)
+        assert.lengthOf((yield* steady.search(queryOf(source.vector(16)))).ids, 10)
+      }
+      const [thread] = yield* vectors.threads
+      assert.deepStrictEqual([thread?.partitions, thread?.restarts], [1, 0])
+    }).pipe(Effect.scoped, Effect.provide(VectorIndex.layerWith({ threads: 1, graphFrom: 500 })))
   )
 })
 

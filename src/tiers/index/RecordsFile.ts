@@ -2,14 +2,14 @@
  * The records file of a snapshot: everything of a partition but the links of its graph. The layout is written down in
  * `docs/format.md`; little-endian. The header is written last, so a file that was not finished is not one.
  */
-import { type FileHandle, open } from "node:fs/promises"
+import type { FileHandle } from "node:fs/promises"
 import { crc32 } from "node:zlib"
 import type { Version } from "../../protocol/Version.ts"
 import type { IndexSpec } from "../VectorIndex.ts"
 import type { Graph } from "./Graph.ts"
 import type { RecordTable } from "./RecordTable.ts"
 import type { VectorArena } from "./VectorArena.ts"
-import { settled, type Work } from "./Work.ts"
+import { settled, type Work, withFile } from "./Work.ts"
 
 /** Version of the layout; a reader refuses any other. */
 export const recordsFormat = 1
@@ -18,83 +18,13 @@ export const recordsFormat = 1
 export class FileFault extends Error {}
 
 /** Writes a new file, a block a step. Nothing may change meanwhile. */
-export function* writeRecords(
+export const writeRecords = (
   file: string,
   spec: IndexSpec,
   table: RecordTable,
   arena: VectorArena,
   graph: Graph | undefined
-): Work<void> {
-  const handle = yield* settled(open(file, "wx"))
-  try {
-    const writer = new Writer(handle, headerBytes)
-    for (const [region, counter] of table.counters) {
-      if (writer.isFull(9 + region.length)) yield* writer.flush()
-      writer.u8(region.length)
-      writer.f64(counter)
-      writer.text(region)
-    }
-    const regionOf = new Map(table.regions.map((region, i) => [region, i]))
-    const version = (of: Version) => {
-      writer.u64(of.time)
-      writer.f64(of.counter)
-      writer.u16(regionOf.get(of.region)!)
-    }
-    let written = 0
-    for (let slot = table.live.next(0); slot !== -1; slot = table.live.next(slot + 1)) {
-      const id = table.ids[slot]!
-      const metadata = table.metadata[slot]!
-      const metadataVersion = table.metadataVersions.get(slot)
-      if (writer.isFull(recordBytesMax + 3 * (id.length + metadata.length))) yield* writer.flush()
-      version(table.vectorVersion(slot))
-      writer.u16(metadataVersion === undefined ? 0 : hasMetadataVersion)
-      writer.u32(graph === undefined ? 0 : graph.nodeOf(slot))
-      writer.u16(Buffer.byteLength(id))
-      writer.u32(Buffer.byteLength(metadata))
-      if (metadataVersion !== undefined) version(metadataVersion)
-      writer.text(id)
-      writer.text(metadata)
-      if (++written % recordsInStep === 0) yield
-    }
-    for (const [id, { deleted, orphan }] of table.hidden) {
-      if (writer.isFull(recordBytesMax + 3 * (id.length + (orphan?.metadata.length ?? 0)))) yield* writer.flush()
-      writer.u16((deleted === undefined ? 0 : hasDeletion) | (orphan === undefined ? 0 : hasOrphan))
-      writer.u16(Buffer.byteLength(id))
-      writer.u32(orphan === undefined ? 0 : Buffer.byteLength(orphan.metadata))
-      if (deleted !== undefined) version(deleted)
-      if (orphan !== undefined) version(orphan.version)
-      writer.text(id)
-      if (orphan !== undefined) writer.text(orphan.metadata)
-      if (++written % recordsInStep === 0) yield
-    }
-    const textEnd = writer.position
-    if (writer.isFull(vectorsAlign)) yield* writer.flush()
-    writer.zeros(align(textEnd) - textEnd)
-    for (let slot = table.live.next(0); slot !== -1; slot = table.live.next(slot + 1)) {
-      if (writer.isFull(spec.dimensions * 4)) yield* writer.flush()
-      writer.vector(arena.row(slot))
-    }
-    yield* writer.flush()
-    const header = Buffer.alloc(headerBytes)
-    header.writeUInt32LE(magic, 0)
-    header.writeUInt16LE(recordsFormat, 4)
-    header.writeUInt8(metrics.indexOf(spec.metric), 6)
-    header.writeUInt32LE(spec.dimensions, 8)
-    header.writeUInt32LE(spec.m, 12)
-    header.writeUInt32LE(spec.efConstruction, 16)
-    header.writeUInt32LE(table.regions.length, 20)
-    header.writeUInt32LE(table.count, 24)
-    header.writeUInt32LE(table.hidden.size, 28)
-    header.writeUInt32LE(graph === undefined ? 0 : graph.nodes, 32)
-    header.writeBigUInt64LE(table.maxTime, 40)
-    header.writeDoubleLE(textEnd, 48)
-    header.writeDoubleLE(writer.position, 56)
-    header.writeUInt32LE(crc32(header.subarray(0, 64)), 64)
-    yield* settled(writeAll(handle, header, 0))
-  } finally {
-    yield* settled(handle.close())
-  }
-}
+): Work<void> => withFile(file, "wx", (handle) => writeAllTo(handle, spec, table, arena, graph))
 
 export interface RecordsRead {
   /** 0: there is no graph. */
@@ -103,96 +33,167 @@ export interface RecordsRead {
 }
 
 /** Reads a file into an empty table and arena, a block a step. Throws {@link FileFault} where it is not whole or not of `spec`. */
-export function* readRecords(file: string, spec: IndexSpec, table: RecordTable, arena: VectorArena): Work<RecordsRead> {
-  const handle = yield* settled(open(file, "r"))
-  try {
-    const { size } = yield* settled(handle.stat())
-    const header = Buffer.alloc(headerBytes)
-    if (size < headerBytes) throw new FileFault(`${size} bytes, a header has ${headerBytes}`)
-    yield* settled(readAll(handle, header, 0))
-    if (header.readUInt32LE(0) !== magic) throw new FileFault("not a records file")
-    if (header.readUInt32LE(64) !== crc32(header.subarray(0, 64))) throw new FileFault("header checksum differs")
-    const format = header.readUInt16LE(4)
-    if (format !== recordsFormat) throw new FileFault(`format ${format}, this version reads ${recordsFormat}`)
-    expectSame("metric", metrics[header.readUInt8(6)], spec.metric)
-    expectSame("dimensions", header.readUInt32LE(8), spec.dimensions)
-    expectSame("m", header.readUInt32LE(12), spec.m)
-    expectSame("efConstruction", header.readUInt32LE(16), spec.efConstruction)
-    const count = header.readUInt32LE(24)
-    const graphNodes = header.readUInt32LE(32)
-    const textEnd = header.readDoubleLE(48)
-    const vectorsAt = align(textEnd)
-    expectSame("size", size, header.readDoubleLE(56))
-    expectSame("size by its counts", size, vectorsAt + count * spec.dimensions * 4)
+export const readRecords = (file: string, spec: IndexSpec, table: RecordTable, arena: VectorArena): Work<RecordsRead> =>
+  withFile(file, "r", (handle) => readAllOf(handle, spec, table, arena))
 
-    const reader = new Reader(handle, headerBytes, textEnd)
-    const regions: Array<string> = []
-    for (let i = 0; i < header.readUInt32LE(20); i++) {
-      if (!reader.has(9)) yield* reader.need(9)
-      const length = reader.u8()
-      const counter = reader.f64()
-      if (!reader.has(length)) yield* reader.need(length)
-      const region = reader.text(length)
-      regions.push(region)
-      table.observe({ time: 0n, region, counter })
-    }
-    const version = (): Version => {
-      const time = reader.u64()
-      const counter = reader.f64()
-      const region = regions[reader.u16()]
-      if (region === undefined) throw new FileFault("a version of no known region")
-      return { time, region, counter }
-    }
-    if (regions.length > 0) table.observe({ time: header.readBigUInt64LE(40), region: regions[0]!, counter: 0 })
-    const nodeOfSlot = new Uint32Array(graphNodes === 0 ? 0 : count)
-    for (let slot = 0; slot < count; slot++) {
-      if (!reader.has(recordBytesMax)) yield* reader.need(recordBytesMax)
-      const vectorVersion = version()
-      const flags = reader.u16()
-      const node = reader.u32()
-      const idBytes = reader.u16()
-      const metadataBytes = reader.u32()
-      const metadataVersion = (flags & hasMetadataVersion) === 0 ? undefined : version()
-      if (!reader.has(idBytes + metadataBytes)) yield* reader.need(idBytes + metadataBytes)
-      table.place(slot, reader.text(idBytes), vectorVersion)
-      if (metadataBytes > 0 || metadataVersion !== undefined) {
-        table.restoreMetadata(slot, reader.text(metadataBytes), metadataVersion)
-      }
-      if (graphNodes > 0) nodeOfSlot[slot] = node
-      if (slot % recordsInStep === 0) yield
-    }
-    for (let i = 0; i < header.readUInt32LE(28); i++) {
-      if (i % recordsInStep === 0) yield
-      if (!reader.has(recordBytesMax)) yield* reader.need(recordBytesMax)
-      const flags = reader.u16()
-      const idBytes = reader.u16()
-      const metadataBytes = reader.u32()
-      const deleted = (flags & hasDeletion) === 0 ? undefined : version()
-      const orphanVersion = (flags & hasOrphan) === 0 ? undefined : version()
-      if (!reader.has(idBytes + metadataBytes)) yield* reader.need(idBytes + metadataBytes)
-      const id = reader.text(idBytes)
-      const metadata = reader.text(metadataBytes)
-      table.hide(id, {
-        deleted,
-        orphan: orphanVersion === undefined ? undefined : { version: orphanVersion, metadata }
-      })
-    }
-    if (reader.left !== 0) throw new FileFault(`${reader.left} bytes after the last record`)
-    if (table.slots.size !== count) throw new FileFault("an id that is there twice")
-
-    arena.reserve(count)
-    const rowsInBlock = Math.ceil(blockBytes / (spec.dimensions * 4))
-    const block = new Uint8Array(Math.min(rowsInBlock, count) * spec.dimensions * 4)
-    for (let slot = 0; slot < count; slot += rowsInBlock) {
-      const bytes = block.subarray(0, Math.min(rowsInBlock, count - slot) * spec.dimensions * 4)
-      yield* settled(readAll(handle, bytes, vectorsAt + slot * spec.dimensions * 4))
-      arena.setBytes(slot, bytes)
-      yield
-    }
-    return { graphNodes, nodeOfSlot }
-  } finally {
-    yield* settled(handle.close())
+function* writeAllTo(
+  handle: FileHandle,
+  spec: IndexSpec,
+  table: RecordTable,
+  arena: VectorArena,
+  graph: Graph | undefined
+): Work<void> {
+  const writer = new Writer(handle, headerBytes)
+  for (const [region, counter] of table.counters) {
+    if (writer.isFull(9 + region.length)) yield* writer.flush()
+    writer.u8(region.length)
+    writer.f64(counter)
+    writer.text(region)
   }
+  const regionOf = new Map(table.regions.map((region, i) => [region, i]))
+  const version = (of: Version) => {
+    writer.u64(of.time)
+    writer.f64(of.counter)
+    writer.u16(regionOf.get(of.region)!)
+  }
+  let written = 0
+  for (let slot = table.live.next(0); slot !== -1; slot = table.live.next(slot + 1)) {
+    const id = table.ids[slot]!
+    const metadata = table.metadata[slot]!
+    const metadataVersion = table.metadataVersions.get(slot)
+    if (writer.isFull(recordBytesMax + 3 * (id.length + metadata.length))) yield* writer.flush()
+    version(table.vectorVersion(slot))
+    writer.u16(metadataVersion === undefined ? 0 : hasMetadataVersion)
+    writer.u32(graph === undefined ? 0 : graph.nodeOf(slot))
+    writer.u16(Buffer.byteLength(id))
+    writer.u32(Buffer.byteLength(metadata))
+    if (metadataVersion !== undefined) version(metadataVersion)
+    writer.text(id)
+    writer.text(metadata)
+    if (++written % recordsInStep === 0) yield
+  }
+  for (const [id, { deleted, orphan }] of table.hidden) {
+    if (writer.isFull(recordBytesMax + 3 * (id.length + (orphan?.metadata.length ?? 0)))) yield* writer.flush()
+    writer.u16((deleted === undefined ? 0 : hasDeletion) | (orphan === undefined ? 0 : hasOrphan))
+    writer.u16(Buffer.byteLength(id))
+    writer.u32(orphan === undefined ? 0 : Buffer.byteLength(orphan.metadata))
+    if (deleted !== undefined) version(deleted)
+    if (orphan !== undefined) version(orphan.version)
+    writer.text(id)
+    if (orphan !== undefined) writer.text(orphan.metadata)
+    if (++written % recordsInStep === 0) yield
+  }
+  const textEnd = writer.position
+  if (writer.isFull(vectorsAlign)) yield* writer.flush()
+  writer.zeros(align(textEnd) - textEnd)
+  for (let slot = table.live.next(0); slot !== -1; slot = table.live.next(slot + 1)) {
+    if (writer.isFull(spec.dimensions * 4)) yield* writer.flush()
+    writer.vector(arena.row(slot))
+  }
+  yield* writer.flush()
+  const header = Buffer.alloc(headerBytes)
+  header.writeUInt32LE(magic, 0)
+  header.writeUInt16LE(recordsFormat, 4)
+  header.writeUInt8(metrics.indexOf(spec.metric), 6)
+  header.writeUInt32LE(spec.dimensions, 8)
+  header.writeUInt32LE(spec.m, 12)
+  header.writeUInt32LE(spec.efConstruction, 16)
+  header.writeUInt32LE(table.regions.length, 20)
+  header.writeUInt32LE(table.count, 24)
+  header.writeUInt32LE(table.hidden.size, 28)
+  header.writeUInt32LE(graph === undefined ? 0 : graph.nodes, 32)
+  header.writeBigUInt64LE(table.maxTime, 40)
+  header.writeDoubleLE(textEnd, 48)
+  header.writeDoubleLE(writer.position, 56)
+  header.writeUInt32LE(crc32(header.subarray(0, 64)), 64)
+  yield* settled(writeAll(handle, header, 0))
+}
+
+function* readAllOf(handle: FileHandle, spec: IndexSpec, table: RecordTable, arena: VectorArena): Work<RecordsRead> {
+  const { size } = yield* settled(handle.stat())
+  const header = Buffer.alloc(headerBytes)
+  if (size < headerBytes) throw new FileFault(`${size} bytes, a header has ${headerBytes}`)
+  yield* settled(readAll(handle, header, 0))
+  if (header.readUInt32LE(0) !== magic) throw new FileFault("not a records file")
+  if (header.readUInt32LE(64) !== crc32(header.subarray(0, 64))) throw new FileFault("header checksum differs")
+  const format = header.readUInt16LE(4)
+  if (format !== recordsFormat) throw new FileFault(`format ${format}, this version reads ${recordsFormat}`)
+  expectSame("metric", metrics[header.readUInt8(6)], spec.metric)
+  expectSame("dimensions", header.readUInt32LE(8), spec.dimensions)
+  expectSame("m", header.readUInt32LE(12), spec.m)
+  expectSame("efConstruction", header.readUInt32LE(16), spec.efConstruction)
+  const count = header.readUInt32LE(24)
+  const graphNodes = header.readUInt32LE(32)
+  const textEnd = header.readDoubleLE(48)
+  const vectorsAt = align(textEnd)
+  expectSame("size", size, header.readDoubleLE(56))
+  expectSame("size by its counts", size, vectorsAt + count * spec.dimensions * 4)
+
+  const reader = new Reader(handle, headerBytes, textEnd)
+  const regions: Array<string> = []
+  for (let i = 0; i < header.readUInt32LE(20); i++) {
+    if (!reader.has(9)) yield* reader.need(9)
+    const length = reader.u8()
+    const counter = reader.f64()
+    if (!reader.has(length)) yield* reader.need(length)
+    const region = reader.text(length)
+    regions.push(region)
+    table.observe({ time: 0n, region, counter })
+  }
+  const version = (): Version => {
+    const time = reader.u64()
+    const counter = reader.f64()
+    const region = regions[reader.u16()]
+    if (region === undefined) throw new FileFault("a version of no known region")
+    return { time, region, counter }
+  }
+  if (regions.length > 0) table.observe({ time: header.readBigUInt64LE(40), region: regions[0]!, counter: 0 })
+  const nodeOfSlot = new Uint32Array(graphNodes === 0 ? 0 : count)
+  for (let slot = 0; slot < count; slot++) {
+    if (!reader.has(recordBytesMax)) yield* reader.need(recordBytesMax)
+    const vectorVersion = version()
+    const flags = reader.u16()
+    const node = reader.u32()
+    const idBytes = reader.u16()
+    const metadataBytes = reader.u32()
+    const metadataVersion = (flags & hasMetadataVersion) === 0 ? undefined : version()
+    if (!reader.has(idBytes + metadataBytes)) yield* reader.need(idBytes + metadataBytes)
+    table.place(slot, reader.text(idBytes), vectorVersion)
+    if (metadataBytes > 0 || metadataVersion !== undefined) {
+      table.restoreMetadata(slot, reader.text(metadataBytes), metadataVersion)
+    }
+    if (graphNodes > 0) nodeOfSlot[slot] = node
+    if (slot % recordsInStep === 0) yield
+  }
+  for (let i = 0; i < header.readUInt32LE(28); i++) {
+    if (i % recordsInStep === 0) yield
+    if (!reader.has(recordBytesMax)) yield* reader.need(recordBytesMax)
+    const flags = reader.u16()
+    const idBytes = reader.u16()
+    const metadataBytes = reader.u32()
+    const deleted = (flags & hasDeletion) === 0 ? undefined : version()
+    const orphanVersion = (flags & hasOrphan) === 0 ? undefined : version()
+    if (!reader.has(idBytes + metadataBytes)) yield* reader.need(idBytes + metadataBytes)
+    const id = reader.text(idBytes)
+    const metadata = reader.text(metadataBytes)
+    table.hide(id, {
+      deleted,
+      orphan: orphanVersion === undefined ? undefined : { version: orphanVersion, metadata }
+    })
+  }
+  if (reader.left !== 0) throw new FileFault(`${reader.left} bytes after the last record`)
+  if (table.slots.size !== count) throw new FileFault("an id that is there twice")
+
+  arena.reserve(count)
+  const rowsInBlock = Math.ceil(blockBytes / (spec.dimensions * 4))
+  const block = new Uint8Array(Math.min(rowsInBlock, count) * spec.dimensions * 4)
+  for (let slot = 0; slot < count; slot += rowsInBlock) {
+    const bytes = block.subarray(0, Math.min(rowsInBlock, count - slot) * spec.dimensions * 4)
+    yield* settled(readAll(handle, bytes, vectorsAt + slot * spec.dimensions * 4))
+    arena.setBytes(slot, bytes)
+    yield
+  }
+  return { graphNodes, nodeOfSlot }
 }
 
 const magic = 0x54525652 // "RVRT"

@@ -22,6 +22,8 @@ import {
   type FromThread,
   type Hits,
   hitWords,
+  isBusy,
+  mustStop,
   type ThreadOptions,
   type ToThread,
   withMetadata,
@@ -31,7 +33,7 @@ import {
 export interface ThreadClientOptions {
   readonly name: string
   readonly entry: URL
-  readonly thread: ThreadOptions
+  readonly thread: Omit<ThreadOptions, "shared">
   /** Searches waiting, at most. */
   readonly pendingMax: number
   readonly heapMegabytes: number | undefined
@@ -56,11 +58,18 @@ interface Seat {
   lost: IndexLost | undefined
 }
 
+/** All of this process; each is halted before the process ends. */
+const clients = new Set<ThreadClient>()
+process.on("exit", () => {
+  for (const client of clients) client.halt()
+})
+
 export class ThreadClient {
   readonly #options: ThreadClientOptions
   readonly #waiting = new Map<number, Waiting>()
   readonly #seats = new Map<number, Seat>()
   #worker: Worker | undefined
+  #shared = new Int32Array(new SharedArrayBuffer(8))
   #stopped = false
   #restartTimer: NodeJS.Timeout | undefined
   #startedAt = 0
@@ -80,6 +89,7 @@ export class ThreadClient {
 
   constructor(options: ThreadClientOptions) {
     this.#options = options
+    clients.add(this)
     this.#start()
   }
 
@@ -129,7 +139,24 @@ export class ThreadClient {
     this.#stopped = true
     clearTimeout(this.#restartTimer)
     this.#lose("the vector threads are stopped")
-    await this.#worker?.terminate()
+    const worker = this.#worker
+    if (worker !== undefined) {
+      const ended = new Promise<void>((resolve) => worker.once("exit", () => resolve()))
+      worker.postMessage(stopMessage)
+      const timer = setTimeout(() => void worker.terminate(), stopMillisMax)
+      await ended
+      clearTimeout(timer)
+    }
+    clients.delete(this)
+  }
+
+  /**
+   * Waits until the thread has left native code for good: the process is ending, and ends by SIGABRT where Node ends a
+   * thread in there.
+   */
+  halt(): void {
+    Atomics.store(this.#shared, mustStop, 1)
+    Atomics.wait(this.#shared, isBusy, 1, haltMillisMax)
   }
 
   #partitionIndex(seat: Seat): PartitionIndex {
@@ -279,7 +306,9 @@ export class ThreadClient {
   #start(): void {
     const { entry, name, thread, heapMegabytes } = this.#options
     const resourceLimits = heapMegabytes === undefined ? {} : { maxOldGenerationSizeMb: heapMegabytes }
-    const worker = new Worker(entry, { name, workerData: thread, resourceLimits })
+    this.#shared = new Int32Array(new SharedArrayBuffer(8))
+    const workerData: ThreadOptions = { ...thread, shared: this.#shared }
+    const worker = new Worker(entry, { name, workerData, resourceLimits })
     this.#worker = worker
     this.#startedAt = performance.now()
     this.#lastError = undefined
@@ -289,7 +318,7 @@ export class ThreadClient {
     })
     worker.on("messageerror", (error) => {
       this.#lastError = error.message
-      void worker.terminate()
+      worker.postMessage(stopMessage)
     })
     worker.once("exit", (code) => this.#died(this.#lastError ?? `it ended with code ${code}`))
     this.#schedule()
@@ -404,12 +433,20 @@ export class ThreadClient {
   }
 }
 
+const stopMessage: ToThread = { stop: true }
+
 /** Memory that a partition is taken to need before the thread has said what it does. */
 const partitionBytesAssumed = 16 << 20
 
 /** Wait before a thread that keeps dying is started again; the first time there is none. */
 const restartDelayMillisMin = 100
 const restartDelayMillisMax = 5_000
+
+/** Wait for a thread to end by itself, which it does after its current step and file. */
+const stopMillisMax = 10_000
+
+/** Wait for a thread to leave native code when the process ends without stopping it. */
+const haltMillisMax = 2_000
 
 /** A thread that lived so long had not been dying. */
 const calmMillis = 60_000

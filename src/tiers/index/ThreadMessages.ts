@@ -5,13 +5,24 @@ import type { IndexSpec, SnapshotFiles } from "../VectorIndex.ts"
 export interface ThreadOptions {
   readonly insertSliceMillis: number
   readonly graphFrom: number | undefined
+  /** Two words shared by both sides, see {@link isBusy} and {@link mustStop}. */
+  readonly shared: Int32Array<SharedArrayBuffer>
 }
+
+/**
+ * Words of `ThreadOptions.shared`. A thread that is ended inside of native code takes the whole process along, so it says
+ * while it may be there, and goes there no more once it must stop.
+ */
+export const isBusy = 0
+export const mustStop = 1
 
 export interface ToThread {
   readonly searches?: Searches
   readonly commands?: ReadonlyArray<Command>
   /** Requests whose answer nobody waits for any more. */
   readonly cancelled?: ReadonlyArray<number>
+  /** Ends the thread, once nothing of it is under way in libuv's pool. */
+  readonly stop?: true
 }
 
 /** Searches, flat: structured cloning takes its time by the object. */
