@@ -11,7 +11,7 @@ import { mkdir, writeFile } from "node:fs/promises"
 import { join } from "node:path"
 import { parentPort, receiveMessageOnPort, workerData } from "node:worker_threads"
 import { Graph } from "./index/Graph.ts"
-import { checkGraphFile } from "./index/GraphFile.ts"
+import { checkGraphFile, noGraph } from "./index/GraphFile.ts"
 import { Partition } from "./index/Partition.ts"
 import { readRecords, writeRecords } from "./index/RecordsFile.ts"
 import {
@@ -367,11 +367,22 @@ function* openJob(request: number, partition: Partition, snapshot: SnapshotFiles
   if (snapshot === undefined) return { kind: "opened", request }
   try {
     const { spec, table, arena } = partition
-    const { graphNodes, nodeOfSlot } = yield* readRecords(snapshot.records, spec, table, arena)
+    const nodes = yield* checkGraphFile(snapshot.graph, spec)
+    // The graph is read in another thread of the process, while this one reads the records.
+    const loading = nodes === 0 ? undefined : Graph.load(spec, snapshot.graph)
+    loading?.catch(() => {})
     let graph: Graph | undefined
-    if (graphNodes > 0) {
-      yield* checkGraphFile(snapshot.graph, spec, graphNodes)
-      graph = yield* settled(Graph.read(spec, snapshot.graph, graphNodes, nodeOfSlot))
+    try {
+      const { graphNodes, nodeOfSlot } = yield* readRecords(snapshot.records, spec, table, arena)
+      if (graphNodes !== nodes) throw new Error(`a graph of ${nodes} nodes, the records name ${graphNodes}`)
+      graph = loading && (yield* settled(loading))
+      graph?.assign(nodeOfSlot)
+    } catch (error) {
+      loading?.then(
+        (loaded) => loaded.dispose(),
+        () => {}
+      )
+      throw error
     }
     partition.restored(graph)
     return { kind: "opened", request }
@@ -401,15 +412,13 @@ function* snapshotJob(request: number, partition: Partition, directory: string):
 function* writeGraph(file: string, spec: IndexSpec, graph: Graph): Work<void> {
   yield* settled(graph.write(file))
   // hnswlib does not look whether its writes succeed.
-  yield* checkGraphFile(file, spec, graph.nodes)
+  const written = yield* checkGraphFile(file, spec)
+  if (written !== graph.nodes) throw new Error(`a graph of ${graph.nodes} nodes was written with ${written}`)
 }
 
 function* writeNoGraph(file: string): Work<void> {
   yield* settled(writeFile(file, noGraph, { flag: "wx" }))
 }
-
-/** What the graph file of a partition without a graph says: too few records to need one. */
-const noGraph = "RVNG"
 
 // --- Messages ----------------------------------------------------------------------------------------------------------
 

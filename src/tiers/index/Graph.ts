@@ -25,21 +25,12 @@ export class Graph {
     return new Graph(native, spec, room)
   }
 
-  /** The graph of a file that `GraphFile.ts` has checked. `nodeOfSlot` says which node stands for each slot. */
-  static async read(spec: IndexSpec, file: string, nodes: number, nodeOfSlot: Uint32Array): Promise<Graph> {
+  /** The graph of a file that `GraphFile.ts` has checked, read in libuv's pool. Its nodes stand for nothing yet. */
+  static async load(spec: IndexSpec, file: string): Promise<Graph> {
     const native = new hnswlib.HierarchicalNSW(spec.metric, spec.dimensions)
     await native.readIndex(file)
-    if (native.getCurrentCount() !== nodes)
-      throw new Error(`a graph of ${native.getCurrentCount()} nodes, not ${nodes}`)
     const graph = new Graph(native, spec, native.getMaxElements())
-    graph.#nodes = nodes
-    graph.#nodeOf = Int32Array.from(nodeOfSlot)
-    for (let slot = 0; slot < nodeOfSlot.length; slot++) {
-      const node = nodeOfSlot[slot]!
-      if (node >= nodes || graph.#slotOf[node] !== -1) throw new Error(`slot ${slot} has no node of its own`)
-      graph.#slotOf[node] = slot
-    }
-    graph.#alive = nodeOfSlot.length
+    graph.#nodes = native.getCurrentCount()
     return graph
   }
 
@@ -47,6 +38,17 @@ export class Graph {
     this.#native = native
     this.#spec = spec
     this.#slotOf = new Int32Array(capacity).fill(-1)
+  }
+
+  /** Says which node stands for each slot, where none does yet. Throws where two slots have one, or one has none. */
+  assign(nodeOfSlot: Uint32Array): void {
+    for (let slot = 0; slot < nodeOfSlot.length; slot++) {
+      const node = nodeOfSlot[slot]!
+      if (node >= this.#nodes || this.#slotOf[node] !== -1) throw new Error(`slot ${slot} has no node of its own`)
+      this.#slotOf[node] = slot
+    }
+    this.#nodeOf = Int32Array.from(nodeOfSlot)
+    this.#alive = nodeOfSlot.length
   }
 
   /** All nodes, those left out of results included. */

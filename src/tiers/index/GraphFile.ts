@@ -7,15 +7,21 @@ import type { IndexSpec } from "../VectorIndex.ts"
 import { FileFault } from "./RecordsFile.ts"
 import { settled, type Work, withFile } from "./Work.ts"
 
-/** Throws {@link FileFault} where the file is no whole graph of so many nodes, labelled in order. A block a step. */
-export const checkGraphFile = (file: string, spec: IndexSpec, nodes: number): Work<void> =>
-  withFile(file, "r", (handle) => check(handle, spec, nodes))
+/** What the file says where there is no graph: the records are too few to need one. */
+export const noGraph = "RVNG"
 
-function* check(handle: FileHandle, spec: IndexSpec, nodes: number): Work<void> {
+/** The nodes of a graph file, 0 where it says that there is none. Throws {@link FileFault} where it is anything else. A block a step. */
+export const checkGraphFile = (file: string, spec: IndexSpec): Work<number> =>
+  withFile(file, "r", (handle) => check(handle, spec))
+
+function* check(handle: FileHandle, spec: IndexSpec): Work<number> {
   const { size } = yield* settled(handle.stat())
+  const buffer = Buffer.allocUnsafeSlow(Math.max(blockBytes, spec.m * 8 + 12 + spec.dimensions * 4))
+  const allWords = new Uint32Array(buffer.buffer, buffer.byteOffset, Math.floor(buffer.length / 4))
+  /** What is read is there until the next is. */
   const read = function* (bytes: number, position: number): Work<Buffer> {
     if (position + bytes > size) throw new FileFault("a graph file that ends early")
-    const block = Buffer.allocUnsafe(bytes)
+    const block = buffer.subarray(0, bytes)
     for (let at = 0; at < bytes; ) {
       const { bytesRead } = yield* settled(handle.read(block, at, bytes - at, position + at))
       if (bytesRead === 0) throw new FileFault("a graph file that ends early")
@@ -27,11 +33,13 @@ function* check(handle: FileHandle, spec: IndexSpec, nodes: number): Work<void> 
   const linksMax = spec.m * 2
   const labelAt = linksMax * 4 + 4 + spec.dimensions * 4
   const nodeBytes = labelAt + 8
+  if (size === noGraph.length && (yield* read(size, 0)).toString("latin1") === noGraph) return 0
   const header = yield* read(headerBytes, 0)
   const word = (at: number) => Number(header.readBigUInt64LE(at))
+  const nodes = word(16)
+  if (nodes < 1 || nodes > nodesMax) throw new FileFault(`graph: ${nodes} nodes`)
   const expected: ReadonlyArray<readonly [string, number, number]> = [
     ["level offset", word(0), 0],
-    ["nodes", word(16), nodes],
     ["bytes of a node", word(24), nodeBytes],
     ["label offset", word(32), labelAt],
     ["vector offset", word(40), linksMax * 4 + 4],
@@ -54,8 +62,8 @@ function* check(handle: FileHandle, spec: IndexSpec, nodes: number): Work<void> 
   const nodesInBlock = Math.max(1, Math.floor(blockBytes / nodeBytes))
   for (let first = 0; first < nodes; first += nodesInBlock) {
     const count = Math.min(nodesInBlock, nodes - first)
-    const block = yield* read(count * nodeBytes, headerBytes + first * nodeBytes)
-    const words = new Uint32Array(block.buffer.slice(block.byteOffset, block.byteOffset + block.length))
+    yield* read(count * nodeBytes, headerBytes + first * nodeBytes)
+    const words = allWords
     const stride = nodeBytes / 4
     for (let i = 0; i < count; i++) {
       const at = i * stride
@@ -110,6 +118,7 @@ function* check(handle: FileHandle, spec: IndexSpec, nodes: number): Work<void> 
     }
   }
   if (levels[entry] !== top) throw new FileFault(`graph: entry ${entry} is not at level ${top}`)
+  return nodes
 }
 
 const headerBytes = 96
@@ -122,6 +131,9 @@ const nodesInStep = 4_096
 
 /** Levels of a graph: with the fewest links there may be (2), level 64 is one draw in 2^64. */
 const levelsMax = 64
+
+/** Nodes are numbered with 32 bits, and slots with 31. */
+const nodesMax = 2 ** 31 - 1
 
 /** Room that a graph is given beyond its nodes; what a file says is allocated. */
 const roomFactorMax = 4

@@ -1,10 +1,10 @@
 /** What a snapshot's files are read from, whole or not: the same partition, or a refusal, never anything else. */
-import { existsSync, mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs"
+import { mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { afterAll, assert, beforeAll, describe, it } from "@effect/vitest"
 import { Graph } from "../../../src/tiers/index/Graph.ts"
-import { checkGraphFile } from "../../../src/tiers/index/GraphFile.ts"
+import { checkGraphFile, noGraph } from "../../../src/tiers/index/GraphFile.ts"
 import { Partition } from "../../../src/tiers/index/Partition.ts"
 import { readRecords, writeRecords } from "../../../src/tiers/index/RecordsFile.ts"
 import type { LogOp } from "../../../src/tiers/LogSegment.ts"
@@ -24,7 +24,8 @@ let copies = 0
 const write = async (partition: Partition, to: string) => {
   const { spec, table, arena } = partition
   await finished(writeRecords(join(to, "records"), spec, table, arena, partition.graph))
-  if (partition.graph !== undefined) await partition.graph.write(join(to, "graph"))
+  if (partition.graph === undefined) writeFileSync(join(to, "graph"), noGraph)
+  else await partition.graph.write(join(to, "graph"))
 }
 
 const read = async (spec: IndexSpec, from: string): Promise<Partition> => {
@@ -32,12 +33,11 @@ const read = async (spec: IndexSpec, from: string): Promise<Partition> => {
   const { graphNodes, nodeOfSlot } = await finished(
     readRecords(join(from, "records"), spec, partition.table, partition.arena)
   )
-  if (graphNodes === 0) {
-    partition.restored(undefined)
-    return partition
-  }
-  await finished(checkGraphFile(join(from, "graph"), spec, graphNodes))
-  partition.restored(await Graph.read(spec, join(from, "graph"), graphNodes, nodeOfSlot))
+  const nodes = await finished(checkGraphFile(join(from, "graph"), spec))
+  assert.strictEqual(nodes, graphNodes)
+  const graph = nodes === 0 ? undefined : await Graph.load(spec, join(from, "graph"))
+  graph?.assign(nodeOfSlot)
+  partition.restored(graph)
   return partition
 }
 
@@ -146,7 +146,6 @@ describe("a snapshot's files", () => {
       apply(empty, ops)
       const to = mkdtempSync(join(directory, "empty-"))
       await write(empty, to)
-      assert.isFalse(existsSync(join(to, "graph")))
       assert.deepStrictEqual(contents(await read(empty.spec, to)), contents(empty))
     }
   })
@@ -180,7 +179,8 @@ describe("a snapshot's files", () => {
     const nodes = original.graph!.nodes
     const shorter = Buffer.from(graph)
     shorter.writeBigUInt64LE(BigInt(nodes - 1), 16)
-    assert.match((await refusal(spec, copy({ graph: shorter }))) ?? "", /nodes/)
+    assert.isDefined(await refusal(spec, copy({ graph: shorter })))
+    assert.match((await refusal(spec, copy({ graph: Buffer.from(noGraph) }))) ?? "", /expected/)
   })
 
   it("are refused where they are cut, or go on", { timeout: 60_000 }, async () => {
