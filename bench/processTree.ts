@@ -15,13 +15,13 @@ export const residentBytes = (pid: number): number => {
   return pages * pageBytes
 }
 
-/** Resident memory once it has stopped changing (under 1 % in two seconds), or after 20 seconds. */
+/** Resident memory once it has stopped changing (under 1 % in six seconds: garbage is collected when it is quiet), or after 30 seconds. */
 export const settledBytes = async (pid: number): Promise<number> => {
   const samples: Array<number> = []
-  for (let sample = 0; sample < 40; sample++) {
+  for (let sample = 0; sample < 60; sample++) {
     samples.push(residentBytes(pid))
-    const last = samples.slice(-5)
-    if (last.length === 5 && Math.max(...last) < Math.min(...last) * 1.01) break
+    const last = samples.slice(-13)
+    if (last.length === 13 && Math.max(...last) < Math.min(...last) * 1.01) break
     await new Promise((resolve) => setTimeout(resolve, 500))
   }
   return samples.at(-1) as number
