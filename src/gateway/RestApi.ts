@@ -4,7 +4,7 @@
  */
 import type { IncomingMessage } from "node:http"
 import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
-import { Effect, Layer } from "effect"
+import { Effect, Layer, Scope } from "effect"
 import { HttpRouter, type HttpServerRequest, HttpServerResponse } from "effect/http"
 import { HttpApiBuilder, HttpApiScalar, OpenApi } from "effect/http-api"
 import { Settings } from "../config.ts"
@@ -146,7 +146,18 @@ const CachedSearch = HttpApiBuilder.group(
 export const layer = Layer.mergeAll(
   HttpApiBuilder.layer(RoutedApi).pipe(Layer.provide([Collections, Vectors, CachedSearch])),
   HttpRouter.add("GET", "/openapi.json", Effect.succeed(HttpServerResponse.jsonUnsafe(OpenApi.fromApi(RuvectorApi)))),
-  HttpApiScalar.layer(RuvectorApi, { path: "/docs" })
+  HttpRouter.use(
+    Effect.fnUntraced(function* (router) {
+      const scope = yield* Effect.scope
+      // The page's program is several megabytes: had when it is first asked for.
+      const page = yield* HttpRouter.toHttpEffect(HttpApiScalar.layer(RuvectorApi, { path: "/docs" })).pipe(
+        Scope.provide(scope),
+        Effect.provideService(Layer.CurrentMemoMap, Layer.makeMemoMapUnsafe()),
+        Effect.cached
+      )
+      yield* router.add("GET", "/docs", Effect.flatten(page))
+    })
+  )
 )
 
 const parametersOf = (request: HttpServerRequest.HttpServerRequest): URLSearchParams => {

@@ -126,6 +126,7 @@ class Connection {
   #lastHeardAt = Date.now()
   #sentBytes = 0
   #paused = false
+  #corked = false
   #closed = false
 
   constructor(hub: Hub, ws: WebSocket, socket: Duplex) {
@@ -239,11 +240,8 @@ class Connection {
     const withQuery = `,"query_id":${JSON.stringify(query.queryId)}${envelope}`
     this.#start("search", id, search, withQuery, (answer) => {
       if (!stream) return this.#send(Answers.searchResults(answer, withQuery))
-      // One write to the socket for all events of an answer, as far as the bound on what waits allows.
-      this.#socket.cork()
       for (let i = 0; i < answer.ids.length; i++) this.#send(Answers.searchResult(answer, i, withQuery))
       this.#send(Answers.searchComplete(answer, withQuery))
-      this.#socket.uncork()
     })
   }
 
@@ -328,6 +326,15 @@ class Connection {
   #send(text: string): void {
     if (this.#closed) return
     this.#sentBytes += text.length
+    // Events of one turn of the event loop, often answers to several requests, go out in one call to the system.
+    if (!this.#corked) {
+      this.#corked = true
+      this.#socket.cork()
+      setImmediate(() => {
+        this.#corked = false
+        this.#socket.uncork()
+      })
+    }
     this.#ws.send(text)
     const waiting = this.#ws.bufferedAmount
     const bound = this.#hub.settings.outboundBytesMax

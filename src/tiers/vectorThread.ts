@@ -31,7 +31,7 @@ import { settled, type Work } from "./index/Work.ts"
 import type { IndexSpec, SnapshotFiles } from "./VectorIndex.ts"
 
 /** Share of the thread's time that work has while searches never cease. */
-const workShare = 0.75
+const workShare = 0.8
 const workPerSearch = workShare / (1 - workShare)
 
 /** A search that has waited so long is answered at the next look, whatever the share. */

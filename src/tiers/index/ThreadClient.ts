@@ -305,7 +305,11 @@ export class ThreadClient {
 
   #start(): void {
     const { entry, name, thread, heapMegabytes } = this.#options
-    const resourceLimits = heapMegabytes === undefined ? {} : { maxOldGenerationSizeMb: heapMegabytes }
+    // A thread's garbage is messages, gone at once: a small young generation keeps as much, in less memory.
+    const resourceLimits = {
+      maxYoungGenerationSizeMb: youngGenerationMegabytes,
+      ...(heapMegabytes === undefined ? {} : { maxOldGenerationSizeMb: heapMegabytes })
+    }
     this.#shared = new Int32Array(new SharedArrayBuffer(8))
     const workerData: ThreadOptions = { ...thread, shared: this.#shared }
     const worker = new Worker(entry, { name, workerData, resourceLimits })
@@ -441,6 +445,9 @@ const partitionBytesAssumed = 16 << 20
 /** Wait before a thread that keeps dying is started again; the first time there is none. */
 const restartDelayMillisMin = 100
 const restartDelayMillisMax = 5_000
+
+/** Of a thread's JavaScript heap; vectors and graphs are outside of it. */
+const youngGenerationMegabytes = 8
 
 /** Wait for a thread to end by itself, which it does after its current step and file. */
 const stopMillisMax = 10_000
