@@ -38,8 +38,6 @@ export interface PartitionWriter {
   ) => Effect.Effect<{ readonly metadata: string; readonly version: string } | undefined, WriteError>
   /** Sequence number of the last log object handed to the index. */
   readonly appliedSeq: () => number
-  /** Waits until everything handed to the index so far has been applied. */
-  readonly settled: Effect.Effect<void>
 }
 
 interface Pending {
@@ -314,8 +312,7 @@ export const make = (options: {
           submit({ drafts: [], patch: { id, fields }, bytes: patchBytes, done: Deferred.makeUnsafe() }),
           ({ patched }) => patched
         ),
-      appliedSeq: () => appliedSeq,
-      settled: Effect.suspend(() => (lastApply === undefined ? Effect.void : Effect.asVoid(Fiber.await(lastApply))))
+      appliedSeq: () => appliedSeq
     }
   })
 

@@ -9,7 +9,6 @@ import { CollectionInfo, CollectionRequest } from "./Collection.ts"
 import { Problem } from "./Errors.ts"
 import * as Fields from "./Fields.ts"
 import * as Limits from "./Limits.ts"
-import { querySource, SearchRequest } from "./Search.ts"
 
 const collection = { collection: Schema.optionalKey(Fields.CollectionName) }
 const Numbers = Schema.Array(Schema.Finite).annotate({
@@ -50,20 +49,6 @@ export const DeleteRequest = Schema.Struct({
 
 /** Body of `PATCH /vectors/{id}`. */
 export const PatchRequest = Schema.Struct({ metadata: Fields.MetadataObject })
-
-/** Query string of `GET /search` and of `GET /stream/search`; numbers as text. */
-export const SearchQueryString = Schema.Struct({
-  ...collection,
-  query_b64: querySource.query_b64,
-  query_vector_id: querySource.query_vector_id,
-  k: Schema.optionalKey(Schema.String),
-  ef: Schema.optionalKey(Schema.String),
-  metric: Schema.optionalKey(Schema.String),
-  filter: Schema.optionalKey(Schema.String),
-  include: Schema.optionalKey(Schema.String),
-  deadline_ms: Schema.optionalKey(Schema.String),
-  keep_open: Schema.optionalKey(Schema.String)
-})
 
 const documented = {
   insert: Schema.Struct({
@@ -212,5 +197,3 @@ export const RuvectorApi = RoutedApi.add(SearchGroup).annotateMerge(
       "`GET /api/v1/ws` (WebSocket), `/api/v1/rpc` (Effect RPC). Errors are problem details (RFC 9457)."
   })
 )
-
-export { SearchRequest }

@@ -3,6 +3,7 @@ import { mkdtemp, rm } from "node:fs/promises"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { Context, Effect, Exit, Layer, Logger, References, Scope } from "effect"
+import type { Sharding } from "effect/cluster"
 import { defaultSettings, Settings, type SettingValues } from "../../src/config.ts"
 import { actors, Router } from "../../src/index.ts"
 import { DataDirectory } from "../../src/tiers/DataDirectory.ts"
@@ -11,7 +12,7 @@ import type { ObjectStore } from "../../src/tiers/ObjectStore.ts"
 export interface RunningActors {
   readonly router: Router["Service"]
   /** Everything the actors offer, to run other effects with. */
-  readonly context: Context.Context<Router>
+  readonly context: Context.Context<Router | Sharding.Sharding>
   /** Stops them as a node is stopped. */
   readonly stop: () => Promise<void>
 }
