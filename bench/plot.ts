@@ -54,6 +54,7 @@ export const latencyPlot = (curves: ReadonlyArray<Curve>, title: string): string
   })
   return [
     `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${height}" width="${width}" height="${height}" font-family="system-ui, sans-serif" font-size="13">`,
+    `<title>Latency against rate: ${title}</title>`,
     `<rect width="${width}" height="${height}" fill="#ffffff"/>`,
     `<text x="${left}" y="28" font-size="16" font-weight="600" fill="#111827">${title}</text>`,
     label(left, 48, "Each point: the number of searches in flight. Further right and lower is better.", "start"),
