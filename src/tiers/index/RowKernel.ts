@@ -40,6 +40,7 @@ export const rowMemory = (pages: number): RowMemory => new WebAssembly.Memory({ 
 export const rowKernelOf = (memory: RowMemory): RowKernel => {
   compiled ??= new WebAssembly.Module(moduleBytes())
   const { exports } = new WebAssembly.Instance(compiled, { of: { memory } })
+  // What `moduleBytes` assembles exports just these functions; WebAssembly's types cannot say so.
   return exports as unknown as RowKernel
 }
 
