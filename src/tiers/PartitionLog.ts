@@ -752,7 +752,8 @@ class Log {
 
   /** Removes log objects and snapshots that the manifest no longer counts. */
   #prune = Effect.fnUntraced(function* (this: Log) {
-    const age = elapsedMillis(this.#claimedAt, yield* now)
+    // By the clock that nobody sets: a wall clock put forward would have it prune while an earlier owner's lease still runs.
+    const age = monotonicMillis(this.#claimedAt, yield* now)
     if (age < this.#leaseMillis * pruneAfterLeases) return
     const end = this.#logKey(this.#manifest.prunedSeq)
     yield* this.#deleteWhere("log/", (key) => key <= end, end)
@@ -967,8 +968,11 @@ const now: Effect.Effect<Instant> = Clock.clockWith((clock) =>
   }))
 )
 
+const monotonicMillis = (from: Instant, to: Instant): number => Number(to.monotonicNanos - from.monotonicNanos) / 1e6
+
+/** At least what has passed, so that a lease is never thought to run on. */
 const elapsedMillis = (from: Instant, to: Instant): number =>
-  Math.max(Number(to.monotonicNanos - from.monotonicNanos) / 1e6, to.wallMillis - from.wallMillis)
+  Math.max(monotonicMillis(from, to), to.wallMillis - from.wallMillis)
 
 const seqOf = (key: string): number | undefined => {
   const name = /\/log\/([0-9a-f]{16})$/.exec(key)?.[1]
