@@ -522,8 +522,10 @@ class Log {
       const { prunedSeq } = this.#manifest
       if (fromSeq <= prunedSeq) return Stream.fail(new Compacted({ oldestSeq: prunedSeq + 1 }))
       return this.#segments(fromSeq - 1, this.#last, (seq, error) =>
-        Effect.flatMap(this.#prunedSeq(), (pruned) =>
-          Effect.fail(seq <= pruned ? new Compacted({ oldestSeq: pruned + 1 }) : error)
+        Effect.flatMap(
+          this.#prunedSeq(),
+          (pruned): Effect.Effect<never, Compacted | LogCorrupt | NewerFormat> =>
+            Effect.fail(seq <= pruned ? new Compacted({ oldestSeq: pruned + 1 }) : error)
         )
       )
     })
@@ -878,14 +880,13 @@ class Log {
     return undefined
   })
 
-  /** Up to where the log is pruned, also where another owner did it. */
-  #prunedSeq(): Effect.Effect<number> {
-    return Effect.map(Effect.result(this.#readManifest()), (seen) =>
-      Math.max(
-        this.#manifest.prunedSeq,
-        // Without a manifest the whole partition was removed.
-        Result.isSuccess(seen) ? (seen.success?.manifest.prunedSeq ?? Number.MAX_SAFE_INTEGER - 1) : 0
-      )
+  /** Up to where the log is pruned, also where another owner did it; where that cannot be read, nothing is damaged for certain. */
+  #prunedSeq(): Effect.Effect<number, StoreFailure> {
+    return this.#readManifest().pipe(
+      // Without a manifest the whole partition was removed.
+      Effect.map((seen) => seen?.manifest.prunedSeq ?? Number.MAX_SAFE_INTEGER - 1),
+      Effect.catchTag(["LogCorrupt", "NewerFormat"], () => Effect.succeed(0)),
+      Effect.map((seen) => Math.max(this.#manifest.prunedSeq, seen))
     )
   }
 
