@@ -85,6 +85,15 @@ export const settings = {
   insertSliceMillis: integer("insertion work between two looks at waiting searches", "ms", 4, 1, 1_000),
   threadPendingMax: integer("searches waiting for one vector thread", "searches", 4_096, 1, 1_000_000),
 
+  // Memory
+  budgetBytes: integer(
+    "memory that the process may hold, partitions and caches included; 0: three quarters of the container's",
+    "bytes",
+    0,
+    0,
+    2 ** 49
+  ),
+
   // Writes
   commitBytesMax: integer(
     "bytes gathered into one log object, or one insert that is larger",

@@ -18,6 +18,7 @@ import { LocalActors } from "./shards/LocalActors.ts"
 import { Router } from "./shards/Router.ts"
 import { DataDirectory } from "./tiers/DataDirectory.ts"
 import * as FileObjectStore from "./tiers/FileObjectStore.ts"
+import { MemoryBudget } from "./tiers/MemoryBudget.ts"
 import { VectorIndex } from "./tiers/VectorIndex.ts"
 
 export { defaultSettings, Settings, type SettingValues } from "./config.ts"
@@ -34,6 +35,7 @@ export const actors = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.lay
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
   Layer.provideMerge(LocalActors.layer),
   Layer.provideMerge(Cluster.layerSingle),
+  Layer.provideMerge(MemoryBudget.layer),
   Layer.provideMerge(VectorIndex.layer)
 )
 

@@ -84,6 +84,8 @@ export const PartitionStats = Schema.Struct({
   count: Schema.Int,
   tombstones: Schema.Int,
   bytes: Schema.Int,
+  /** How it is resident: all in memory, or quantised with the rest in a file. */
+  form: Schema.Literals(["full", "mapped"]),
   epoch: Schema.Int,
   last_seq: Schema.Int,
   snapshot_seq: Schema.Int,

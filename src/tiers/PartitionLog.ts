@@ -181,6 +181,15 @@ export const open: (
     return log.handle()
   })
 
+/** The newest snapshot that the manifest names, without a claim and unread; `undefined` where there is none. */
+export const peekSnapshot: (prefix: string) => Effect.Effect<Snapshot | undefined, StoreFailure, ObjectStore> =
+  Effect.fnUntraced(function* (prefix: string) {
+    const store = yield* ObjectStore
+    const found = yield* Effect.catchTag(store.get(`${prefix}/manifest`), "ObjectMissing", () => Effect.undefined)
+    const manifest = found === undefined ? undefined : Result.getOrUndefined(decodeManifest(found.body))
+    return manifest?.snapshots[0]
+  })
+
 /**
  * Deletes everything of a partition, the manifest first, so that an owner stops. Idempotent: after a failure, or where
  * an owner went on for a moment, it is called again.
