@@ -14,7 +14,12 @@ import {
   StorageUnavailable,
   VectorNotFound
 } from "../protocol/Errors.ts"
-import { IndexPartition, type PartitionError, type PartitionQuery, partitionAddressOf } from "../protocol/IndexPartition.ts"
+import {
+  IndexPartition,
+  type PartitionError,
+  type PartitionQuery,
+  partitionAddressOf
+} from "../protocol/IndexPartition.ts"
 import { LocalActors } from "../shards/LocalActors.ts"
 import { ObjectStore } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
@@ -79,15 +84,15 @@ const makePartition = Effect.gen(function* () {
   const lostError = (error: IndexLost) =>
     unavailable(`Its vector thread was lost (${error.detail}); it is being reopened.`)
 
-  /** Lets go of the partition; the next message activates it again. */
-  const letGo = (of: Resident | undefined) =>
+  /** Lets go of the partition, with a last snapshot where `exit` is a success; the next message activates it again. */
+  const letGo = (of: Resident | undefined, exit: Exit.Exit<void, "removed"> = Exit.void) =>
     Effect.suspend(() => {
       if (of === undefined || resident !== of) return Effect.void
       resident = undefined
       const closed = Deferred.makeUnsafe<void>()
       closing = closed
       return Effect.ensuring(
-        Scope.close(of.scope, Exit.void),
+        Scope.close(of.scope, exit),
         Effect.sync(() => {
           closing = undefined
           Deferred.doneUnsafe(closed, Effect.void)
@@ -228,7 +233,7 @@ const makePartition = Effect.gen(function* () {
     removed = true
     // An activation under way ends by itself, seeing that; its objects must not be deleted beneath it.
     if (activating !== undefined) yield* Effect.exit(Deferred.await(activating))
-    yield* letGo(resident)
+    yield* letGo(resident, Exit.fail("removed"))
     yield* PartitionLog.remove(prefix).pipe(
       Effect.provideService(ObjectStore, store),
       Effect.mapError((error) => new StorageUnavailable({ detail: error.detail, retryAfterMillis: 1_000 }))

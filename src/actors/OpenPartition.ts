@@ -175,6 +175,7 @@ const open = Effect.fnUntraced(function* (
         deferVerification: !options.verify,
         ...(passedOver === undefined ? {} : { snapshotsBefore: passedOver.seq })
       }).pipe(
+        Effect.provideService(ObjectStore, store),
         Effect.mapError((error) =>
           // The log says no more than that it was passed over.
           error._tag === "LogCorrupt" && error.fault === "snapshot" && passedOver !== undefined
@@ -209,11 +210,7 @@ const open = Effect.fnUntraced(function* (
   const opening = yield* Scope.fork(scope)
   const newest = yield* PartitionLog.peekSnapshot(prefix).pipe(Effect.catch(() => Effect.undefined))
   const expected =
-    newest === undefined
-      ? emptyBytes
-      : newest.sketch === undefined
-        ? fullBytesOf(newest)
-        : mappedBytesOf(newest.sketch)
+    newest === undefined ? emptyBytes : newest.sketch === undefined ? fullBytesOf(newest) : mappedBytesOf(newest.sketch)
   yield* Scope.provide(budget.reserve(expected), opening)
   const { log, index } = yield* openNewest(undefined)
 
@@ -249,7 +246,9 @@ const open = Effect.fnUntraced(function* (
       Effect.andThen(
         Effect.logWarning(`Partition lets go: ${error._tag}`, error.detail),
         // Not waited for from inside the scope that it closes.
-        Effect.asVoid(Effect.forkDetach(options.letGo({ verify: error._tag === "IndexLost" && error.damaged === true })))
+        Effect.asVoid(
+          Effect.forkDetach(options.letGo({ verify: error._tag === "IndexLost" && error.damaged === true }))
+        )
       )
   })
   const policy = yield* SnapshotPolicy.make({
@@ -337,7 +336,11 @@ const open = Effect.fnUntraced(function* (
     usedAt = Date.now()
     if (query.vector.length !== collection.dimensions) {
       return Effect.fail(
-        new InvalidInput({ field: "query", expected: `${collection.dimensions} numbers`, got: `${query.vector.length}` })
+        new InvalidInput({
+          field: "query",
+          expected: `${collection.dimensions} numbers`,
+          got: `${query.vector.length}`
+        })
       )
     }
     return Effect.mapBoth(
@@ -420,8 +423,7 @@ const faultsOf = ({ collection, partition }: PartitionAddress) => {
     new PartitionUnavailable({ collection, partition, detail, retryAfterMillis })
   const storage = (error: StoreFailure) => new StorageUnavailable({ detail: error.detail, retryAfterMillis: 1_000 })
   const corrupt = (object: string, detail: string) => new PartitionCorrupt({ collection, partition, object, detail })
-  const lost = (error: IndexLost) =>
-    unavailable(`Its vector thread was lost (${error.detail}); it is being reopened.`)
+  const lost = (error: IndexLost) => unavailable(`Its vector thread was lost (${error.detail}); it is being reopened.`)
   return {
     corrupt,
     lost,

@@ -162,35 +162,35 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
 
   /** What makes some room, or `undefined` where nothing can give way. */
   const whatGivesWay = (wanted: number): Effect.Effect<unknown> | undefined => {
-      for (const cache of caches) {
-        if (cache.bytes() > 0) return Effect.sync(() => cache.shrink(wanted))
-      }
-      const now = Date.now()
-      const isIdle = (one: ResidentPartition) => one.inFlight() === 0 && now - one.usedAt() >= restMillis
-      /** Idle time times what is gained: the longest unused and largest first. */
-      const gain = (one: ResidentPartition, bytes: number) => (now - one.usedAt() + 1) * bytes
-      let act: Effect.Effect<unknown> | undefined
-      let most = 0
-      const offer = (candidate: Effect.Effect<unknown>, by: number) => {
-        if (by <= most) return
-        act = candidate
-        most = by
-      }
-      // A mapped partition goes on answering, so the full form is given up even by one in use, if no idle one is left.
-      for (const idleOnly of [true, false]) {
-        for (const one of residents.values()) {
-          const mapped = one.mappedBytes()
-          if (one.form() !== "full" || mapped === undefined || (idleOnly && !isIdle(one))) continue
-          if (now - one.changedAt() < changeMillis) continue
-          if (one.bytes() > mapped) offer(count(one.demote, demotions), gain(one, one.bytes() - mapped))
-        }
-        if (act !== undefined) return act
-      }
-      for (const one of residents.values()) {
-        if (isIdle(one)) offer(count(Effect.as(one.passivate, true), passivations), gain(one, one.bytes()))
-      }
-      return act
+    for (const cache of caches) {
+      if (cache.bytes() > 0) return Effect.sync(() => cache.shrink(wanted))
     }
+    const now = Date.now()
+    const isIdle = (one: ResidentPartition) => one.inFlight() === 0 && now - one.usedAt() >= restMillis
+    /** Idle time times what is gained: the longest unused and largest first. */
+    const gain = (one: ResidentPartition, bytes: number) => (now - one.usedAt() + 1) * bytes
+    let act: Effect.Effect<unknown> | undefined
+    let most = 0
+    const offer = (candidate: Effect.Effect<unknown>, by: number) => {
+      if (by <= most) return
+      act = candidate
+      most = by
+    }
+    // A mapped partition goes on answering, so the full form is given up even by one in use, if no idle one is left.
+    for (const idleOnly of [true, false]) {
+      for (const one of residents.values()) {
+        const mapped = one.mappedBytes()
+        if (one.form() !== "full" || mapped === undefined || (idleOnly && !isIdle(one))) continue
+        if (now - one.changedAt() < changeMillis) continue
+        if (one.bytes() > mapped) offer(count(one.demote, demotions), gain(one, one.bytes() - mapped))
+      }
+      if (act !== undefined) return act
+    }
+    for (const one of residents.values()) {
+      if (isIdle(one)) offer(count(Effect.as(one.passivate, true), passivations), gain(one, one.bytes()))
+    }
+    return act
+  }
 
   const makeRoom = (bytes: number): Effect.Effect<boolean> =>
     gate.withPermit(
@@ -211,16 +211,14 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
           reservedBytes += bytes
         })
         if (room() >= bytes) return take
-        // The first partition is opened whatever it takes: a budget that holds none is not a budget.
-        if (residents.size === 0 && reservedBytes === 0) return take
-        return Effect.flatMap(makeRoom(bytes), (made) =>
-          made
-            ? take
-            : Effect.andThen(
-                Metric.update(refusals, 1),
-                Effect.fail(new Overloaded({ bound: "budgetBytes", retryAfterMillis: 500 }))
-              )
-        )
+        return Effect.flatMap(makeRoom(bytes), (made) => {
+          // The first partition is opened whatever it takes: a budget that holds none is not a budget.
+          if (made || (residents.size === 0 && reservedBytes === 0)) return take
+          return Effect.andThen(
+            Metric.update(refusals, 1),
+            Effect.fail(new Overloaded({ bound: "budgetBytes", retryAfterMillis: 500 }))
+          )
+        })
       }),
       () =>
         Effect.sync(() => {

@@ -739,7 +739,8 @@ class Log {
     const folder = `snapshot/${hex16(seq)}-${this.#epoch}-${hex16(this.#nextNonce())}`
     const records = yield* this.#storeFile(`${folder}/records`, files.records)
     const graph = yield* this.#storeFile(`${folder}/graph`, files.graph)
-    const sketch = files.sketch === undefined ? {} : { sketch: yield* this.#storeFile(`${folder}/sketch`, files.sketch) }
+    const sketch =
+      files.sketch === undefined ? {} : { sketch: yield* this.#storeFile(`${folder}/sketch`, files.sketch) }
     const createdMillis = yield* Clock.currentTimeMillis
     const snapshot: Snapshot = { seq, records, graph, ...sketch, createdMillis }
     const fault = yield* this.#snapshotFault(snapshot)

@@ -195,6 +195,7 @@ export class VectorIndex extends Context.Service<
             Effect.suspend(() =>
               threads.reduce((least, thread) => (thread.load < least.load ? thread : least)).open(spec, snapshot)
             ),
+          openMapped: () => Effect.fail(new SnapshotUnreadable({ detail: "" })),
           threads: Effect.sync(() =>
             threads.map(({ partitions, bytes, restarts }) => ({ partitions, bytes, restarts }))
           )
