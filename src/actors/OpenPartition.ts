@@ -83,7 +83,14 @@ export class PartitionOpener extends Context.Service<
   static readonly layer = Layer.effect(
     PartitionOpener,
     Effect.gen(function* () {
-      const services = yield* Effect.context<ObjectStore | VectorIndex | DataDirectory | MemoryBudget | Settings>()
+      // Just these: the scope has to be the caller's.
+      const services = Context.pick(
+        ObjectStore,
+        VectorIndex,
+        DataDirectory,
+        MemoryBudget,
+        Settings
+      )(yield* Effect.context<ObjectStore | VectorIndex | DataDirectory | MemoryBudget | Settings>())
       // One at a time: each takes a vector thread's time from searches.
       const promotions = yield* Semaphore.make(1)
       return PartitionOpener.of({
