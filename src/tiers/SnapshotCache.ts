@@ -36,7 +36,8 @@ export const layer = (options: SnapshotCacheOptions): Layer.Layer<ObjectStore, S
 
 const hits = Metric.counter("ruvector_disk_cache_hits", { description: "Snapshot files served from the local disk" })
 const misses = Metric.counter("ruvector_disk_cache_misses", { description: "Snapshot files fetched from the store" })
-const damaged = Metric.counter("ruvector_disk_cache_damaged", {
+/** Cached files that were not what they should be. */
+export const damagedFiles = Metric.counter("ruvector_disk_cache_damaged", {
   description: "Cached files whose length or checksum was not theirs; fetched anew"
 })
 const evictions = Metric.counter("ruvector_disk_cache_evictions", { description: "Cached files evicted for room" })
@@ -197,7 +198,7 @@ const make = Effect.fnUntraced(function* (options: SnapshotCacheOptions, inner: 
       forget(entry)
       const fault = sum === undefined ? "it cannot be read" : `it has ${sum.sizeBytes} bytes with another checksum`
       yield* Effect.logWarning("Damaged file in the disk cache; fetched anew", { key, file: entry.path, fault })
-      yield* Metric.update(damaged, 1)
+      yield* Metric.update(damagedFiles, 1)
       yield* removeFile(entry.path)
       return false
     })
