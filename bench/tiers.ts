@@ -31,7 +31,9 @@ interface Row {
 const rows: Array<Row> = []
 const row = (scenario: Scenario, figure: string, value: number, unit: string, asked = ""): void => {
   rows.push({ scenario, figure, value: Number(value.toPrecision(4)), unit, asked })
-  process.stderr.write(`  ${scenario}: ${figure} ${value.toPrecision(4)} ${unit}${asked === "" ? "" : ` (asked ${asked})`}\n`)
+  process.stderr.write(
+    `  ${scenario}: ${figure} ${value.toPrecision(4)} ${unit}${asked === "" ? "" : ` (asked ${asked})`}\n`
+  )
 }
 
 const main = async (): Promise<void> => {
@@ -46,7 +48,8 @@ const main = async (): Promise<void> => {
     }
   })
   const only = values.only.split(",")
-  for (const name of only) if (!scenarios.some((known) => known === name)) throw new Error(`--only knows ${scenarios.join(", ")}`)
+  for (const name of only)
+    if (!scenarios.some((known) => known === name)) throw new Error(`--only knows ${scenarios.join(", ")}`)
   const data = loadWords({ count: Number(values.count), queries: 1_000, seed: Number(values.seed) })
   const truth = exactTruth(data)
   mkdirSync(cacheDirectory, { recursive: true })
@@ -61,7 +64,9 @@ const main = async (): Promise<void> => {
 
   const width = Math.max(...rows.map(({ figure }) => figure.length))
   for (const { scenario, figure, value, unit, asked } of rows) {
-    console.log(`${scenario.padEnd(9)} ${figure.padEnd(width)} ${String(value).padStart(9)} ${unit.padEnd(10)} ${asked}`)
+    console.log(
+      `${scenario.padEnd(9)} ${figure.padEnd(width)} ${String(value).padStart(9)} ${unit.padEnd(10)} ${asked}`
+    )
   }
   if (values.json !== undefined) writeFileSync(values.json, `${JSON.stringify(rows, null, 2)}\n`)
 }
@@ -92,7 +97,10 @@ class Client {
     return this.send(Buffer.from(`GET ${path} HTTP/1.1\r\nhost: ${this.url.host}\r\n\r\n`))
   }
 
-  post(path: string, body: string): Promise<{ readonly status: number; readonly body: Buffer; readonly millis: number }> {
+  post(
+    path: string,
+    body: string
+  ): Promise<{ readonly status: number; readonly body: Buffer; readonly millis: number }> {
     return this.send(postJson(this.url, path, body))
   }
 
@@ -162,7 +170,10 @@ const quantile = (values: Array<number>, share: number): number =>
 /** A gauge or counter of `/metrics`; 0 where it is not there. */
 const metric = async (server: Server, name: string): Promise<number> => {
   const text = await (await fetch(`${server.url}/metrics`)).text()
-  return [...text.matchAll(new RegExp(`^${name}(?:\\{[^}]*\\})? ([0-9.e+]+)$`, "gm"))].reduce((sum, m) => sum + Number(m[1]), 0)
+  return [...text.matchAll(new RegExp(`^${name}(?:\\{[^}]*\\})? ([0-9.e+]+)$`, "gm"))].reduce(
+    (sum, m) => sum + Number(m[1]),
+    0
+  )
 }
 
 const untilForm = async (server: Server, form: "full" | "mapped", count: number): Promise<void> => {
@@ -233,16 +244,12 @@ const filters = async (server: Server, data: Data, truth: Truth): Promise<void> 
   await untilForm(server, "full", 1)
   const client = new Client(server.url)
   const variants = [undefined, ...shares.map(({ field }) => field), "nothing"] as const
-  const results = variants.map(() => ({ wanted: 0, found: 0, millis: new Array<number>() }))
+  const results = variants.map(() => ({ wanted: 0, found: 0, millis: [] as number[] }))
   for (let round = 0; round < 4; round++) {
     for (let query = 0; query < 1_000; query++) {
       for (const [i, variant] of variants.entries()) {
         const filter =
-          variant === undefined
-            ? undefined
-            : variant === "nothing"
-              ? { half: -1 - query }
-              : filterOf(variant, query)
+          variant === undefined ? undefined : variant === "nothing" ? { half: -1 - query } : filterOf(variant, query)
         const answer = await ok(client.post("/api/v1/search", searchBody(data, query, "default", filter)))
         // The first round warms up.
         if (round === 0) continue
@@ -264,7 +271,8 @@ const filters = async (server: Server, data: Data, truth: Truth): Promise<void> 
     if (variant !== "nothing") row("filters", `recall@10, ${name}`, found / wanted, "", ">= 0.95")
     row("filters", `p50, ${name}`, quantile(millis, 0.5), "ms")
     row("filters", `p99, ${name}`, quantile(millis, 0.99), "ms")
-    if (variant !== undefined) row("filters", `p99 beside no filter, ${name}`, quantile(millis, 0.99) / plain, "x", "<= 3")
+    if (variant !== undefined)
+      row("filters", `p99 beside no filter, ${name}`, quantile(millis, 0.99) / plain, "x", "<= 3")
   }
   client.close()
 }
@@ -359,7 +367,7 @@ const pressure = async (data: Data, directory: string, budget: number, minutes: 
   const copies = Math.ceil(wanted / words.words.length)
   const idOf = (record: number) =>
     `${Math.floor(record / words.words.length)}/${words.words[record % words.words.length]}`
-  const inPartition = Array.from({ length: partitionsUnderPressure }, () => new Array<number>())
+  const inPartition = Array.from({ length: partitionsUnderPressure }, () => [] as number[])
   for (let record = 0; record < wanted; record++) {
     inPartition[partitionOf(idOf(record), partitionsUnderPressure)]?.push(record)
   }

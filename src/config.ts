@@ -64,7 +64,7 @@ export const settings = {
   // Where and what
   port: integer("TCP port to listen on; 0 takes a free one", "", 8080, 0, 65_535),
   host: text("address to listen on", "127.0.0.1", "an address or host name", /^\S{1,255}$/),
-  data: text("data directory", "./data", "a path", /^[^\0]{1,4096}$/),
+  data: text("data directory, or bucket", "./data", "a path or gs://bucket/prefix", /^[^\0]{1,4096}$/),
   region: text("region stamped into versions and request ids", "local", "1-32 of a-z 0-9 -", regionPattern),
   logLevel: choice("least severe log line written", "info", ["trace", "debug", "info", "warn", "error"]),
   logFormat: choice("log lines as JSON, or for people (auto: people on a terminal)", "auto", [
@@ -73,6 +73,28 @@ export const settings = {
     "pretty"
   ]),
   activate: choice("collections whose partitions must be resident before the node is ready", "all", ["all", "none"]),
+
+  // Object storage (where data is gs://bucket/prefix)
+  cacheDir: text("directory for cached snapshots and scratch files", "./cache", "a path", /^[^\0]{1,4096}$/),
+  diskCacheBytes: integer(
+    "cached snapshot files on the local disk",
+    "bytes",
+    10_240 * mebibyte,
+    mebibyte,
+    1_000_000_000_000_000 - 1
+  ),
+  storeConnectionsMax: integer("requests under way to the object store", "requests", 64, 1, 4_096),
+  storeRequestMillis: integer("for one request to the object store", "ms", 20_000, 100, 600_000),
+  storeAttemptsMax: integer("attempts at one operation of the object store", "attempts", 8, 1, 100),
+  storeRetryMillis: integer("after which an operation is not attempted again", "ms", 60_000, 0, 3_600_000),
+  storeResumableBytes: integer(
+    "body from which an upload is resumable, and one piece of it",
+    "bytes",
+    16 * mebibyte,
+    262_144,
+    1_024 * mebibyte
+  ),
+  storeDownloadBytes: integer("one piece of a parallel download", "bytes", 8 * mebibyte, 65_536, 256 * mebibyte),
 
   // Collections
   defaultPartitions: integer("partitions of a collection that names none", "partitions", 1, 1, 256),

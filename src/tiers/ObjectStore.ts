@@ -46,7 +46,11 @@ export class StoreFailure extends Data.TaggedError("StoreFailure")<{
   readonly key: string
   readonly detail: string
   readonly uncertain: boolean
-}> {}
+}> {
+  override get message(): string {
+    return `The object store failed (${this.operation} ${this.key}): ${this.detail}${this.uncertain ? ", perhaps after its effect" : ""}.`
+  }
+}
 
 export class ObjectStore extends Context.Service<
   ObjectStore,
