@@ -194,13 +194,14 @@ const coldAndFilters = async (
 ): Promise<void> => {
   const gcs = await startFakeGcs()
   try {
+    await gcs.createBucket("tiers")
     const places = [
       { name: "local snapshot", data: join(directory, "local"), cache: undefined, environment: {}, asked: "< 150 ms" },
       {
         name: "object store",
-        data: `gs://${await gcs.bucket("tiers")}/cold`,
+        data: "gs://tiers/cold",
         cache: join(directory, "cache"),
-        environment: gcs.environment,
+        environment: { STORAGE_EMULATOR_HOST: gcs.url },
         asked: "< 1000 ms"
       }
     ]
@@ -282,15 +283,16 @@ const filters = async (server: Server, data: Data, truth: Truth): Promise<void> 
 const inserts = async (data: Data, directory: string): Promise<void> => {
   const gcs = await startFakeGcs()
   try {
+    await gcs.createBucket("tiers")
     const rates: Record<string, Array<number>> = { files: [], objects: [] }
     const groups: Record<string, Array<number>> = { files: [], objects: [] }
     for (let round = 0; round < 3; round++) {
       for (const place of ["files", "objects"] as const) {
         const isLocal = place === "files"
         const server = await startOurs(
-          isLocal ? join(directory, `inserts-${round}`) : `gs://${await gcs.bucket("tiers")}/inserts-${round}`,
+          isLocal ? join(directory, `inserts-${round}`) : `gs://tiers/inserts-${round}`,
           isLocal ? [] : ["--cache-dir", join(directory, `inserts-cache-${round}`)],
-          isLocal ? {} : gcs.environment
+          isLocal ? {} : { STORAGE_EMULATOR_HOST: gcs.url }
         )
         const to = Math.min(20_000, data.base.words.length)
         rates[place]!.push(await load(server, data.base, { collection: "default", lanes: 8, to }))

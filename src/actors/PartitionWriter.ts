@@ -10,6 +10,7 @@ import { InvalidInput, Overloaded, StorageUnavailable } from "../protocol/Errors
 import { metadataBytesMax } from "../protocol/Limits.ts"
 import { formatVersion, type Version, type VersionClock } from "../protocol/Version.ts"
 import { decodeSegment, encodeSegment, type LogOp, opBytes } from "../tiers/LogSegment.ts"
+import type { StoreFailure } from "../tiers/ObjectStore.ts"
 import type { NotOwner, PartitionLogHandle } from "../tiers/PartitionLog.ts"
 import type { Applied, IndexLost, PartitionIndex } from "../tiers/VectorIndex.ts"
 
@@ -213,7 +214,28 @@ export const make = (options: {
       return { ops, spans }
     })
 
+    /** Finds out what became of a failed commit. Answers why it could not; ends the writer, and the group, where it is over. */
+    const settle = Effect.fnUntraced(function* (group: ReadonlyArray<Pending>) {
+      const settled = yield* Effect.result(log.settle)
+      if (Result.isFailure(settled)) {
+        if (settled.failure._tag === "StoreFailure") return settled.failure
+        yield* stop(settled.failure, group)
+        return undefined
+      }
+      inDoubt = false
+      for (const { seq, bytes } of settled.success) {
+        yield* applyInOrder(seq, bytes, decodeSegment(bytes).ops, () => {})
+      }
+      return undefined
+    })
+
     const commitGroup = Effect.fnUntraced(function* (group: ReadonlyArray<Pending>) {
+      // A patch changes what precedes it in the log, so what a failed commit became has to be known and applied before.
+      if (inDoubt && group.some(({ patch }) => patch !== undefined)) {
+        const failure = yield* settle(group)
+        if (fatal !== undefined) return
+        if (failure !== undefined) return fail(group, notCommitted(failure))
+      }
       const drafted = yield* Effect.result(draftOps(group))
       if (Result.isFailure(drafted)) return yield* stop(drafted.failure, group)
       const { ops, spans } = drafted.success
@@ -229,10 +251,7 @@ export const make = (options: {
         const error = appended.failure
         if (error._tag === "NotOwner") return yield* stop(error, group)
         inDoubt = true
-        return fail(
-          group,
-          new StorageUnavailable({ detail: `The write was not committed: ${error.detail}`, retryAfterMillis: 1_000 })
-        )
+        return fail(group, notCommitted(error))
       }
       const { seq, recovered } = appended.success
       inDoubt = false
@@ -250,19 +269,6 @@ export const make = (options: {
       })
     })
 
-    /** Finds out what became of a failed commit where no other follows it, so that the index does not lag the log. */
-    const settle = Effect.gen(function* () {
-      const settled = yield* Effect.result(log.settle)
-      if (Result.isFailure(settled)) {
-        if (settled.failure._tag === "NotOwner") yield* stop(settled.failure, [])
-        return
-      }
-      inDoubt = false
-      for (const { seq, bytes } of settled.success) {
-        yield* applyInOrder(seq, bytes, decodeSegment(bytes).ops, () => {})
-      }
-    })
-
     const loop = Effect.gen(function* () {
       while (fatal === undefined) {
         if (queue.length === 0) {
@@ -270,7 +276,8 @@ export const make = (options: {
           const arrival = Deferred.await(news)
           const came = yield* inDoubt ? Effect.timeoutOption(arrival, settleMillis) : Effect.asSome(arrival)
           if (Option.isNone(came)) {
-            yield* settle
+            // No other commit follows it, and the index must not lag the log.
+            yield* settle([])
             continue
           }
           // One turn of the event loop, so that what arrives together commits together.
@@ -315,6 +322,9 @@ export const make = (options: {
       appliedSeq: () => appliedSeq
     }
   })
+
+const notCommitted = ({ detail }: StoreFailure): StorageUnavailable =>
+  new StorageUnavailable({ detail: `The write was not committed: ${detail}`, retryAfterMillis: 1_000 })
 
 const noEffects = new Uint8Array(0)
 

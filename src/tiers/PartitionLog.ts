@@ -554,8 +554,10 @@ class Log {
       const { prunedSeq } = this.#manifest
       if (fromSeq <= prunedSeq) return Stream.fail(new Compacted({ oldestSeq: prunedSeq + 1 }))
       return this.#segments(fromSeq - 1, this.#last, (seq, error) =>
-        Effect.flatMap(this.#prunedSeq(), (pruned) =>
-          Effect.fail(seq <= pruned ? new Compacted({ oldestSeq: pruned + 1 }) : error)
+        Effect.flatMap(
+          this.#prunedSeq(),
+          (pruned): Effect.Effect<never, Compacted | LogCorrupt | NewerFormat> =>
+            Effect.fail(seq <= pruned ? new Compacted({ oldestSeq: pruned + 1 }) : error)
         )
       )
     })
@@ -779,7 +781,8 @@ class Log {
 
   /** Removes log objects and snapshots that the manifest no longer counts. */
   #prune = Effect.fnUntraced(function* (this: Log) {
-    const age = elapsedMillis(this.#claimedAt, yield* now)
+    // By the clock that nobody sets: a wall clock put forward would have it prune while an earlier owner's lease still runs.
+    const age = monotonicMillis(this.#claimedAt, yield* now)
     if (age < this.#leaseMillis * pruneAfterLeases) return
     const end = this.#logKey(this.#manifest.prunedSeq)
     yield* this.#deleteWhere("log/", (key) => key <= end, end)
@@ -902,14 +905,13 @@ class Log {
     return undefined
   })
 
-  /** Up to where the log is pruned, also where another owner did it. */
-  #prunedSeq(): Effect.Effect<number> {
-    return Effect.map(Effect.result(this.#readManifest()), (seen) =>
-      Math.max(
-        this.#manifest.prunedSeq,
-        // Without a manifest the whole partition was removed.
-        Result.isSuccess(seen) ? (seen.success?.manifest.prunedSeq ?? Number.MAX_SAFE_INTEGER - 1) : 0
-      )
+  /** Up to where the log is pruned, also where another owner did it; where that cannot be read, nothing is damaged for certain. */
+  #prunedSeq(): Effect.Effect<number, StoreFailure> {
+    return this.#readManifest().pipe(
+      // Without a manifest the whole partition was removed.
+      Effect.map((seen) => seen?.manifest.prunedSeq ?? Number.MAX_SAFE_INTEGER - 1),
+      Effect.catchTag(["LogCorrupt", "NewerFormat"], () => Effect.succeed(0)),
+      Effect.map((seen) => Math.max(this.#manifest.prunedSeq, seen))
     )
   }
 
@@ -993,8 +995,11 @@ const now: Effect.Effect<Instant> = Clock.clockWith((clock) =>
   }))
 )
 
+const monotonicMillis = (from: Instant, to: Instant): number => Number(to.monotonicNanos - from.monotonicNanos) / 1e6
+
+/** At least what has passed, so that a lease is never thought to run on. */
 const elapsedMillis = (from: Instant, to: Instant): number =>
-  Math.max(Number(to.monotonicNanos - from.monotonicNanos) / 1e6, to.wallMillis - from.wallMillis)
+  Math.max(monotonicMillis(from, to), to.wallMillis - from.wallMillis)
 
 const seqOf = (key: string): number | undefined => {
   const name = /\/log\/([0-9a-f]{16})$/.exec(key)?.[1]

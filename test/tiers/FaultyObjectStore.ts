@@ -2,7 +2,7 @@
  * A wrapper around any object store that fails by a seed, the way disks and networks do: before the effect, after it, with
  * the effect coming late, with no space, with a failing fsync, with damaged reads, and for good.
  */
-import { Clock, Context, Effect, Fiber, Layer } from "effect"
+import { Context, Effect, Fiber, Layer } from "effect"
 import {
   type ListedObject,
   type ObjectBody,
@@ -28,8 +28,6 @@ export class Faults {
   corruptShare = 0
   /** Turns of the scheduler that a call takes before and after its effect, at most. */
   turnsMax = 0
-  /** Share of calls that take a hundred times as long. */
-  stallShare = 0
   /** No space is left for writes. */
   full = false
   /** The fsync of each write fails: half of them are taken back, of the others nobody knows. */
@@ -37,8 +35,6 @@ export class Faults {
   /** Calls until the process is dead; the last of them has its effect where `crashAfterEffect`. */
   callsLeft = Number.POSITIVE_INFINITY
   crashAfterEffect = false
-  /** Shared by the stores of one simulation: each turn that a call waits takes a millisecond of it. */
-  time: SimulatedTime | undefined
   /** Calls made so far, as `operation key`. */
   readonly calls: Array<string> = []
   readonly late: Array<Fiber.Fiber<unknown, unknown>> = []
@@ -54,7 +50,7 @@ export class Faults {
 
   /** No more faults; what was late has arrived. */
   readonly heal: Effect.Effect<void> = Effect.suspend(() => {
-    Object.assign(this, { failShare: 0, dropShare: 0, doubtShare: 0, lateShare: 0, corruptShare: 0, stallShare: 0 })
+    Object.assign(this, { failShare: 0, dropShare: 0, doubtShare: 0, lateShare: 0, corruptShare: 0 })
     Object.assign(this, { turnsMax: 0, full: false, fsyncFails: false, callsLeft: Number.POSITIVE_INFINITY })
     return Effect.forEach(this.late.splice(0), (fiber) => Fiber.await(fiber), { discard: true })
   })
@@ -79,8 +75,8 @@ export const withFaults = (inner: ObjectStore["Service"], faults: Faults): Objec
 
   const turns = Effect.suspend(() => {
     if (faults.turnsMax === 0) return Effect.void
-    const most = chance(faults.stallShare) ? faults.turnsMax * 100 : faults.turnsMax
-    return turn(faults).pipe(Effect.repeat({ times: Math.floor(faults.random() * most) }), Effect.asVoid)
+    const times = Math.floor(faults.random() * faults.turnsMax)
+    return Effect.yieldNow.pipe(Effect.repeat({ times }), Effect.asVoid)
   })
 
   const call = <A, E>(
@@ -112,7 +108,7 @@ export const withFaults = (inner: ObjectStore["Service"], faults: Faults): Objec
       }
       if (chance(faults.dropShare)) return yield* failure(operation, key, "timed out", true)
       if (chance(faults.lateShare)) {
-        const delay = Effect.repeat(turn(faults), { times: Math.floor(faults.random() * 300) })
+        const delay = Effect.repeat(Effect.yieldNow, { times: Math.floor(faults.random() * 300) })
         faults.late.push(yield* Effect.forkDetach(Effect.andThen(delay, effect)))
         return yield* failure(operation, key, "timed out, arrives late", true)
       }
@@ -144,33 +140,6 @@ export const withFaults = (inner: ObjectStore["Service"], faults: Faults): Objec
     withFile: withFileOf(localPath)
   })
 }
-
-/** Time that passes while stores are waited for; give it to a program as its clock. */
-export class SimulatedTime {
-  millis = 0
-
-  readonly layer = Layer.effect(
-    Clock.Clock,
-    Clock.clockWith((clock) =>
-      Effect.succeed({
-        ...clock,
-        sleep: (duration) => clock.sleep(duration),
-        currentTimeMillisUnsafe: () => this.millis,
-        currentTimeMillis: Effect.sync(() => this.millis),
-        currentTimeNanosUnsafe: () => BigInt(this.millis) * 1_000_000n,
-        currentTimeNanos: Effect.sync(() => BigInt(this.millis) * 1_000_000n),
-        monotonicTimeNanosUnsafe: () => BigInt(this.millis) * 1_000_000n,
-        monotonicTimeNanos: Effect.sync(() => BigInt(this.millis) * 1_000_000n)
-      })
-    )
-  )
-}
-
-const turn = (faults: Faults): Effect.Effect<void> =>
-  Effect.suspend(() => {
-    if (faults.time !== undefined) faults.time.millis += 1
-    return Effect.yieldNow
-  })
 
 /** Numbers from 0 to below 1, the same for the same seed (mulberry32). */
 export const seededRandom = (seed: number): (() => number) => {

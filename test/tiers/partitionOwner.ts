@@ -37,9 +37,12 @@ export const segmentOf = (position: PartitionLog.LogPosition, id: string): Uint8
 export const idOf = (bytes: Uint8Array): string => decodeSegment(bytes).ops[0]?.id ?? ""
 
 /** Opens the partition, with the snapshot and the tail applied. Strict by default: no lease. */
-export const openOwner = Effect.fnUntraced(function* (options: PartitionLog.PartitionLogOptions = { leaseMillis: 0 }) {
+export const openOwner = Effect.fnUntraced(function* (
+  options: PartitionLog.PartitionLogOptions = { leaseMillis: 0 },
+  open: typeof PartitionLog.open = PartitionLog.open
+) {
   const store = yield* ObjectStore
-  const log = yield* PartitionLog.open(prefix, options)
+  const log = yield* open(prefix, options)
   const applied: Array<readonly [number, string]> = []
   const { snapshot } = log
   if (snapshot !== undefined) {
