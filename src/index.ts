@@ -16,6 +16,7 @@ import { defaultCollection } from "./protocol/Fields.ts"
 import * as Cluster from "./shards/Cluster.ts"
 import { LocalActors } from "./shards/LocalActors.ts"
 import { Router } from "./shards/Router.ts"
+import * as Caches from "./tiers/Caches.ts"
 import { DataDirectory } from "./tiers/DataDirectory.ts"
 import * as FileObjectStore from "./tiers/FileObjectStore.ts"
 import { VectorIndex } from "./tiers/VectorIndex.ts"
@@ -34,6 +35,7 @@ export const actors = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.lay
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
   Layer.provideMerge(LocalActors.layer),
   Layer.provideMerge(Cluster.layerSingle),
+  Layer.provideMerge(Caches.layer),
   Layer.provideMerge(VectorIndex.layer)
 )
 
