@@ -16,6 +16,7 @@ import { defaultCollection } from "./protocol/Fields.ts"
 import * as Cluster from "./shards/Cluster.ts"
 import { LocalActors } from "./shards/LocalActors.ts"
 import { Router } from "./shards/Router.ts"
+import * as Caches from "./tiers/Caches.ts"
 import { DataDirectory } from "./tiers/DataDirectory.ts"
 import * as FileObjectStore from "./tiers/FileObjectStore.ts"
 import * as GcsObjectStore from "./tiers/GcsObjectStore.ts"
@@ -38,6 +39,7 @@ export const actors = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.lay
   Layer.provideMerge(LocalActors.layer),
   Layer.provideMerge(Cluster.layerSingle),
   Layer.provideMerge(MemoryBudget.layer),
+  Layer.provideMerge(Caches.layer),
   Layer.provideMerge(VectorIndex.layer)
 )
 

@@ -210,7 +210,7 @@ const makePartition = Effect.gen(function* () {
     use: (of: Resident) => Effect.Effect<A, PartitionError | IndexLost>
   ): Effect.Effect<A, PartitionError> => Effect.flatMap(activate, (of) => again(of, use(of), use))
 
-  const write = (drafts: ReadonlyArray<PartitionWriter.Draft>) =>
+  const write = (drafts: ReadonlyArray<PartitionWriter.Draft>, ack: PartitionWriter.AckLevel = "cold") =>
     Effect.flatMap(activate, (of) => {
       const { dimensions } = of.collection
       // Looked at before anything of the batch is queued: a batch is written whole or not at all.
@@ -220,7 +220,7 @@ const makePartition = Effect.gen(function* () {
           return Effect.fail(new InvalidInput({ field: "vector", expected: `${dimensions} numbers`, got }))
         }
       }
-      return Effect.mapError(of.writer.write(drafts), writeError)
+      return Effect.mapError(of.writer.write(drafts, ack), writeError)
     })
 
   const writeError = (error: PartitionWriter.WriteError): PartitionError => {
@@ -243,9 +243,13 @@ const makePartition = Effect.gen(function* () {
   return IndexPartition.of({
     Activate: () => read((of) => of.stats),
     Upsert: ({ payload }) =>
-      Effect.as(write(payload.records.map((record) => ({ kind: "upsert" as const, ...record }))), {
-        inserted: payload.records.length
-      }),
+      Effect.as(
+        write(
+          payload.records.map((record) => ({ kind: "upsert" as const, ...record })),
+          payload.ack
+        ),
+        { inserted: payload.records.length }
+      ),
     UpdateMetadata: ({ payload }) =>
       Effect.gen(function* () {
         const of = yield* activate

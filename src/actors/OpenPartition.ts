@@ -27,11 +27,13 @@ import {
   partitionId
 } from "../protocol/IndexPartition.ts"
 import { formatVersion, VersionClock } from "../protocol/Version.ts"
+import { AheadLog } from "../tiers/AheadLog.ts"
 import { DataDirectory } from "../tiers/DataDirectory.ts"
 import { MemoryBudget } from "../tiers/MemoryBudget.ts"
 import { type ObjectMissing, ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
 import type { Snapshot } from "../tiers/PartitionManifest.ts"
+import { RecordCache } from "../tiers/RecordCache.ts"
 import * as ResidentIndex from "../tiers/ResidentIndex.ts"
 import {
   type IndexForm,
@@ -44,7 +46,9 @@ import {
   sketchRecordsMin,
   VectorIndex
 } from "../tiers/VectorIndex.ts"
+import { WarmStore } from "../tiers/WarmStore.ts"
 import { ChangeFeed, type Position } from "./ChangeFeed.ts"
+import * as PartitionCaches from "./PartitionCaches.ts"
 import { changesAfter, changesOf } from "./PartitionChanges.ts"
 import * as PartitionWriter from "./PartitionWriter.ts"
 import * as SnapshotPolicy from "./SnapshotPolicy.ts"
@@ -89,8 +93,15 @@ export class PartitionOpener extends Context.Service<
         VectorIndex,
         DataDirectory,
         MemoryBudget,
+        AheadLog,
+        RecordCache,
+        WarmStore,
         Settings
-      )(yield* Effect.context<ObjectStore | VectorIndex | DataDirectory | MemoryBudget | Settings>())
+      )(
+        yield* Effect.context<
+          ObjectStore | VectorIndex | DataDirectory | MemoryBudget | AheadLog | RecordCache | WarmStore | Settings
+        >()
+      )
       // One at a time: each takes a vector thread's time from searches.
       const promotions = yield* Semaphore.make(1)
       return PartitionOpener.of({
@@ -239,12 +250,14 @@ const open = Effect.fnUntraced(function* (
   )
   const feed = new ChangeFeed(settings.changeBufferMax, { seq: log.lastSeq(), index: Number.MAX_SAFE_INTEGER })
 
+  const caches = yield* PartitionCaches.open(partitionId(address), log)
   const writer: PartitionWriter.PartitionWriter = yield* PartitionWriter.make({
     log,
     index,
     clock,
     dimensions: collection.dimensions,
     bounds: settings,
+    ...caches,
     onApplied: (seq, ops, applied) => {
       policy.applied(ops.length)
       feed.publish(changesOf(seq, ops, applied))
