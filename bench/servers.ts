@@ -19,14 +19,19 @@ export interface Server {
   readonly stop: (signal?: NodeJS.Signals) => Promise<void>
 }
 
-export const startOurs = async (dataDirectory: string): Promise<Server> => {
+/** `flags` and `environment` beside what is said here. */
+export const startOurs = async (
+  dataDirectory: string,
+  flags: ReadonlyArray<string> = [],
+  environment: Readonly<Record<string, string>> = {}
+): Promise<Server> => {
   const started = performance.now()
   const child = start(
     // As `npm start` runs it; ends with this process also when that is killed.
     [...nodeFlags, "--import", new URL("../scripts/tether.mjs", import.meta.url).href],
     "../src/main.ts",
-    ["serve", "--port", "0", "--host", "127.0.0.1", "--data", dataDirectory],
-    { ...nodeEnvironment(), RUVECTOR_LAUNCHER: String(process.pid) }
+    ["serve", "--port", "0", "--host", "127.0.0.1", "--data", dataDirectory, ...flags],
+    { ...nodeEnvironment(), RUVECTOR_LAUNCHER: String(process.pid), ...environment }
   )
   const url = await firstMatch(child, /http:\/\/127\.0\.0\.1:\d+/)
   await untilReady(child, url)

@@ -60,11 +60,14 @@ const text = (description: string, value: string, bound: string, pattern: RegExp
 
 const mebibyte = 1_048_576
 
+/** Empty, or a URL of Redis, in the clear or by TLS. */
+const redisPattern = /^(?:|rediss?:\/\/\S{1,2000})$/
+
 export const settings = {
   // Where and what
   port: integer("TCP port to listen on; 0 takes a free one", "", 8080, 0, 65_535),
   host: text("address to listen on", "127.0.0.1", "an address or host name", /^\S{1,255}$/),
-  data: text("data directory", "./data", "a path", /^[^\0]{1,4096}$/),
+  data: text("data directory, or bucket", "./data", "a path or gs://bucket/prefix", /^[^\0]{1,4096}$/),
   region: text("region stamped into versions and request ids", "local", "1-32 of a-z 0-9 -", regionPattern),
   logLevel: choice("least severe log line written", "info", ["trace", "debug", "info", "warn", "error"]),
   logFormat: choice("log lines as JSON, or for people (auto: people on a terminal)", "auto", [
@@ -73,6 +76,28 @@ export const settings = {
     "pretty"
   ]),
   activate: choice("collections whose partitions must be resident before the node is ready", "all", ["all", "none"]),
+
+  // Object storage (where data is gs://bucket/prefix)
+  cacheDir: text("directory for cached snapshots and scratch files", "./cache", "a path", /^[^\0]{1,4096}$/),
+  diskCacheBytes: integer(
+    "cached snapshot files on the local disk",
+    "bytes",
+    10_240 * mebibyte,
+    mebibyte,
+    1_000_000_000_000_000 - 1
+  ),
+  storeConnectionsMax: integer("requests under way to the object store", "requests", 64, 1, 4_096),
+  storeRequestMillis: integer("for one request to the object store", "ms", 20_000, 100, 600_000),
+  storeAttemptsMax: integer("attempts at one operation of the object store", "attempts", 8, 1, 100),
+  storeRetryMillis: integer("after which an operation is not attempted again", "ms", 60_000, 0, 3_600_000),
+  storeResumableBytes: integer(
+    "body from which an upload is resumable, and one piece of it",
+    "bytes",
+    16 * mebibyte,
+    262_144,
+    1_024 * mebibyte
+  ),
+  storeDownloadBytes: integer("one piece of a parallel download", "bytes", 8 * mebibyte, 65_536, 256 * mebibyte),
 
   // Collections
   defaultPartitions: integer("partitions of a collection that names none", "partitions", 1, 1, 256),
@@ -84,6 +109,15 @@ export const settings = {
   threads: integer("vector threads; 0: one for each core beyond the first", "threads", 0, 0, 256),
   insertSliceMillis: integer("insertion work between two looks at waiting searches", "ms", 4, 1, 1_000),
   threadPendingMax: integer("searches waiting for one vector thread", "searches", 4_096, 1, 1_000_000),
+
+  // Memory
+  budgetBytes: integer(
+    "memory that the process may hold, partitions and caches included; 0: three quarters of the container's",
+    "bytes",
+    0,
+    0,
+    2 ** 49
+  ),
 
   // Writes
   commitBytesMax: integer(
@@ -136,6 +170,28 @@ export const settings = {
   sessionsPerConnection: integer("sessions on one connection", "sessions", 1_000, 1, 100_000),
   sessionsMax: integer("sessions on this node", "sessions", 200_000, 1, 10_000_000),
   residentEntitiesMax: integer("actors resident on this node", "actors", 300_000, 1_000, 10_000_000),
+
+  // Caches of records, and Redis
+  recordCacheBytes: integer("records cached on the main thread; 0: none", "bytes", 64 * mebibyte, 0, 65_536 * mebibyte),
+  redisUrl: text(
+    "Redis of the warm tier; empty: the warm tier is in memory",
+    "",
+    "redis://.. or rediss://..",
+    redisPattern
+  ),
+  redisPrefix: text("what the names of keys in Redis begin with", "rv", "1-32 of a-z 0-9 -", regionPattern),
+  redisTimeoutMillis: integer("wait for an answer of Redis, then go on without it", "ms", 250, 5, 60_000),
+  redisPoolMax: integer("connections for commands that block", "connections", 8, 1, 1_024),
+  warmTtlMillis: integer("time a record stays in the warm tier after its last use", "ms", 3_600_000, 100, 604_800_000),
+  warmBytesMax: integer("warm tier where it is in memory; 0: none", "bytes", 64 * mebibyte, 0, 65_536 * mebibyte),
+  warmWriteBytesMax: integer(
+    "writes acknowledged as warm and not yet in the log, a partition",
+    "bytes",
+    16 * mebibyte,
+    65_536,
+    1_024 * mebibyte
+  ),
+  warmWriteMillis: integer("and the time Redis keeps them", "ms", 86_400_000, 60_000, 604_800_000),
 
   // Wires
   maxBodyBytes: integer("bytes of a request body", "bytes", 32 * mebibyte, 1_024, 1_024 * mebibyte),

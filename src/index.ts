@@ -16,8 +16,12 @@ import { defaultCollection } from "./protocol/Fields.ts"
 import * as Cluster from "./shards/Cluster.ts"
 import { LocalActors } from "./shards/LocalActors.ts"
 import { Router } from "./shards/Router.ts"
+import * as Caches from "./tiers/Caches.ts"
 import { DataDirectory } from "./tiers/DataDirectory.ts"
 import * as FileObjectStore from "./tiers/FileObjectStore.ts"
+import * as GcsObjectStore from "./tiers/GcsObjectStore.ts"
+import { MemoryBudget } from "./tiers/MemoryBudget.ts"
+import * as SnapshotCache from "./tiers/SnapshotCache.ts"
 import { VectorIndex } from "./tiers/VectorIndex.ts"
 
 export { defaultSettings, Settings, type SettingValues } from "./config.ts"
@@ -34,20 +38,50 @@ export const actors = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.lay
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
   Layer.provideMerge(LocalActors.layer),
   Layer.provideMerge(Cluster.layerSingle),
+  Layer.provideMerge(MemoryBudget.layer),
+  Layer.provideMerge(Caches.layer),
   Layer.provideMerge(VectorIndex.layer)
 )
 
 /** Objects in the data directory. */
-const store = Layer.unwrap(
+const directoryStore = Layer.unwrap(
   Effect.map(DataDirectory, ({ path }) => FileObjectStore.layer({ directory: join(path, "objects") }))
 )
 
-/** A node on embedded defaults: a data directory, and no other service. */
+/** Objects in a bucket, and a cache of snapshots in the local directory. */
+const bucketStore = (settings: SettingValues) =>
+  Layer.unwrap(
+    Effect.map(DataDirectory, ({ path, scratch }) =>
+      SnapshotCache.layer({ directory: join(path, "cache"), bytesMax: settings.diskCacheBytes }).pipe(
+        Layer.provide(
+          GcsObjectStore.layer({
+            url: settings.data,
+            scratch,
+            connectionsMax: settings.storeConnectionsMax,
+            requestMillis: settings.storeRequestMillis,
+            attemptsMax: settings.storeAttemptsMax,
+            retryMillis: settings.storeRetryMillis,
+            resumableBytes: settings.storeResumableBytes,
+            downloadBytes: settings.storeDownloadBytes
+          })
+        )
+      )
+    )
+  )
+
+const store = (settings: SettingValues) =>
+  GcsObjectStore.isBucketUrl(settings.data) ? bucketStore(settings) : directoryStore
+
+/** The local directory: all data, or, where that is in a bucket, cache and scratch. */
+export const localDirectory = (settings: SettingValues): string =>
+  GcsObjectStore.isBucketUrl(settings.data) ? settings.cacheDir : settings.data
+
+/** A node: on a data directory and no other service, or on a bucket. */
 export const node = (settings: SettingValues) =>
   wires.pipe(
     Layer.provideMerge(actors),
-    Layer.provideMerge(store),
-    Layer.provideMerge(DataDirectory.layer({ path: settings.data })),
+    Layer.provideMerge(store(settings)),
+    Layer.provideMerge(DataDirectory.layer({ path: localDirectory(settings) })),
     Layer.provideMerge(Layer.succeed(Settings, settings))
   )
 

@@ -7,7 +7,7 @@ import { Cause, Console, Data, Effect, Exit, Layer, Logger, Option, References, 
 import { Command, Flag } from "effect/cli"
 import { flagOf, readSettings, type SettingName, type SettingValues, settings, variableOf } from "./config.ts"
 import { HttpGateway } from "./gateway/HttpGateway.ts"
-import { activate, node } from "./index.ts"
+import { activate, localDirectory, node } from "./index.ts"
 
 const { version } = JSON.parse(readFileSync(new URL("../package.json", import.meta.url), "utf8")) as { version: string }
 
@@ -59,12 +59,17 @@ const greeting = (host: string, port: number, values: SettingValues): string => 
   const shown = host.includes(":") ? `[${host}]` : host
   const base = `http://${shown}:${port}`
   return [
-    `ruvector-streaming ${version} listens on ${base}, data in ${resolve(values.data)}`,
+    `ruvector-streaming ${version} listens on ${base}, ${place(values)}`,
     "First vectors and a first search:",
     `  curl --json '{"vectors":[{"id":"a","vector":[1,0,0]},{"id":"b","vector":[0.8,0.6,0]}]}' ${base}/api/v1/insert`,
     `  curl -N '${base}/api/v1/stream/search?query_vector_id=a&k=2'`,
     `Try it in a browser: ${base}/docs`
   ].join("\n")
+}
+
+const place = (values: SettingValues): string => {
+  const local = resolve(localDirectory(values))
+  return localDirectory(values) === values.data ? `data in ${local}` : `data in ${values.data}, cache in ${local}`
 }
 
 const levels = { trace: "Trace", debug: "Debug", info: "Info", warn: "Warn", error: "Error" } as const

@@ -4,7 +4,10 @@ import { Context, Effect, Metric } from "effect"
 import { HttpRouter, HttpServerResponse } from "effect/http"
 import { PrometheusMetrics } from "effect/observability"
 import { LocalActors } from "../shards/LocalActors.ts"
+import { MemoryBudget } from "../tiers/MemoryBudget.ts"
+import { RecordCache, recordCacheMetrics } from "../tiers/RecordCache.ts"
 import { VectorIndex } from "../tiers/VectorIndex.ts"
+import { WarmStore, warmMetrics } from "../tiers/WarmStore.ts"
 import { Readiness } from "./Readiness.ts"
 import { Sessions } from "./Sessions.ts"
 
@@ -16,6 +19,13 @@ const gauges = {
   sessionsResident: gauge("ruvector_sessions_resident", "Stream sessions resident in this process"),
   ready: gauge("ruvector_ready", "1 when this node is ready for requests"),
   threadBytes: gauge("ruvector_index_bytes", "Bytes held by the vector threads"),
+  budgetBytes: gauge("ruvector_budget_bytes", "Memory that the process may hold"),
+  budgetRuntimeBytes: gauge("ruvector_budget_runtime_bytes", "Resident memory beside partitions and caches"),
+  budgetPartitionBytes: gauge("ruvector_budget_partition_bytes", "Memory of the resident partitions"),
+  budgetCacheBytes: gauge("ruvector_budget_cache_bytes", "Memory of the caches"),
+  budgetReservedBytes: gauge("ruvector_budget_reserved_bytes", "Memory promised to what is being opened"),
+  partitionsFull: gauge("ruvector_partitions_full", "Resident partitions in their full form"),
+  partitionsMapped: gauge("ruvector_partitions_mapped", "Resident partitions in their mapped form"),
   threadRestarts: gauge("ruvector_thread_restarts", "Vector threads that died and were replaced"),
   rssBytes: gauge("process_resident_memory_bytes", "Resident memory"),
   heapBytes: gauge("nodejs_heap_used_bytes", "Heap of the main thread in use"),
@@ -35,6 +45,9 @@ export const layer = HttpRouter.use(
     const local = yield* LocalActors
     const sessions = yield* Sessions
     const vectors = yield* VectorIndex
+    const budget = yield* MemoryBudget
+    const cache = yield* RecordCache
+    const warm = yield* WarmStore
     const delay = monitorEventLoopDelay({ resolution: 20 })
     delay.enable()
     yield* Effect.addFinalizer(() => Effect.sync(() => delay.disable()))
@@ -58,6 +71,8 @@ export const layer = HttpRouter.use(
       Effect.gen(function* () {
         const threads = yield* vectors.threads
         const set = (metric: Metric.Gauge<number>, value: number) => metric.updateUnsafe(value, context)
+        recordCacheMetrics(cache)
+        warmMetrics(yield* warm.state)
         set(gauges.residentPartitions, local.partitions.size)
         set(gauges.sessions, sessions.count())
         set(gauges.sessionsResident, local.sessions.size)
@@ -70,6 +85,15 @@ export const layer = HttpRouter.use(
           gauges.threadRestarts,
           threads.reduce((sum, thread) => sum + thread.restarts, 0)
         )
+        const held = budget.state()
+        set(gauges.budgetBytes, held.budgetBytes)
+        set(gauges.budgetRuntimeBytes, held.runtimeBytes)
+        set(gauges.budgetPartitionBytes, held.partitionBytes)
+        set(gauges.budgetCacheBytes, held.cacheBytes)
+        set(gauges.budgetReservedBytes, held.reservedBytes)
+        const full = budget.residents().filter((one) => one.form() === "full").length
+        set(gauges.partitionsFull, full)
+        set(gauges.partitionsMapped, budget.residents().length - full)
         const memory = process.memoryUsage()
         set(gauges.rssBytes, memory.rss)
         set(gauges.heapBytes, memory.heapUsed)

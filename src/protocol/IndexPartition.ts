@@ -17,7 +17,7 @@ import {
   StorageUnavailable,
   VectorNotFound
 } from "./Errors.ts"
-import { Float32FromBytes, VectorFromBytes } from "./Fields.ts"
+import { Ack, Float32FromBytes, VectorFromBytes } from "./Fields.ts"
 import { VersionText } from "./Version.ts"
 
 export interface PartitionAddress {
@@ -84,6 +84,8 @@ export const PartitionStats = Schema.Struct({
   count: Schema.Int,
   tombstones: Schema.Int,
   bytes: Schema.Int,
+  /** How it is resident: all in memory, or quantised with the rest in a file. */
+  form: Schema.Literals(["full", "mapped"]),
   epoch: Schema.Int,
   last_seq: Schema.Int,
   snapshot_seq: Schema.Int,
@@ -112,7 +114,7 @@ export const IndexPartition = Entity.make("IndexPartition", [
   Rpc.make("Activate", { success: PartitionStats, error: PartitionError }),
   /** All or nothing, in the order given. */
   Rpc.make("Upsert", {
-    payload: { records: Schema.Array(UpsertRecord) },
+    payload: { records: Schema.Array(UpsertRecord), ack: Schema.optionalKey(Ack) },
     success: Schema.Struct({ inserted: Schema.Int }),
     error: PartitionError
   }),

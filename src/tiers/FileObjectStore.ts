@@ -43,7 +43,8 @@ import {
   ObjectMissing,
   ObjectStore,
   type StoredObject,
-  StoreFailure
+  StoreFailure,
+  withFileOf
 } from "./ObjectStore.ts"
 import { formatIdentity, isAlive, ownIdentity, parseIdentity } from "./ProcessIdentity.ts"
 
@@ -145,6 +146,12 @@ const make = Effect.fnUntraced(function* (options: FileObjectStoreOptions) {
     () => Effect.promise(() => files.stop())
   )
 
+  const localPath = (key: string) =>
+    Effect.acquireRelease(
+      run<string, ObjectMissing | StoreFailure>("localPath", key, () => files.hold(key)),
+      (path) => Effect.promise(() => files.discard(path))
+    )
+
   return ObjectStore.of({
     create: (key, body) => run("create", key, () => files.create(key, body)),
     replace: (key, body, expected) => run("replace", key, () => files.replace(key, body, expected)),
@@ -154,12 +161,8 @@ const make = Effect.fnUntraced(function* (options: FileObjectStoreOptions) {
         files.list(prefix, listOptions?.startAfter ?? "", listOptions?.limit ?? listLimitDefault)
       ),
     delete: (key) => run("delete", key, () => files.delete(key)),
-    withFile: (key, use) =>
-      Effect.acquireUseRelease(
-        run<string, ObjectMissing | StoreFailure>("withFile", key, () => files.hold(key)),
-        use,
-        (path) => Effect.promise(() => files.discard(path))
-      )
+    localPath,
+    withFile: withFileOf(localPath)
   })
 })
 
@@ -428,7 +431,7 @@ class ObjectFiles {
         if (current.generation === 0 && !current.frozen) throw new ObjectMissing({ key })
       }
     }
-    throw storeFailure("withFile", key, false, "others changed the object again and again")
+    throw storeFailure("localPath", key, false, "others changed the object again and again")
   }
 
   async discard(path: string): Promise<void> {

@@ -11,7 +11,7 @@ import { randomUUID } from "node:crypto"
 import { readFile, rm, writeFile } from "node:fs/promises"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
-import { Context, Data, Effect, Layer } from "effect"
+import { Context, Data, Effect, Layer, Scope } from "effect"
 
 export interface StoredObject {
   readonly body: Uint8Array
@@ -46,7 +46,11 @@ export class StoreFailure extends Data.TaggedError("StoreFailure")<{
   readonly key: string
   readonly detail: string
   readonly uncertain: boolean
-}> {}
+}> {
+  override get message(): string {
+    return `The object store failed (${this.operation} ${this.key}): ${this.detail}${this.uncertain ? ", perhaps after its effect" : ""}.`
+  }
+}
 
 export class ObjectStore extends Context.Service<
   ObjectStore,
@@ -75,9 +79,11 @@ export class ObjectStore extends Context.Service<
     /** Deletes an object; no error where there is none. It may come back after a power loss that follows closely. */
     readonly delete: (key: string) => Effect.Effect<void, StoreFailure>
     /**
-     * Calls `use` with a path of this machine at which the object's bytes can be read while it runs, also if the object
-     * is deleted meanwhile. The file must not be written to.
+     * A path of this machine at which the object's bytes, as they are now, can be read until the scope closes, also if
+     * the object is deleted meanwhile. The file must not be written to.
      */
+    readonly localPath: (key: string) => Effect.Effect<string, ObjectMissing | StoreFailure, Scope.Scope>
+    /** Calls `use` with the {@link localPath} of an object, which stays while it runs. */
     readonly withFile: <A, E, R>(
       key: string,
       use: (path: string) => Effect.Effect<A, E, R>
@@ -87,6 +93,12 @@ export class ObjectStore extends Context.Service<
   /** Objects in this process's memory, bounded by nothing else: the twin that tests use. */
   static readonly layerMemory: Layer.Layer<ObjectStore> = Layer.sync(ObjectStore, () => makeMemory())
 }
+
+/** `withFile` of a store, made of its `localPath`. */
+export const withFileOf =
+  (localPath: ObjectStore["Service"]["localPath"]): ObjectStore["Service"]["withFile"] =>
+  (key, use) =>
+    Effect.scopedWith((scope) => Effect.flatMap(Scope.provide(localPath(key), scope), use))
 
 /** Objects that `list` answers with where no limit is given. */
 export const listLimitDefault = 1_000
@@ -145,6 +157,21 @@ const makeMemory = (): ObjectStore["Service"] => {
     return { body, etag: found.etag, sizeBytes: found.body.length }
   })
 
+  const localPath = (key: string) =>
+    Effect.flatMap(get(key), ({ body }) =>
+      Effect.acquireRelease(
+        Effect.tryPromise({
+          try: async () => {
+            const path = join(tmpdir(), `ruvector-object-${randomUUID()}`)
+            await writeFile(path, body, { flag: "wx", mode: 0o600 })
+            return path
+          },
+          catch: (cause) => new StoreFailure({ operation: "localPath", key, detail: String(cause), uncertain: false })
+        }),
+        (path) => Effect.promise(() => rm(path, { force: true }))
+      )
+    )
+
   return ObjectStore.of({
     create: Effect.fnUntraced(function* (key, body) {
       checkObjectKey(key)
@@ -176,20 +203,7 @@ const makeMemory = (): ObjectStore["Service"] => {
         checkObjectKey(key)
         objects.delete(key)
       }),
-    withFile: (key, use) =>
-      Effect.flatMap(get(key), ({ body }) =>
-        Effect.acquireUseRelease(
-          Effect.tryPromise({
-            try: async () => {
-              const path = join(tmpdir(), `ruvector-object-${randomUUID()}`)
-              await writeFile(path, body, { flag: "wx", mode: 0o600 })
-              return path
-            },
-            catch: (cause) => new StoreFailure({ operation: "withFile", key, detail: String(cause), uncertain: false })
-          }),
-          use,
-          (path) => Effect.promise(() => rm(path, { force: true }))
-        )
-      )
+    localPath,
+    withFile: withFileOf(localPath)
   })
 }

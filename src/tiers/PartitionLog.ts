@@ -23,6 +23,7 @@ import {
   decodeManifest,
   encodeManifest,
   manifestFormat,
+  objectsOf,
   type PartitionManifest,
   type Snapshot,
   type SnapshotObject
@@ -57,6 +58,18 @@ export interface PartitionLogOptions {
   readonly leaseMillis?: number
   /** Passes over snapshots at or after this position, for a caller that could not open them; they are given up for good. */
   readonly snapshotsBefore?: number
+  /**
+   * Takes the newest snapshot unread, for a caller that checks what it reads of it itself, or with
+   * {@link PartitionLogHandle.verifySnapshot} before it relies on the files as a whole.
+   */
+  readonly deferVerification?: boolean
+}
+
+/** Files of a snapshot, on this machine. */
+export interface SnapshotPaths {
+  readonly records: string
+  readonly graph: string
+  readonly sketch?: string
 }
 
 export const snapshotsKeptDefault = 2
@@ -105,8 +118,12 @@ export class Compacted extends Data.TaggedError("Compacted")<{ readonly oldestSe
 export interface PartitionLogHandle {
   readonly prefix: string
   readonly epoch: number
-  /** What to begin with: the newest snapshot whose files are whole. Keys are the object store's. */
+  /** What to begin with: the newest snapshot whose files are whole, where that was looked at. Keys are the object store's. */
   readonly snapshot: Snapshot | undefined
+  /** The newest snapshot by now, of this handle's making or what it began with. Keys are the object store's. */
+  readonly newestSnapshot: () => Snapshot | undefined
+  /** Reads the files of {@link newestSnapshot} and compares their checksums. What is wrong with them; `undefined` for nothing. */
+  readonly verifySnapshot: Effect.Effect<string | undefined, StoreFailure>
   /** Log objects that were damaged at the very end and were moved to `damaged/`. */
   readonly cut: number
   /** Snapshots that were damaged, or that the caller passed over. */
@@ -130,14 +147,11 @@ export interface PartitionLogHandle {
    */
   readonly settle: Effect.Effect<ReadonlyArray<LogEntry>, NotOwner | StoreFailure>
   /**
-   * Makes two files the snapshot of everything up to `seq`, moving them away; reads them back before it counts on them, and
+   * Makes files the snapshot of everything up to `seq`, moving them away; reads them back before it counts on them, and
    * only then prunes what is no longer needed. Prune failures are logged and made good next time. One at a time, also beside
    * appends. Does nothing where the newest snapshot is as new.
    */
-  readonly commitSnapshot: (
-    seq: number,
-    files: { readonly records: string; readonly graph: string }
-  ) => Effect.Effect<void, NotOwner | StoreFailure>
+  readonly commitSnapshot: (seq: number, files: SnapshotPaths) => Effect.Effect<void, NotOwner | StoreFailure>
   /** The log from a position on to what is its end when the stream is run; as `tail` otherwise. */
   readonly read: (fromSeq: number) => Stream.Stream<LogEntry, Compacted | LogCorrupt | NewerFormat | StoreFailure>
   /** Position of the last segment; 0 for none. */
@@ -165,6 +179,15 @@ export const open: (
     yield* log.open().pipe(Effect.annotateLogs({ partition: prefix }))
     yield* Effect.addFinalizer(() => Effect.sync(() => log.close()))
     return log.handle()
+  })
+
+/** The newest snapshot that the manifest names, without a claim and unread; `undefined` where there is none. */
+export const peekSnapshot: (prefix: string) => Effect.Effect<Snapshot | undefined, StoreFailure, ObjectStore> =
+  Effect.fnUntraced(function* (prefix: string) {
+    const store = yield* ObjectStore
+    const found = yield* Effect.catchTag(store.get(`${prefix}/manifest`), "ObjectMissing", () => Effect.undefined)
+    const manifest = found === undefined ? undefined : Result.getOrUndefined(decodeManifest(found.body))
+    return manifest?.snapshots[0]
   })
 
 /**
@@ -226,6 +249,7 @@ class Log {
   readonly #snapshotsKept: number
   readonly #leaseMillis: number
   readonly #snapshotsBefore: number
+  readonly #deferVerification: boolean
   readonly #owner = randomBytes(8).toString("hex")
   /** The upper 40 bits of every nonce of this handle. The lower 24 count its attempts. */
   readonly #nonces = BigInt(`0x${randomBytes(5).toString("hex")}`) << 24n
@@ -258,6 +282,7 @@ class Log {
     this.#snapshotsKept = Math.max(1, options.snapshotsKept ?? snapshotsKeptDefault)
     this.#leaseMillis = options.leaseMillis ?? leaseMillisDefault
     this.#snapshotsBefore = options.snapshotsBefore ?? Number.POSITIVE_INFINITY
+    this.#deferVerification = options.deferVerification ?? false
   }
 
   handle(): PartitionLogHandle {
@@ -265,6 +290,12 @@ class Log {
       prefix: this.#prefix,
       epoch: this.#epoch,
       snapshot: this.#snapshot,
+      newestSnapshot: () => this.#withStoreKeys(this.#manifest.snapshots[0]),
+      verifySnapshot: Effect.suspend(() => {
+        const newest = this.#manifest.snapshots[0]
+        if (newest === undefined) return Effect.undefined
+        return Effect.map(this.#snapshotFault(newest), (fault) => fault?.detail)
+      }),
       cut: this.#cut,
       snapshotsRefused: this.#snapshotsRefused,
       tail: this.#tail(this.#last),
@@ -371,7 +402,8 @@ class Log {
     for (; at < all.length; at++) {
       const snapshot = all[at] as Snapshot
       const passedOver = snapshot.seq >= this.#snapshotsBefore
-      const fault = passedOver ? undefined : yield* this.#snapshotFault(snapshot)
+      const isRead = !passedOver && !this.#deferVerification
+      const fault = isRead ? yield* this.#snapshotFault(snapshot) : undefined
       if (!passedOver && fault === undefined) break
       first ??= new LogCorrupt({
         object: this.#keyOf(fault?.key ?? snapshot.records.key),
@@ -395,7 +427,7 @@ class Log {
   })
 
   #snapshotFault = Effect.fnUntraced(function* (this: Log, snapshot: Snapshot) {
-    for (const object of [snapshot.records, snapshot.graph]) {
+    for (const object of objectsOf(snapshot)) {
       const fault = yield* this.#objectFault(object)
       if (fault !== undefined) return { key: object.key, detail: fault }
     }
@@ -689,10 +721,7 @@ class Log {
     return seen !== undefined && seen.manifest.owner === this.#owner && seen.manifest.epoch === this.#epoch
   }
 
-  #commitSnapshot(
-    seq: number,
-    files: { readonly records: string; readonly graph: string }
-  ): Effect.Effect<void, NotOwner | StoreFailure> {
+  #commitSnapshot(seq: number, files: SnapshotPaths): Effect.Effect<void, NotOwner | StoreFailure> {
     return Effect.suspend(() => {
       if (this.#snapshotting) return Effect.die(new Error(`${this.#prefix}: two snapshots at one time`))
       if (!Number.isInteger(seq) || seq < 0 || seq > this.#last) {
@@ -708,18 +737,16 @@ class Log {
     })
   }
 
-  #makeSnapshot = Effect.fnUntraced(function* (
-    this: Log,
-    seq: number,
-    files: { readonly records: string; readonly graph: string }
-  ) {
+  #makeSnapshot = Effect.fnUntraced(function* (this: Log, seq: number, files: SnapshotPaths) {
     if (this.#lost !== undefined) return yield* this.#lost
     if (seq <= this.#snapshotSeq()) return
     const folder = `snapshot/${hex16(seq)}-${this.#epoch}-${hex16(this.#nextNonce())}`
     const records = yield* this.#storeFile(`${folder}/records`, files.records)
     const graph = yield* this.#storeFile(`${folder}/graph`, files.graph)
+    const sketch =
+      files.sketch === undefined ? {} : { sketch: yield* this.#storeFile(`${folder}/sketch`, files.sketch) }
     const createdMillis = yield* Clock.currentTimeMillis
-    const snapshot: Snapshot = { seq, records, graph, createdMillis }
+    const snapshot: Snapshot = { seq, records, graph, ...sketch, createdMillis }
     const fault = yield* this.#snapshotFault(snapshot)
     if (fault !== undefined) {
       const detail = `it reads back otherwise than it was written: ${fault.detail}`
@@ -761,9 +788,7 @@ class Log {
     if (age < this.#leaseMillis * pruneAfterLeases) return
     const end = this.#logKey(this.#manifest.prunedSeq)
     yield* this.#deleteWhere("log/", (key) => key <= end, end)
-    const kept = new Set(
-      this.#manifest.snapshots.flatMap(({ records, graph }) => [this.#keyOf(records.key), this.#keyOf(graph.key)])
-    )
+    const kept = new Set(this.#manifest.snapshots.flatMap(objectsOf).map(({ key }) => this.#keyOf(key)))
     // A newer owner's snapshots may be here before any manifest names them.
     yield* this.#deleteWhere("snapshot/", (key) => !kept.has(key) && (epochOf(key) ?? 0) <= this.#epoch, undefined)
   })
@@ -949,7 +974,8 @@ class Log {
   #withStoreKeys(snapshot: Snapshot | undefined): Snapshot | undefined {
     if (snapshot === undefined) return undefined
     const withKey = (object: SnapshotObject) => ({ ...object, key: this.#keyOf(object.key) })
-    return { ...snapshot, records: withKey(snapshot.records), graph: withKey(snapshot.graph) }
+    const sketch = snapshot.sketch === undefined ? {} : { sketch: withKey(snapshot.sketch) }
+    return { ...snapshot, records: withKey(snapshot.records), graph: withKey(snapshot.graph), ...sketch }
   }
 }
 

@@ -14,9 +14,15 @@ export const Snapshot = Schema.Struct({
   seq: Schema.Int,
   records: SnapshotObject,
   graph: SnapshotObject,
+  /** What the mapped form is opened from; a snapshot of few records has none. */
+  sketch: Schema.optionalKey(SnapshotObject),
   createdMillis: Schema.Int
 })
 export type Snapshot = typeof Snapshot.Type
+
+/** All files of a snapshot. */
+export const objectsOf = ({ records, graph, sketch }: Snapshot): ReadonlyArray<SnapshotObject> =>
+  sketch === undefined ? [records, graph] : [records, graph, sketch]
 
 export const PartitionManifest = Schema.Struct({
   /** Raised by every new owner. */

@@ -78,13 +78,26 @@ export interface IndexStats {
 }
 
 /** The thread died, or the partition was closed or could not be kept in step; it has to be opened again. */
-export class IndexLost extends Data.TaggedError("IndexLost")<{ readonly detail: string }> {}
+export class IndexLost extends Data.TaggedError("IndexLost")<{
+  readonly detail: string
+  /** What was read of its snapshot was not what it should be. */
+  readonly damaged?: boolean
+}> {}
 
 /** As many searches as may wait for the thread do; this one was not begun. */
 export class IndexBusy extends Data.TaggedError("IndexBusy")<{ readonly bound: string }> {}
 
 /** A snapshot's files could not be read, are not whole, or are not of this index; or could not be written. */
 export class SnapshotUnreadable extends Data.TaggedError("SnapshotUnreadable")<{ readonly detail: string }> {}
+
+/**
+ * How a partition is resident. `full`: everything in memory, with its graph. `mapped`: quantised vectors in memory, the
+ * rest read from the snapshot's file.
+ */
+export type IndexForm = "full" | "mapped"
+
+/** A snapshot of so many records and more has a sketch. */
+export const sketchRecordsMin = 2_000
 
 /** One partition, resident in a thread. */
 export interface PartitionIndex {
@@ -101,6 +114,8 @@ export interface PartitionIndex {
   readonly stats: Effect.Effect<IndexStats, IndexLost>
   /** Writes the state after all applies given before into two files of `directory`; searches go on meanwhile, applies wait. */
   readonly snapshot: (directory: string) => Effect.Effect<SnapshotFiles, IndexLost | SnapshotUnreadable>
+  /** In which form it is resident by now. */
+  readonly form: () => IndexForm
   /** Whether all that is asked fails by now. */
   readonly lost: () => boolean
 }
@@ -136,6 +151,11 @@ export class VectorIndex extends Context.Service<
     readonly open: (
       spec: IndexSpec,
       snapshot: SnapshotFiles | undefined
+    ) => Effect.Effect<PartitionIndex, IndexLost | SnapshotUnreadable, Scope.Scope>
+    /** Opens the mapped form, otherwise as `open` does. */
+    readonly openMapped: (
+      spec: IndexSpec,
+      files: { readonly records: string; readonly sketch: string }
     ) => Effect.Effect<PartitionIndex, IndexLost | SnapshotUnreadable, Scope.Scope>
     readonly threads: Effect.Effect<ReadonlyArray<VectorThreadState>>
   }
@@ -175,6 +195,7 @@ export class VectorIndex extends Context.Service<
             Effect.suspend(() =>
               threads.reduce((least, thread) => (thread.load < least.load ? thread : least)).open(spec, snapshot)
             ),
+          openMapped: () => Effect.fail(new SnapshotUnreadable({ detail: "" })),
           threads: Effect.sync(() =>
             threads.map(({ partitions, bytes, restarts }) => ({ partitions, bytes, restarts }))
           )

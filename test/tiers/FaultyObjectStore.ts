@@ -8,7 +8,8 @@ import {
   type ObjectBody,
   ObjectStore,
   type StoredObject,
-  StoreFailure
+  StoreFailure,
+  withFileOf
 } from "../../src/tiers/ObjectStore.ts"
 
 /** What a test sets while it runs. Shares are from 0 to 1. */
@@ -125,6 +126,9 @@ export const withFaults = (inner: ObjectStore["Service"], faults: Faults): Objec
     return { ...stored, body }
   }
 
+  const localPath: ObjectStore["Service"]["localPath"] = (key) =>
+    Effect.andThen(call("localPath", key, Effect.void, false), inner.localPath(key))
+
   return ObjectStore.of({
     create: (key: string, body: ObjectBody) => call("create", key, inner.create(key, body), true),
     replace: (key, body, expected) => call("replace", key, inner.replace(key, body, expected), true),
@@ -132,7 +136,8 @@ export const withFaults = (inner: ObjectStore["Service"], faults: Faults): Objec
     list: (prefix, options) =>
       call<ReadonlyArray<ListedObject>, StoreFailure>("list", prefix, inner.list(prefix, options), false),
     delete: (key) => call("delete", key, inner.delete(key), true),
-    withFile: (key, use) => Effect.andThen(call("withFile", key, Effect.void, false), inner.withFile(key, use))
+    localPath,
+    withFile: withFileOf(localPath)
   })
 }
 

@@ -8,7 +8,9 @@ import { verifySegment } from "../../src/tiers/LogSegment.ts"
 import { ObjectStore, StoreFailure } from "../../src/tiers/ObjectStore.ts"
 import * as PartitionLog from "../../src/tiers/PartitionLog.ts"
 import { decodeManifest, encodeManifest } from "../../src/tiers/PartitionManifest.ts"
+import { withoutFakeGcs } from "../support/FakeGcs.ts"
 import { Faults, forEachSeed, seededRandom, withFaults } from "./FaultyObjectStore.ts"
+import { cachedGcsLayer, gcsLayer, useFakeGcs } from "./gcsStores.ts"
 import { range, tempFolder } from "./objectStoreSuite.ts"
 import {
   type Applied,
@@ -49,7 +51,7 @@ const stores = [
   ]
 ] as const
 
-for (const [name, layer] of stores) {
+const suite = (name: string, layer: Layer.Layer<ObjectStore, unknown>) => {
   describe(`partition log, ${name}`, () => {
     it.effect("gives back what was appended, across owners and snapshots", () =>
       Effect.gen(function* () {
@@ -111,6 +113,14 @@ for (const [name, layer] of stores) {
     )
   })
 }
+
+for (const [name, layer] of stores) suite(name, layer)
+
+describe.skipIf(withoutFakeGcs())("partition log on Google Cloud Storage", () => {
+  const server = useFakeGcs()
+  suite("bucket", Layer.fresh(gcsLayer(server)))
+  suite("bucket with a cache on disk", Layer.fresh(cachedGcsLayer(server)))
+})
 
 const resultOf = <A>(result: { readonly _tag: string; readonly success?: A }): A | undefined => result.success
 

@@ -18,7 +18,8 @@ import {
   ObjectMissing,
   ObjectStore,
   type StoredObject,
-  StoreFailure
+  StoreFailure,
+  withFileOf
 } from "../../src/tiers/ObjectStore.ts"
 import { seededRandom } from "./FaultyObjectStore.ts"
 import { removeSimulatedFiles, seedRandomBytes } from "./SimulatedFiles.ts"
@@ -370,6 +371,20 @@ export class Simulation {
       this.#call(machine, "create", key, true, () =>
         objects.has(key) ? Effect.fail(new ObjectExists({ key })) : put("create", key, body)
       )
+    const localPath = (key: string) =>
+      Effect.flatMap(
+        this.#call(machine, "withFile", key, false, () => read(key)),
+        ({ body, etag }) => {
+          const path = `object-${machine.name}-${etag}-${this.steps}`
+          return Effect.acquireRelease(
+            Effect.as(
+              Effect.promise(() => writeFile(path, body)),
+              path
+            ),
+            () => Effect.promise(() => rm(path))
+          )
+        }
+      )
     return ObjectStore.of({
       create: (key, body) =>
         body instanceof Uint8Array
@@ -411,18 +426,8 @@ export class Simulation {
           this.onEffect(machine.name, "delete", key, undefined)
           return Effect.void
         }),
-      withFile: (key, use) =>
-        Effect.flatMap(
-          this.#call(machine, "withFile", key, false, () => read(key)),
-          ({ body, etag }) => {
-            const path = `object-${machine.name}-${etag}-${this.steps}`
-            return Effect.acquireUseRelease(
-              Effect.promise(() => writeFile(path, body)),
-              () => use(path),
-              () => Effect.promise(() => rm(path))
-            )
-          }
-        )
+      localPath,
+      withFile: withFileOf(localPath)
     })
   }
 

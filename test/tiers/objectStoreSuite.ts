@@ -5,7 +5,7 @@ import { mkdtemp, readFile, rm, stat, writeFile } from "node:fs/promises"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { assert, describe, it } from "@effect/vitest"
-import { Effect, Exit, type Layer, type Scope } from "effect"
+import { Effect, Exit, type Layer, Scope } from "effect"
 import { type ListedObject, ObjectStore } from "../../src/tiers/ObjectStore.ts"
 
 export const objectStoreSuite = <E>(name: string, layer: Layer.Layer<ObjectStore, E>): void => {
@@ -130,6 +130,7 @@ export const objectStoreSuite = <E>(name: string, layer: Layer.Layer<ObjectStore
         for (const key of ["a", "folder", "folder/b", "folder/a/b", "other/a"]) {
           assert.strictEqual((yield* Effect.flip(store.get(key)))._tag, "ObjectMissing")
           assert.strictEqual((yield* Effect.flip(store.withFile(key, () => Effect.void)))._tag, "ObjectMissing")
+          assert.strictEqual((yield* Effect.flip(Effect.scoped(store.localPath(key))))._tag, "ObjectMissing")
           yield* store.delete(key)
         }
         assert.strictEqual(textOf((yield* store.get("folder/a")).body), "1")
@@ -271,6 +272,28 @@ export const objectStoreSuite = <E>(name: string, layer: Layer.Layer<ObjectStore
         assert.strictEqual(failed, "mine")
       }))
 
+    test("lends paths until the scope closes, each to whoever asked", () =>
+      Effect.gen(function* () {
+        const store = yield* ObjectStore
+        yield* store.create("f/a", bytesOf("lent"))
+        const outer = yield* Scope.make()
+        const longer = yield* Scope.provide(store.localPath("f/a"), outer)
+        yield* Effect.scoped(
+          Effect.gen(function* () {
+            const shorter = yield* store.localPath("f/a")
+            assert.strictEqual(yield* Effect.promise(() => readFile(shorter, "utf8")), "lent")
+          })
+        )
+        yield* store.delete("f/a")
+        yield* store.create("f/a", bytesOf("another"))
+        assert.strictEqual(yield* Effect.promise(() => readFile(longer, "utf8")), "lent")
+        yield* Scope.close(outer, Exit.void)
+        const left = yield* Effect.promise(() => readFile(longer, "utf8").catch(() => "gone"))
+        assert.notStrictEqual(left, "lent")
+        const missing = yield* Effect.flip(Effect.scoped(store.localPath("f/b")))
+        assert.strictEqual(missing._tag, "ObjectMissing")
+      }))
+
     test("takes any key of the alphabet", () =>
       Effect.gen(function* () {
         const store = yield* ObjectStore
@@ -298,7 +321,7 @@ export const objectStoreSuite = <E>(name: string, layer: Layer.Layer<ObjectStore
         for (const key of bad) {
           const calls = [
             store.create(key, bytesOf("1")), store.replace(key, bytesOf("1"), "e"), store.get(key), store.delete(key),
-            store.withFile(key, () => Effect.void)
+            store.withFile(key, () => Effect.void), Effect.scoped(store.localPath(key))
           ] // biome-ignore format: one look
           for (const call of calls) {
             const exit = yield* Effect.exit(call as Effect.Effect<unknown, unknown>)

@@ -162,6 +162,7 @@ export class ThreadClient {
   #partitionIndex(seat: Seat): PartitionIndex {
     const partition = seat.number
     return {
+      form: () => "full",
       lost: () => seat.lost !== undefined,
       search: (query) => this.#search(seat, query),
       apply: (segment) =>

@@ -1,0 +1,491 @@
+/**
+ * Makes one partition resident: claims its log, opens the newest good snapshot in a vector thread, replays what follows,
+ * and sets up what serves it. Everything lives in the caller's scope and ends with it.
+ *
+ * A snapshot with a sketch is opened in its mapped form, which takes milliseconds; the full form is loaded behind it where
+ * the memory budget has room (`ResidentIndex`). Without one the full form is opened at once: the records are few.
+ */
+import { Context, Effect, Exit, Layer, Result, Scope, Semaphore, Stream } from "effect"
+import { Settings } from "../config.ts"
+import type { Collection } from "../protocol/Collection.ts"
+import {
+  InvalidInput,
+  Overloaded,
+  PartitionCorrupt,
+  PartitionUnavailable,
+  StorageUnavailable
+} from "../protocol/Errors.ts"
+import {
+  type Change,
+  type Compacted,
+  type PartitionAddress,
+  type PartitionError,
+  type PartitionHits,
+  type PartitionQuery,
+  type PartitionRecord,
+  type PartitionStats,
+  partitionId
+} from "../protocol/IndexPartition.ts"
+import { formatVersion, VersionClock } from "../protocol/Version.ts"
+import { AheadLog } from "../tiers/AheadLog.ts"
+import { DataDirectory } from "../tiers/DataDirectory.ts"
+import { MemoryBudget } from "../tiers/MemoryBudget.ts"
+import { type ObjectMissing, ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
+import * as PartitionLog from "../tiers/PartitionLog.ts"
+import type { Snapshot } from "../tiers/PartitionManifest.ts"
+import { RecordCache } from "../tiers/RecordCache.ts"
+import * as ResidentIndex from "../tiers/ResidentIndex.ts"
+import {
+  type IndexForm,
+  type IndexHits,
+  type IndexLost,
+  type IndexRecord,
+  type IndexSpec,
+  type PartitionIndex,
+  SnapshotUnreadable,
+  sketchRecordsMin,
+  VectorIndex
+} from "../tiers/VectorIndex.ts"
+import { WarmStore } from "../tiers/WarmStore.ts"
+import { ChangeFeed, type Position } from "./ChangeFeed.ts"
+import * as PartitionCaches from "./PartitionCaches.ts"
+import { changesAfter, changesOf } from "./PartitionChanges.ts"
+import * as PartitionWriter from "./PartitionWriter.ts"
+import * as SnapshotPolicy from "./SnapshotPolicy.ts"
+
+/** What is asked of a partition while it is resident. `IndexLost`: it no longer is. */
+export interface OpenPartition {
+  readonly collection: Collection
+  readonly search: (query: PartitionQuery) => Effect.Effect<PartitionHits, PartitionError | IndexLost>
+  readonly get: (ids: ReadonlyArray<string>) => Effect.Effect<ReadonlyArray<PartitionRecord | null>, IndexLost>
+  readonly stats: Effect.Effect<PartitionStats, IndexLost>
+  readonly writer: PartitionWriter.PartitionWriter
+  readonly changes: (from: Position) => Stream.Stream<Change, PartitionError | Compacted>
+}
+
+/** Key prefix of a partition's objects. */
+export const partitionPrefix = (uid: string, partition: number): string =>
+  `collections/${uid}/p${String(partition).padStart(3, "0")}`
+
+export interface OpenOptions {
+  /** Reads the snapshot's files whole and compares their checksums before anything is opened. */
+  readonly verify: boolean
+  /** Called when the partition cannot go on, or has to make room; closes the scope. `verify`: the next opening should. */
+  readonly letGo: (why: { readonly verify: boolean }) => Effect.Effect<void>
+}
+
+export class PartitionOpener extends Context.Service<
+  PartitionOpener,
+  {
+    readonly open: (
+      address: PartitionAddress,
+      collection: Collection,
+      options: OpenOptions
+    ) => Effect.Effect<OpenPartition, PartitionError, Scope.Scope>
+  }
+>()("ruvector/actors/PartitionOpener") {
+  static readonly layer = Layer.effect(
+    PartitionOpener,
+    Effect.gen(function* () {
+      // Just these: the scope has to be the caller's.
+      const services = Context.pick(
+        ObjectStore,
+        VectorIndex,
+        DataDirectory,
+        MemoryBudget,
+        AheadLog,
+        RecordCache,
+        WarmStore,
+        Settings
+      )(
+        yield* Effect.context<
+          ObjectStore | VectorIndex | DataDirectory | MemoryBudget | AheadLog | RecordCache | WarmStore | Settings
+        >()
+      )
+      // One at a time: each takes a vector thread's time from searches.
+      const promotions = yield* Semaphore.make(1)
+      return PartitionOpener.of({
+        open: (address, collection, options) =>
+          open(address, collection, options, promotions).pipe(
+            Effect.annotateLogs({ collection: address.collection, partition: address.partition }),
+            Effect.provideContext(services)
+          )
+      })
+    })
+  )
+}
+
+/** Log objects given to the thread ahead of what it has applied, while replaying. */
+const replayAhead = 8
+
+/** What a partition without a snapshot is counted as until it is measured. */
+const emptyBytes = 3 * 1_048_576
+
+/** What a snapshot's files become in memory, maps, strings and indexes of metadata included. */
+const fullFactor = 1.35
+const mappedFactor = 1.25
+
+const fullBytesOf = ({ records, graph }: Snapshot): number => (records.bytes + graph.bytes) * fullFactor
+const mappedBytesOf = (sketch: { readonly bytes: number }): number => sketch.bytes * mappedFactor + 1_048_576
+
+interface Opening {
+  readonly log: PartitionLog.PartitionLogHandle
+  readonly index: ResidentIndex.ResidentIndex
+}
+
+const open = Effect.fnUntraced(function* (
+  address: PartitionAddress,
+  collection: Collection,
+  options: OpenOptions,
+  promotions: Semaphore.Semaphore
+) {
+  const started = performance.now()
+  const settings = yield* Settings
+  const store = yield* ObjectStore
+  const vectors = yield* VectorIndex
+  const budget = yield* MemoryBudget
+  const { scratch } = yield* DataDirectory
+  const scope = yield* Effect.scope
+  const prefix = partitionPrefix(address.uid, address.partition)
+  const faults = faultsOf(address)
+  const spec: IndexSpec = {
+    dimensions: collection.dimensions,
+    metric: collection.metric,
+    m: collection.index.m,
+    efConstruction: collection.index.ef_construction
+  }
+
+  /** The form is open in the scope that this runs in; the files are needed only while it is opened. */
+  const openForm = (
+    log: PartitionLog.PartitionLogHandle,
+    snapshot: Snapshot | undefined,
+    form: IndexForm
+  ): Effect.Effect<PartitionIndex, OpenFault, Scope.Scope> =>
+    Effect.gen(function* () {
+      if (snapshot === undefined) return yield* vectors.open(spec, undefined)
+      const { sketch } = snapshot
+      const formScope = yield* Effect.scope
+      if (form === "mapped" && sketch !== undefined) {
+        return yield* Effect.scoped(
+          Effect.flatMap(
+            Effect.all([store.localPath(snapshot.records.key), store.localPath(sketch.key)], { concurrency: 2 }),
+            ([records, file]) => Scope.provide(vectors.openMapped(spec, { records, sketch: file }), formScope)
+          )
+        )
+      }
+      const fault = yield* log.verifySnapshot
+      if (fault !== undefined) return yield* new SnapshotUnreadable({ detail: fault })
+      return yield* Effect.scoped(
+        Effect.flatMap(
+          Effect.all([store.localPath(snapshot.records.key), store.localPath(snapshot.graph.key)], { concurrency: 2 }),
+          ([records, graph]) => Scope.provide(vectors.open(spec, { records, graph }), formScope)
+        )
+      )
+    })
+
+  /**
+   * Claims the log and opens the newest snapshot that can be opened. One that cannot be is given up for the one before it,
+   * for good; the log reaches back to that.
+   */
+  const openNewest = (passedOver: PassedOver | undefined): Effect.Effect<Opening, PartitionError, Scope.Scope> =>
+    Effect.gen(function* () {
+      const log = yield* PartitionLog.open(prefix, {
+        deferVerification: !options.verify,
+        ...(passedOver === undefined ? {} : { snapshotsBefore: passedOver.seq })
+      }).pipe(
+        Effect.provideService(ObjectStore, store),
+        Effect.mapError((error) =>
+          // The log says no more than that it was passed over.
+          error._tag === "LogCorrupt" && error.fault === "snapshot" && passedOver !== undefined
+            ? faults.corrupt(passedOver.object, passedOver.detail)
+            : faults.ofLog(error)
+        )
+      )
+      const { snapshot } = log
+      const attempt = Effect.fnUntraced(function* (form: IndexForm) {
+        const formScope = yield* Scope.fork(scope)
+        return yield* Scope.provide(openForm(log, snapshot, form), formScope).pipe(
+          Effect.onError((cause) => Scope.close(formScope, Exit.failCause(cause))),
+          Effect.map((form) => ({ form, formScope })),
+          Effect.result
+        )
+      })
+      let opened = yield* attempt(snapshot?.sketch === undefined ? "full" : "mapped")
+      if (snapshot?.sketch !== undefined && Result.isFailure(opened) && opened.failure._tag === "SnapshotUnreadable") {
+        yield* Effect.logWarning(`${snapshot.sketch.key} cannot be opened: ${opened.failure.detail}`)
+        opened = yield* attempt("full")
+      }
+      if (Result.isSuccess(opened)) {
+        return { log, index: yield* ResidentIndex.make(opened.success.form, opened.success.formScope) }
+      }
+      const error = opened.failure
+      if (error._tag !== "SnapshotUnreadable" || snapshot === undefined) return yield* faults.ofOpening(error, prefix)
+      yield* Effect.logWarning("A snapshot cannot be opened; the one before is", error.detail)
+      return yield* openNewest({ seq: snapshot.seq, object: snapshot.records.key, detail: error.detail })
+    })
+
+  // Held until what is resident has been measured.
+  const opening = yield* Scope.fork(scope)
+  const newest = yield* PartitionLog.peekSnapshot(prefix).pipe(Effect.catch(() => Effect.undefined))
+  const expected =
+    newest === undefined ? emptyBytes : newest.sketch === undefined ? fullBytesOf(newest) : mappedBytesOf(newest.sketch)
+  yield* Scope.provide(budget.reserve(expected), opening)
+  const { log, index } = yield* openNewest(undefined)
+
+  // Replay: handed to the thread as they are read, a bounded number ahead of what it has applied.
+  let replayed = 0
+  yield* log.tail.pipe(
+    Stream.mapEffect(
+      ({ bytes }) => Effect.tap(index.apply(bytes), ({ effects }) => Effect.sync(() => (replayed += effects.length))),
+      { concurrency: replayAhead }
+    ),
+    Stream.runDrain,
+    Effect.mapError((error) => (error._tag === "IndexLost" ? faults.lost(error) : faults.ofLog(error)))
+  )
+  const replayedStats = yield* Effect.mapError(index.stats, faults.lost)
+  const clock = new VersionClock(
+    settings.region,
+    replayedStats.maxTime,
+    replayedStats.counters.get(settings.region) ?? 0
+  )
+  const feed = new ChangeFeed(settings.changeBufferMax, { seq: log.lastSeq(), index: Number.MAX_SAFE_INTEGER })
+
+  const caches = yield* PartitionCaches.open(partitionId(address), log)
+  const writer: PartitionWriter.PartitionWriter = yield* PartitionWriter.make({
+    log,
+    index,
+    clock,
+    dimensions: collection.dimensions,
+    bounds: settings,
+    ...caches,
+    onApplied: (seq, ops, applied) => {
+      policy.applied(ops.length)
+      feed.publish(changesOf(seq, ops, applied))
+    },
+    onFatal: (error) =>
+      Effect.andThen(
+        Effect.logWarning(`Partition lets go: ${error._tag}`, error.detail),
+        // Not waited for from inside the scope that it closes.
+        Effect.asVoid(
+          Effect.forkDetach(options.letGo({ verify: error._tag === "IndexLost" && error.damaged === true }))
+        )
+      )
+  })
+  const policy = yield* SnapshotPolicy.make({
+    log,
+    index,
+    appliedSeq: writer.appliedSeq,
+    replayed,
+    scratch,
+    settings
+  })
+
+  let usedAt = Date.now()
+  let changedAt = 0
+  let { bytes, count } = replayedStats
+  let fullBytes = index.form() === "full" ? bytes : log.snapshot === undefined ? emptyBytes : fullBytesOf(log.snapshot)
+
+  const measure = Effect.ignore(
+    Effect.map(index.stats, (stats) => {
+      bytes = stats.bytes
+      count = stats.count
+      if (index.form() === "full") fullBytes = bytes
+    })
+  )
+
+  /** What follows the snapshot that a form is opened from. */
+  const logAfter = ({ seq }: Snapshot) =>
+    Stream.mapError(log.read(seq + 1), (error) => new SnapshotUnreadable({ detail: `the log after it: ${error._tag}` }))
+
+  const change = (form: IndexForm, snapshot: Snapshot) =>
+    index.change({ open: openForm(log, snapshot, form), log: logAfter(snapshot) }).pipe(
+      Effect.andThen(measure),
+      Effect.as(true),
+      Effect.catch((error) =>
+        Effect.as(
+          Effect.logWarning(`The partition stays ${index.form()}`, "detail" in error ? error.detail : error._tag),
+          false
+        )
+      ),
+      Effect.ensuring(Effect.sync(() => (changedAt = Date.now())))
+    )
+
+  const promote = Effect.suspend(() => {
+    const snapshot = log.newestSnapshot()
+    if (index.form() === "full" || index.changing() || snapshot === undefined) return Effect.succeed(false)
+    return promotions.withPermit(
+      budget.reserve(Math.max(0, fullBytes - bytes)).pipe(
+        Effect.andThen(Effect.suspend(() => change("full", snapshot))),
+        Effect.catch(() => Effect.succeed(false)),
+        Effect.scoped
+      )
+    )
+  })
+
+  const demote = Effect.gen(function* () {
+    if (index.form() === "mapped" || index.changing()) return false
+    yield* policy.snapshot
+    const snapshot = log.newestSnapshot()
+    if (snapshot?.sketch !== undefined) return yield* change("mapped", snapshot)
+    changedAt = Date.now()
+    return false
+  })
+
+  yield* budget.join({
+    partition: partitionId(address),
+    form: index.form,
+    bytes: () => bytes,
+    fullBytes: () => fullBytes,
+    mappedBytes: () => {
+      const sketch = log.newestSnapshot()?.sketch
+      if (sketch !== undefined) return mappedBytesOf(sketch)
+      return count >= sketchRecordsMin ? bytes / 8 : undefined
+    },
+    usedAt: () => usedAt,
+    changedAt: () => changedAt,
+    inFlight: index.inFlight,
+    measure,
+    promote,
+    demote,
+    passivate: options.letGo({ verify: false })
+  })
+  yield* Scope.close(opening, Exit.void)
+  if (index.form() === "mapped" && budget.fits(fullBytes)) yield* Effect.forkIn(promote, scope)
+
+  const search = (query: PartitionQuery): Effect.Effect<PartitionHits, PartitionError | IndexLost> => {
+    usedAt = Date.now()
+    if (query.vector.length !== collection.dimensions) {
+      return Effect.fail(
+        new InvalidInput({
+          field: "query",
+          expected: `${collection.dimensions} numbers`,
+          got: `${query.vector.length}`
+        })
+      )
+    }
+    return Effect.mapBoth(
+      index.search({
+        vector: query.vector,
+        k: query.k,
+        ef: Math.max(query.ef === 0 ? collection.index.ef_search : query.ef, query.k),
+        filter: query.filter === "" ? undefined : query.filter,
+        includeMetadata: query.includeMetadata,
+        includeVector: query.includeVector
+      }),
+      {
+        onSuccess: toHits,
+        onFailure: (error) =>
+          error._tag === "IndexBusy" ? new Overloaded({ bound: "threadPendingMax", retryAfterMillis: 100 }) : error
+      }
+    )
+  }
+
+  const get = (ids: ReadonlyArray<string>) => {
+    usedAt = Date.now()
+    return Effect.map(index.get(ids), (records) =>
+      records.map((record) => (record === undefined ? null : toRecord(record)))
+    )
+  }
+
+  const stats = Effect.map(
+    index.stats,
+    (now): PartitionStats => ({
+      count: now.count,
+      tombstones: now.tombstones,
+      bytes: now.bytes,
+      form: index.form(),
+      epoch: log.epoch,
+      last_seq: log.lastSeq(),
+      snapshot_seq: log.snapshotSeq(),
+      log_objects_cut: log.cut,
+      snapshots_refused: log.snapshotsRefused
+    })
+  )
+
+  yield* Effect.logInfo("Partition is resident", {
+    form: index.form(),
+    records: replayedStats.count,
+    replayed,
+    epoch: log.epoch,
+    millis: Math.round(performance.now() - started)
+  })
+  const opened: OpenPartition = {
+    collection,
+    search,
+    get,
+    stats,
+    writer: {
+      ...writer,
+      write: (...given) => {
+        usedAt = Date.now()
+        return budget.exhausted()
+          ? Effect.fail(new Overloaded({ bound: "budgetBytes", retryAfterMillis: 1_000 }))
+          : writer.write(...given)
+      }
+    },
+    changes: (from) => changesAfter(log, feed, from)
+  }
+  return opened
+})
+
+/** What can be wrong with opening a form. */
+type OpenFault = IndexLost | SnapshotUnreadable | StoreFailure | ObjectMissing
+
+/** A snapshot that could not be opened, and why. */
+interface PassedOver {
+  readonly seq: number
+  readonly object: string
+  readonly detail: string
+}
+
+const faultsOf = ({ collection, partition }: PartitionAddress) => {
+  const unavailable = (detail: string, retryAfterMillis = 500) =>
+    new PartitionUnavailable({ collection, partition, detail, retryAfterMillis })
+  const storage = (error: StoreFailure) => new StorageUnavailable({ detail: error.detail, retryAfterMillis: 1_000 })
+  const corrupt = (object: string, detail: string) => new PartitionCorrupt({ collection, partition, object, detail })
+  const lost = (error: IndexLost) => unavailable(`Its vector thread was lost (${error.detail}); it is being reopened.`)
+  return {
+    corrupt,
+    lost,
+    ofLog: (
+      error: PartitionLog.LogCorrupt | PartitionLog.NewerFormat | PartitionLog.NotOwner | StoreFailure
+    ): PartitionError => {
+      switch (error._tag) {
+        case "LogCorrupt":
+          return corrupt(error.object, error.detail)
+        case "StoreFailure":
+          return storage(error)
+        case "NewerFormat":
+        case "NotOwner":
+          return unavailable(error.message, 5_000)
+      }
+    },
+    ofOpening: (error: OpenFault, prefix: string): PartitionError => {
+      switch (error._tag) {
+        case "IndexLost":
+          return lost(error)
+        case "StoreFailure":
+          return storage(error)
+        case "ObjectMissing":
+          // Pruned by an owner that came after this one.
+          return unavailable("Another node owns it now.")
+        case "SnapshotUnreadable":
+          return corrupt(prefix, error.detail)
+      }
+    }
+  }
+}
+
+const toHits = (hits: IndexHits): PartitionHits => ({
+  ids: hits.ids,
+  scores: hits.scores,
+  ...(hits.metadata === undefined ? {} : { metadata: hits.metadata }),
+  ...(hits.vectors === undefined ? {} : { vectors: hits.vectors })
+})
+
+const toRecord = (record: IndexRecord): PartitionRecord => ({
+  id: record.id,
+  vector: record.vector,
+  metadata: record.metadata,
+  version: formatVersion(record.version)
+})
