@@ -17,10 +17,18 @@ export interface ServerProcess {
 
 const main = new URL("../../src/main.ts", import.meta.url).pathname
 
-/** Starts `serve` on a free port of 127.0.0.1 and waits until it says where. Rejects with its output if it ends before. */
-export const startServer = (data: string, flags: ReadonlyArray<string> = []): Promise<ServerProcess> =>
+/**
+ * Starts `serve` on a free port of 127.0.0.1 and waits until it says where. Rejects with its output if it ends before.
+ * `entry` is another program than `main.ts`, which can be sent messages.
+ */
+export const startServer = (
+  data: string,
+  flags: ReadonlyArray<string> = [],
+  entry?: string,
+  environment: Record<string, string> = {}
+): Promise<ServerProcess> =>
   new Promise((resolve, reject) => {
-    const child = spawnServe(["--port", "0", "--data", data, ...flags])
+    const child = spawnServe(["--port", "0", "--data", data, ...flags], environment, entry)
     const exited = new Promise<number | NodeJS.Signals>((done) => {
       child.once("exit", (code, signal) => done(code ?? signal ?? 1))
     })
@@ -70,10 +78,10 @@ process.on("exit", () => {
   for (const child of children) child.kill("SIGKILL")
 })
 
-const spawnServe = (words: ReadonlyArray<string>, environment: Record<string, string> = {}) => {
+const spawnServe = (words: ReadonlyArray<string>, environment: Record<string, string> = {}, entry?: string) => {
   const { PORT: _, ...inherited } = process.env
-  const child = spawn(process.execPath, [main, "serve", ...words], {
-    stdio: ["ignore", "pipe", "pipe"],
+  const child = spawn(process.execPath, [entry ?? main, "serve", ...words], {
+    stdio: entry === undefined ? ["ignore", "pipe", "pipe"] : ["ignore", "pipe", "pipe", "ipc"],
     env: { ...inherited, ...environment }
   })
   children.add(child)
