@@ -38,6 +38,11 @@ export interface PartitionWriter {
   ) => Effect.Effect<{ readonly metadata: string; readonly version: string } | undefined, WriteError>
   /** Sequence number of the last log object handed to the index. */
   readonly appliedSeq: () => number
+  /**
+   * Changes with whatever a search can see, before the writer of the change is answered: the epoch and the last log object.
+   * `undefined` while one is being applied, when a search sees some state in between.
+   */
+  readonly revision: () => string | undefined
 }
 
 interface Pending {
@@ -86,6 +91,8 @@ export const make = (options: {
     let queuedBytes = 0
     let backlogBytes = 0
     let appliedSeq = log.lastSeq()
+    let visibleSeq = appliedSeq
+    let revision = `${log.epoch}.${visibleSeq}`
     let fatal: Fatal | undefined
     let news = Deferred.makeUnsafe<void>()
     let room = Deferred.makeUnsafe<void>()
@@ -153,7 +160,11 @@ export const make = (options: {
           Effect.flatMap(previous === undefined ? Effect.void : Fiber.await(previous), () => {
             backlogBytes -= bytes.length
             Deferred.doneUnsafe(room, Effect.void)
-            if (Result.isSuccess(outcome)) options.onApplied(seq, ops, outcome.success)
+            if (Result.isSuccess(outcome)) {
+              visibleSeq = seq
+              revision = `${log.epoch}.${seq}`
+              options.onApplied(seq, ops, outcome.success)
+            }
             complete(outcome)
             return Result.isSuccess(outcome) ? Effect.void : stop(outcome.failure, [])
           })
@@ -312,7 +323,8 @@ export const make = (options: {
           submit({ drafts: [], patch: { id, fields }, bytes: patchBytes, done: Deferred.makeUnsafe() }),
           ({ patched }) => patched
         ),
-      appliedSeq: () => appliedSeq
+      appliedSeq: () => appliedSeq,
+      revision: () => (fatal === undefined && visibleSeq === appliedSeq ? revision : undefined)
     }
   })
 

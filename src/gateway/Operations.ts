@@ -4,6 +4,7 @@ import { Context, Effect, Metric } from "effect"
 import { HttpRouter, HttpServerResponse } from "effect/http"
 import { PrometheusMetrics } from "effect/observability"
 import { LocalActors } from "../shards/LocalActors.ts"
+import { ResultCache } from "../shards/ResultCache.ts"
 import { VectorIndex } from "../tiers/VectorIndex.ts"
 import { Readiness } from "./Readiness.ts"
 import { Sessions } from "./Sessions.ts"
@@ -35,6 +36,7 @@ export const layer = HttpRouter.use(
     const local = yield* LocalActors
     const sessions = yield* Sessions
     const vectors = yield* VectorIndex
+    const results = yield* ResultCache
     const delay = monitorEventLoopDelay({ resolution: 20 })
     delay.enable()
     yield* Effect.addFinalizer(() => Effect.sync(() => delay.disable()))
@@ -70,6 +72,7 @@ export const layer = HttpRouter.use(
           gauges.threadRestarts,
           threads.reduce((sum, thread) => sum + thread.restarts, 0)
         )
+        results.report()
         const memory = process.memoryUsage()
         set(gauges.rssBytes, memory.rss)
         set(gauges.heapBytes, memory.heapUsed)
