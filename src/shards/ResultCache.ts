@@ -76,6 +76,8 @@ export class ResultCache extends Context.Service<
     readonly seen: (key: ResultKey) => boolean
     /** Forgets what a deleted collection's searches left. */
     readonly dropCollection: (uid: string) => void
+    /** Gives up about so many bytes, of what was used longest ago. */
+    readonly shrink: (bytes: number) => void
     readonly bytes: () => number
     readonly entries: () => number
     /** Brings the metrics up to date. */
@@ -101,6 +103,13 @@ export const make = (budget: number): ResultCache["Service"] => {
   const drop = (entry: Entry) => {
     kept.delete(entry.key.hash)
     bytes -= entry.bytes
+  }
+
+  const dropTo = (target: number) => {
+    for (const entry of kept.values()) {
+      if (bytes <= target) return
+      drop(entry)
+    }
   }
 
   return ResultCache.of({
@@ -133,10 +142,7 @@ export const make = (budget: number): ResultCache["Service"] => {
         bytes: size
       })
       bytes += size
-      for (const entry of kept.values()) {
-        if (bytes <= budget) break
-        drop(entry)
-      }
+      dropTo(budget)
     },
     seen: ({ hash }) => {
       // Emptied now and then, so that "before" means lately.
@@ -152,6 +158,7 @@ export const make = (budget: number): ResultCache["Service"] => {
     dropCollection: (uid) => {
       for (const entry of kept.values()) if (entry.key.uid === uid) drop(entry)
     },
+    shrink: (given) => dropTo(Math.max(0, bytes - given)),
     bytes: () => bytes,
     entries: () => kept.size,
     report: () => {

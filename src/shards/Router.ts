@@ -5,7 +5,7 @@
  * A partition resident in this process is asked directly; any other through its entity. A search waits no longer than its
  * deadline: partitions that are late or gone are named in the answer, and only if none answered does it fail.
  */
-import { Context, Effect, Exit, type Fiber, Layer, Option } from "effect"
+import { Context, Effect, Exit, type Fiber, Layer, Option, Result } from "effect"
 import type { ClusterError } from "effect/cluster"
 import { Settings } from "../config.ts"
 import * as Catalog from "../protocol/Catalog.ts"
@@ -157,11 +157,11 @@ export class Router extends Context.Service<
 
         const deleteCollection = Effect.fn("Router.deleteCollection")(function* (name: string) {
           const before = known.get(name)
-          if (before !== undefined) results.dropCollection(before.uid)
           known.delete(name)
           yield* catalog
             .Delete({ name })
             .pipe(Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)))
+          if (before !== undefined) results.dropCollection(before.uid)
           known.delete(name)
         })
 
@@ -458,19 +458,25 @@ export class Router extends Context.Service<
             })
           })
 
-        /** Waits for another's search; what comes of it that is not a whole answer in time is that one's, not this one's. */
-        const share = (flight: Flight, of: Collection, query: SessionQuery, started: number) =>
-          within(land(flight), deadlineOf(query)).pipe(
-            Effect.map((answer) => (answer.missing.length === 0 ? answer : undefined)),
-            Effect.catch((error) =>
-              error._tag === "DeadlineExceeded" && performance.now() - started >= deadlineOf(query)
-                ? Effect.fail(error)
-                : Effect.undefined
-            ),
-            Effect.flatMap((answer) =>
-              answer === undefined ? compute(of, query, started) : Effect.succeed(answerOf(answer, query, started))
-            )
-          )
+        /**
+         * Waits for another's search. What comes of it that is not a whole answer is that one's, not this one's: then the
+         * partitions are asked, for as long as is left.
+         */
+        const share = Effect.fnUntraced(function* (
+          flight: Flight,
+          of: Collection,
+          query: SessionQuery,
+          started: number
+        ) {
+          const deadlineMillis = deadlineOf(query)
+          const shared = yield* Effect.result(within(land(flight), deadlineMillis))
+          if (Result.isSuccess(shared) && shared.success.missing.length === 0) {
+            return answerOf(shared.success, query, started)
+          }
+          const left = Math.floor(deadlineMillis - (performance.now() - started))
+          if (left < 1) return yield* new DeadlineExceeded({ deadlineMillis })
+          return yield* compute(of, { ...query, deadlineMillis: left }, started)
+        })
 
         /** From the cache, from a search under way, or from the partitions. */
         const find = (of: Collection, query: SessionQuery, byUrl: boolean): Effect.Effect<UrlAnswer, ApiError> => {
