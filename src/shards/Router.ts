@@ -498,9 +498,15 @@ export class Router extends Context.Service<
           // Noted for a URL too, so that what was asked there is known elsewhere.
           if (!results.seen(key) && !byUrl) return exact(of, undefined, compute(of, query, started))
           const flight = flights.get(key.hash)
-          if (flight === undefined) return exact(of, at, land(takeOff(key, of, query, started)))
-          const same = sameQuery(flight.key, key) && flight.key.revision === at
-          return exact(of, at, same ? share(flight, of, query, started) : compute(of, query, started))
+          if (flight !== undefined && sameQuery(flight.key, key) && flight.key.revision === at) {
+            return exact(of, at, share(flight, of, query, started))
+          }
+          // Takes the place of one from before a write: nobody who comes now may wait for that.
+          return exact(
+            of,
+            at,
+            Effect.suspend(() => land(takeOff(key, of, query, started)))
+          )
         }
 
         /** An answer is of a revision where that was the same before and after. */
