@@ -33,10 +33,10 @@ const gauges = {
 export const layer = HttpRouter.use(
   Effect.fnUntraced(function* (router) {
     const readiness = yield* Readiness
+    const results = yield* ResultCache
     const local = yield* LocalActors
     const sessions = yield* Sessions
     const vectors = yield* VectorIndex
-    const results = yield* ResultCache
     const delay = monitorEventLoopDelay({ resolution: 20 })
     delay.enable()
     yield* Effect.addFinalizer(() => Effect.sync(() => delay.disable()))
@@ -58,6 +58,7 @@ export const layer = HttpRouter.use(
       "GET",
       "/metrics",
       Effect.gen(function* () {
+        results.report()
         const threads = yield* vectors.threads
         const set = (metric: Metric.Gauge<number>, value: number) => metric.updateUnsafe(value, context)
         set(gauges.residentPartitions, local.partitions.size)
@@ -72,7 +73,6 @@ export const layer = HttpRouter.use(
           gauges.threadRestarts,
           threads.reduce((sum, thread) => sum + thread.restarts, 0)
         )
-        results.report()
         const memory = process.memoryUsage()
         set(gauges.rssBytes, memory.rss)
         set(gauges.heapBytes, memory.heapUsed)
