@@ -162,6 +162,24 @@ export const settings = {
   searchDeadlineMillis: integer("deadline of a search that names none", "ms", 10_000, 1, 60_000),
   activationDeadlineMillis: integer("wait for a partition to become resident", "ms", 120_000, 100, 3_600_000),
 
+  // Caching
+  httpCache: choice("who may cache answers to GET: shared caches too, the client alone, or nobody", "public", [
+    "public",
+    "private",
+    "off"
+  ]),
+  embedCacheSeconds: integer("that a vector read by GET may be cached", "s", 300, 0, 86_400),
+  searchCacheSeconds: integer("that a search by GET may be cached", "s", 30, 0, 86_400),
+  notFoundCacheSeconds: integer("that a 404 of those may be cached", "s", 60, 0, 86_400),
+  resultCacheBytes: integer(
+    "of answers kept until their collection changes; 0: none",
+    "bytes",
+    32 * mebibyte,
+    0,
+    4_096 * mebibyte
+  ),
+  resultStoreSeconds: integer("that the warm tier keeps the answer of a search by GET", "s", 300, 1, 86_400),
+
   // Actors
   partitionIdleMillis: integer("quiet time after which a partition is passivated; 0: never", "ms", 0, 0, 86_400_000),
   sessionIdleMillis: integer("quiet time after which a session is passivated", "ms", 30_000, 5_000, 86_400_000),

@@ -13,8 +13,10 @@ import { Readiness } from "./gateway/Readiness.ts"
 import { Sessions } from "./gateway/Sessions.ts"
 import { toProblem } from "./protocol/Errors.ts"
 import { defaultCollection } from "./protocol/Fields.ts"
+import { CacheEvents } from "./shards/CacheEvents.ts"
 import * as Cluster from "./shards/Cluster.ts"
 import { LocalActors } from "./shards/LocalActors.ts"
+import { ResultCache } from "./shards/ResultCache.ts"
 import { Router } from "./shards/Router.ts"
 import * as Caches from "./tiers/Caches.ts"
 import { DataDirectory } from "./tiers/DataDirectory.ts"
@@ -28,6 +30,8 @@ export { defaultSettings, Settings, type SettingValues } from "./config.ts"
 export { HttpGateway } from "./gateway/HttpGateway.ts"
 export { Readiness } from "./gateway/Readiness.ts"
 export { RuvectorRpcs } from "./protocol/Rpcs.ts"
+export { CacheEvents, type CacheInvalidated } from "./shards/CacheEvents.ts"
+export { ResultStore } from "./shards/ResultStore.ts"
 export { Router } from "./shards/Router.ts"
 
 /** The wires over the actors, on one port. Closed first: it drains before the actors below it stop. */
@@ -36,7 +40,7 @@ const wires = HttpGateway.layer.pipe(Layer.provideMerge(Sessions.layer), Layer.p
 /** The actors of one process. They stop, and snapshot what they hold, before the threads and the store they rest on. */
 export const actors = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.layer, StreamSessionActor.layer).pipe(
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
-  Layer.provideMerge(LocalActors.layer),
+  Layer.provideMerge(Layer.mergeAll(LocalActors.layer, ResultCache.layer, CacheEvents.layer)),
   Layer.provideMerge(Cluster.layerSingle),
   Layer.provideMerge(MemoryBudget.layer),
   Layer.provideMerge(Caches.layer),

@@ -9,7 +9,7 @@ import { randomBytes } from "node:crypto"
 import { Duration, Effect, Schema, Semaphore } from "effect"
 import { Settings } from "../config.ts"
 import { Catalog } from "../protocol/Catalog.ts"
-import { Collection, type CollectionRequest } from "../protocol/Collection.ts"
+import { Collection, type CollectionRequest, cacheStateAt } from "../protocol/Collection.ts"
 import {
   CollectionConflict,
   CollectionNotFound,
@@ -18,7 +18,7 @@ import {
   StorageUnavailable
 } from "../protocol/Errors.ts"
 import { IndexPartition, partitionId } from "../protocol/IndexPartition.ts"
-import { collectionsMax } from "../protocol/Limits.ts"
+import { collectionsMax, invalidationsPendingMax } from "../protocol/Limits.ts"
 import { ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
 
 const catalogueKey = "catalog"
@@ -153,6 +153,27 @@ export const layer = Catalog.toLayer(
           : Effect.succeed(collection)
       })
 
+    const invalidate = Effect.fn("Catalog.invalidate")(function* (name: string, noticeMillis: number) {
+      const there = yield* find(name)
+      const { catalogue, etag } = yield* read
+      const now = Date.now()
+      const { generation, pending_ms } = cacheStateAt(there, now)
+      if (noticeMillis > 0 && pending_ms.length >= invalidationsPendingMax) {
+        const retryAfterMillis = Math.min(...pending_ms) - now
+        return yield* new Overloaded({ bound: "invalidationsPendingMax", retryAfterMillis })
+      }
+      const collection: Collection = {
+        ...there,
+        cache:
+          noticeMillis === 0
+            ? { generation: generation + 1, pending_ms }
+            : { generation, pending_ms: [...pending_ms, now + noticeMillis] }
+      }
+      const collections = catalogue.collections.map((one) => (one.uid === collection.uid ? collection : one))
+      yield* write({ ...catalogue, collections }, etag)
+      return { collection, effective_ms: now + noticeMillis }
+    })
+
     const remove = Effect.fn("Catalog.remove")(function* (name: string) {
       const collection = yield* find(name)
       const { catalogue, etag } = yield* read
@@ -172,6 +193,7 @@ export const layer = Catalog.toLayer(
       Create: ({ payload }) => gate.withPermit(create(payload.name, payload.request)),
       Read: ({ payload }) => find(payload.name),
       List: () => Effect.map(read, ({ catalogue }) => catalogue.collections),
+      Invalidate: ({ payload }) => gate.withPermit(invalidate(payload.name, payload.notice_ms)),
       Delete: ({ payload }) => gate.withPermit(remove(payload.name))
     })
   }),

@@ -163,7 +163,8 @@ const makePartition = Effect.gen(function* () {
           const of = exit.value
           const here = {
             search: (query: PartitionQuery) => again(of, of.search(query), (next) => next.search(query)),
-            get: (ids: ReadonlyArray<string>) => again(of, of.get(ids), (next) => next.get(ids))
+            get: (ids: ReadonlyArray<string>) => again(of, of.get(ids), (next) => next.get(ids)),
+            revision: of.writer.revision
           }
           yield* Scope.provide(local.registerPartition(entityId, here), scope)
         } else {

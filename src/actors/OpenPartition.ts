@@ -416,6 +416,11 @@ const open = Effect.fnUntraced(function* (
     stats,
     writer: {
       ...writer,
+      // Another form may find others.
+      revision: () => {
+        const revision = writer.revision()
+        return revision === undefined ? undefined : `${revision}.${index.form()}`
+      },
       write: (...given) => {
         usedAt = Date.now()
         return budget.exhausted()

@@ -62,6 +62,11 @@ export interface PartitionWriter {
   readonly appliedSeq: () => number
   /** Operations that are visible and not yet in the log. */
   readonly uncommitted: () => number
+  /**
+   * Changes with whatever a search can see, before the writer of the change is answered: the epoch, and what has been applied
+   * in it. `undefined` while something is being applied, when a search sees some state in between.
+   */
+  readonly revision: () => string | undefined
 }
 
 interface Pending {
@@ -139,6 +144,9 @@ export const make = (
     let queuedBytes = 0
     let backlogBytes = 0
     let appliedSeq = log.lastSeq()
+    /** Segments handed to the index, and those that it has applied. */
+    let begun = 0
+    let visible = 0
     let fatal: Fatal | undefined
     let news = Deferred.makeUnsafe<void>()
     let room = Deferred.makeUnsafe<void>()
@@ -218,6 +226,16 @@ export const make = (
       for (const pending of group) Deferred.doneUnsafe(pending.done, Effect.fail(error))
     }
 
+    const apply = (segment: Uint8Array): Effect.Effect<Applied, IndexLost> =>
+      Effect.suspend(() => {
+        begun += 1
+        return Effect.tap(index.apply(segment), () =>
+          Effect.sync(() => {
+            visible += 1
+          })
+        )
+      })
+
     /**
      * Hands a committed group to the index, at once: the index keeps the order in which it is asked. `complete` is called in
      * log order, with what applying did or with why it did not.
@@ -231,7 +249,7 @@ export const make = (
       appliedSeq = seq
       backlogBytes += bytes.length
       const previous = lastApply
-      lastApply = yield* Effect.result(index.apply(bytes)).pipe(
+      lastApply = yield* Effect.result(apply(bytes)).pipe(
         Effect.flatMap((outcome) =>
           Effect.flatMap(previous === undefined ? Effect.void : Fiber.await(previous), () => {
             backlogBytes -= bytes.length
@@ -265,7 +283,7 @@ export const make = (
       queuedBytes += bytes
       queue.push(early)
       const previous = lastEarly
-      lastEarly = yield* Effect.result(index.apply(segment)).pipe(
+      lastEarly = yield* Effect.result(apply(segment)).pipe(
         Effect.flatMap((outcome) =>
           Effect.flatMap(previous === undefined ? Effect.void : Fiber.await(previous), () => {
             backlogBytes -= bytes
@@ -537,7 +555,7 @@ export const make = (
         }
         const { ops } = decoded.success
         for (const { version } of ops) clock.observe(version)
-        const applied = yield* Effect.result(index.apply(encodeSegment(decoded.success, ops)))
+        const applied = yield* Effect.result(apply(encodeSegment(decoded.success, ops)))
         if (Result.isFailure(applied)) return yield* stop(applied.failure, [])
         // What had no effect is in the log already, or is older than what is.
         const fresh = ops.filter((_, i) => applied.success.effects[i] !== 0)
@@ -634,7 +652,8 @@ export const make = (
           ({ patched }) => patched
         ),
       appliedSeq: () => appliedSeq,
-      uncommitted: () => uncommitted
+      uncommitted: () => uncommitted,
+      revision: () => (fatal === undefined && begun === visible ? `${log.epoch}.${visible}` : undefined)
     }
   })
 

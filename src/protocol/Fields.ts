@@ -151,6 +151,7 @@ export const K = integer(1, Limits.kMax)
 export const Ef = integer(1, Limits.efMax)
 export const HnswM = integer(2, 128)
 export const HnswEfConstruction = integer(8, 2_000)
+export const NoticeMillis = integer(0, Limits.noticeMillisMax)
 export const DeadlineMillis = integer(1, Limits.deadlineMillisMax)
 
 /** A label given by a client: a request's id, a session's. Printable, bounded. */

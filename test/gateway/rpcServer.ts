@@ -183,6 +183,16 @@ const mapRouter = (seen: Seen): Router["Service"] => {
       records.set(id, { ...record, metadata, version })
       return { metadata, version }
     }),
+    searchByUrl: (query) =>
+      Effect.map(Effect.zip(search(query), find(query.collection)), ([answer, { collection }]) => ({
+        answer,
+        collection,
+        revision: undefined,
+        cached: false
+      })),
+    revision: () => undefined,
+    invalidate: (name, { scope }) =>
+      Effect.map(find(name), () => ({ collection: name, scope, generation: 0, effective_ms: 0, tags: [] })),
     remove: (name, ids) => Effect.map(find(name), ({ records }) => ids.filter((id) => records.delete(id)).length),
     search: (query) =>
       Effect.suspend(() => {
