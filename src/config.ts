@@ -60,6 +60,9 @@ const text = (description: string, value: string, bound: string, pattern: RegExp
 
 const mebibyte = 1_048_576
 
+/** Empty, or a URL of Redis, in the clear or by TLS. */
+const redisPattern = /^(?:|rediss?:\/\/\S{1,2000})$/
+
 export const settings = {
   // Where and what
   port: integer("TCP port to listen on; 0 takes a free one", "", 8080, 0, 65_535),
@@ -168,6 +171,28 @@ export const settings = {
   tierSubscribersMax: integer("subscribers to tier events", "subscribers", 64, 1, 10_000),
   warmBatchRecords: integer("records of one batch while warming", "records", 256, 1, 10_000),
   warmsMax: integer("warmings under way on this node", "warmings", 2, 1, 64),
+
+  // Caches of records, and Redis
+  recordCacheBytes: integer("records cached on the main thread; 0: none", "bytes", 64 * mebibyte, 0, 65_536 * mebibyte),
+  redisUrl: text(
+    "Redis of the warm tier; empty: the warm tier is in memory",
+    "",
+    "redis://.. or rediss://..",
+    redisPattern
+  ),
+  redisPrefix: text("what the names of keys in Redis begin with", "rv", "1-32 of a-z 0-9 -", regionPattern),
+  redisTimeoutMillis: integer("wait for an answer of Redis, then go on without it", "ms", 250, 5, 60_000),
+  redisPoolMax: integer("connections for commands that block", "connections", 8, 1, 1_024),
+  warmTtlMillis: integer("time a record stays in the warm tier after its last use", "ms", 3_600_000, 100, 604_800_000),
+  warmBytesMax: integer("warm tier where it is in memory; 0: none", "bytes", 64 * mebibyte, 0, 65_536 * mebibyte),
+  warmWriteBytesMax: integer(
+    "writes acknowledged as warm and not yet in the log, a partition",
+    "bytes",
+    16 * mebibyte,
+    65_536,
+    1_024 * mebibyte
+  ),
+  warmWriteMillis: integer("and the time Redis keeps them", "ms", 86_400_000, 60_000, 604_800_000),
 
   // Wires
   maxBodyBytes: integer("bytes of a request body", "bytes", 32 * mebibyte, 1_024, 1_024 * mebibyte),
