@@ -189,6 +189,38 @@ export const settings = {
   sessionsMax: integer("sessions on this node", "sessions", 200_000, 1, 10_000_000),
   residentEntitiesMax: integer("actors resident on this node", "actors", 300_000, 1_000, 10_000_000),
 
+  // Tiers: what is read, and what is promoted for it
+  accessSketchWidth: integer(
+    "counters in each row of the record frequency sketch",
+    "counters",
+    65_536,
+    256,
+    16_777_216
+  ),
+  accessTopRecords: integer("records read most that are known by name, a window", "records", 10_000, 100, 100_000),
+  accessPastHours: integer("hours whose most read records are remembered", "h", 48, 1, 168),
+  accessHalfLifeMillis: integer("after which a record's reads count half", "ms", 1_800_000, 60_000, 86_400_000),
+  accessPartitionsMax: integer("partitions whose heat is known", "partitions", 65_536, 1_024, 10_000_000),
+  heatHalfLifeMillis: integer("after which a partition's reads count half", "ms", 300_000, 1_000, 86_400_000),
+  promoteAccesses: integer("reads in five minutes that promote a record to the warm tier", "reads", 3, 1, 1_000_000),
+  trendAccesses: integer("least reads in a minute of a record that trends", "reads", 20, 5, 1_000_000),
+  trendRatio: integer("rise in its share of reads from which on a record trends", "times", 3, 2, 1_000),
+  tierTickMillis: integer("between two looks at what to promote and demote", "ms", 5_000, 100, 600_000),
+  tierMovesPerMinute: integer("partitions promoted and demoted", "moves a minute", 12, 1, 10_000),
+  tierResidenceMillis: integer(
+    "a partition keeps its form before it is demoted for another",
+    "ms",
+    60_000,
+    0,
+    86_400_000
+  ),
+  tierHysteresisPercent: integer("heat a byte of a partition over that of those it displaces", "%", 150, 100, 10_000),
+  tierHeatMin: integer("least heat of a partition that is promoted", "reads a minute", 6, 0, 1_000_000),
+  tierEventsMax: integer("tier events waiting for a subscriber that does not read", "events", 1_024, 16, 65_536),
+  tierSubscribersMax: integer("subscribers to tier events", "subscribers", 64, 1, 10_000),
+  warmBatchRecords: integer("records of one batch while warming", "records", 256, 1, 10_000),
+  warmsMax: integer("warmings under way on this node", "warmings", 2, 1, 64),
+
   // Caches of records, and Redis
   recordCacheBytes: integer("records cached on the main thread; 0: none", "bytes", 64 * mebibyte, 0, 65_536 * mebibyte),
   redisUrl: text(

@@ -343,6 +343,8 @@ const open = Effect.fnUntraced(function* (
     },
     usedAt: () => usedAt,
     changedAt: () => changedAt,
+    changing: index.changing,
+    hasFull: true,
     inFlight: index.inFlight,
     measure,
     promote,

@@ -59,3 +59,6 @@ export const invalidationsPendingMax = 16
 
 /** Milliseconds of notice of an invalidation. */
 export const noticeMillisMax = 300_000
+
+/** Records of one warming. */
+export const warmRecordsMax = 100_000

@@ -14,8 +14,8 @@ export class ResultStore extends Context.Service<
   }
 >()("ruvector/shards/ResultStore") {}
 
-/** `result/<uid>/<SHA-256 of everything the answer depends on>`. */
-export const storeKey = (key: ResultKey): string => `result/${key.uid}/${fingerprint(key)}`
+/** `<uid>/<SHA-256 of everything the answer depends on>`. */
+export const storeKey = (key: ResultKey): string => `${key.uid}/${fingerprint(key)}`
 
 /** 256 bits of everything an answer depends on, base64url. */
 export const fingerprint = (key: ResultKey): string => {

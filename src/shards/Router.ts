@@ -40,6 +40,7 @@ import {
 } from "../protocol/IndexPartition.ts"
 import { answerComponentsMax } from "../protocol/Limits.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
+import { AccessLog } from "../tiers/AccessLog.ts"
 import { RecordCache } from "../tiers/RecordCache.ts"
 import { WarmStore } from "../tiers/WarmStore.ts"
 import { CacheEvents } from "./CacheEvents.ts"
@@ -64,6 +65,10 @@ export interface UrlAnswer {
   readonly revision: string | undefined
   readonly cached: boolean
 }
+
+/** The nearest results of a search count as read, a quarter each: that costs some 2 us a search. */
+const touchedResults = 3
+const touchedResultWeight = 0.25
 
 export class Router extends Context.Service<
   Router,
@@ -115,6 +120,7 @@ export class Router extends Context.Service<
       Effect.gen(function* () {
         const settings = yield* Settings
         const local = yield* LocalActors
+        const access = yield* AccessLog
         const cache = yield* RecordCache
         const warm = yield* WarmStore
         const scope = yield* Effect.scope
@@ -170,6 +176,7 @@ export class Router extends Context.Service<
           known.delete(name)
           if (Option.isSome(before)) {
             results.dropCollection(before.value.uid)
+            access.dropCollection(before.value.uid)
             cache.dropCollection(before.value.uid)
             yield* warm.drop(before.value.uid)
           }
@@ -191,7 +198,18 @@ export class Router extends Context.Service<
             })
           })
 
-        const idOf = (of: Collection, partition: number) => partitionId({ collection: of.name, uid: of.uid, partition })
+        /** Made once: as keys of maps, texts that are made anew have to be hashed anew. */
+        const entityIds = new WeakMap<Collection, ReadonlyArray<string>>()
+        const idOf = (of: Collection, partition: number): string => {
+          let ids = entityIds.get(of)
+          if (ids === undefined) {
+            ids = Array.from({ length: of.partitions }, (_, n) =>
+              partitionId({ collection: of.name, uid: of.uid, partition: n })
+            )
+            entityIds.set(of, ids)
+          }
+          return ids[partition] as string
+        }
 
         /** Runs with the collection, and once more with a fresh reading of it where the one at hand was out of date. */
         const withCollection = <A, E>(
@@ -290,12 +308,18 @@ export class Router extends Context.Service<
           const partition = partitionOf(id, of.partitions)
           const entityId = idOf(of, partition)
           const cached = cache.get(entityId, id)
-          if (cached !== undefined) return Effect.succeed(cached)
+          if (cached !== undefined) {
+            access.touchRecord(entityId, id)
+            return Effect.succeed(cached)
+          }
+          // A partition's heat is of what it was asked itself.
+          access.touchPartition(entityId)
           const tickets = { cache: cache.ticket(), warm: warm.ticket() }
           const resident = local.partitions.get(entityId)
           if (resident !== undefined) return Effect.tap(firstOf(resident.get([id])), keep(entityId, tickets))
           return Effect.flatMap(firstOf(warm.getRecords(entityId, [id])), (record) => {
             if (record !== null) {
+              access.touchRecord(entityId, id)
               cache.put(entityId, record, tickets.cache)
               return Effect.succeed(record)
             }
@@ -310,7 +334,9 @@ export class Router extends Context.Service<
         const keep =
           (entityId: string, tickets: { readonly cache: number; readonly warm: number }) =>
           (record: PartitionRecord | null): Effect.Effect<unknown> => {
-            if (record === null || !local.partitions.has(entityId)) return Effect.void
+            if (record === null) return Effect.void
+            access.touchRecord(entityId, record.id)
+            if (!local.partitions.has(entityId)) return Effect.void
             cache.put(entityId, record, tickets.cache)
             // Nobody waits for it; how much is on its way at once is the warm tier's to bound.
             return Effect.forkIn(warm.putRecords(entityId, [record], tickets.warm), scope)
@@ -348,6 +374,7 @@ export class Router extends Context.Service<
           query: PartitionQuery
         ): Effect.Effect<PartitionHits, PartitionError> => {
           const entityId = idOf(of, partition)
+          access.touchPartition(entityId)
           const resident = local.partitions.get(entityId)
           if (resident !== undefined) return resident.search(query)
           return delivered(of, partition, partitionClient(entityId).Search(query))
@@ -437,6 +464,10 @@ export class Router extends Context.Service<
             vector = record.vector
           }
           const { hits, missing } = yield* scatter(of, query, vector, deadlineOf(query))
+          for (let i = 0; i < hits.ids.length && i < touchedResults; i++) {
+            const id = hits.ids[i] as string
+            access.touchRecord(idOf(of, partitionOf(id, of.partitions)), id, touchedResultWeight)
+          }
           return {
             queryId: query.queryId,
             ...hits,

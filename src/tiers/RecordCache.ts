@@ -22,6 +22,8 @@ export class RecordCache extends Context.Service<
     readonly dropPartition: (partition: string) => void
     readonly dropCollection: (uid: string) => void
     readonly bytes: () => number
+    /** Gives up about so many bytes, what was used longest ago first. */
+    readonly shrink: (bytes: number) => void
     readonly count: () => number
     readonly hits: () => number
     readonly misses: () => number
@@ -104,6 +106,10 @@ export class RecordCache extends Context.Service<
           ledger.invalidateAll()
         },
         bytes: () => bytes,
+        shrink: (given) => {
+          const keep = Math.max(0, bytes - given)
+          while (bytes > keep) remove(recent.previous)
+        },
         count: () => count,
         hits: () => hits,
         misses: () => misses

@@ -67,10 +67,14 @@ export class WarmStore extends Context.Service<
     readonly release: (partition: string, claim: Claim) => Effect.Effect<void>
     /** The owner was lost, or something was committed that it has not applied: nothing of it is given any more. */
     readonly distrust: (partition: string) => Effect.Effect<void>
+    /** Of a search. The key begins with its collection's uid and a slash. */
     readonly getResult: (key: string) => Effect.Effect<Uint8Array | undefined>
     readonly putResult: (key: string, bytes: Uint8Array, ttlMillis: number) => Effect.Effect<void>
     /** A deleted collection is gone from here. */
     readonly drop: (collectionUid: string) => Effect.Effect<void>
+    /** Bytes held in this process, and how to have fewer of them. */
+    readonly bytes: () => number
+    readonly shrink: (bytes: number) => void
     readonly state: Effect.Effect<WarmState>
   }
 >()("ruvector/tiers/WarmStore") {
@@ -190,9 +194,18 @@ export class WarmStore extends Context.Service<
               if (partitionAddressOf(partition).uid === uid) fences.delete(partition)
             }
             for (const key of [...entries.keys()]) {
-              if (key.startsWith("r\n") && partitionAddressOf(key.split("\n")[1] as string).uid === uid) remove(key)
+              const [kind, of] = key.split("\n") as [string, string]
+              if ((kind === "r" ? partitionAddressOf(of).uid : uidOfResult(of)) === uid) remove(key)
             }
           }),
+        bytes: () => bytes,
+        shrink: (given) => {
+          const keep = Math.max(0, bytes - given)
+          for (const oldest of entries.keys()) {
+            if (bytes <= keep) break
+            remove(oldest)
+          }
+        },
         state: Effect.sync(() => ({
           kind: "memory",
           level: options.bytesMax === 0 ? "off" : "up",
@@ -259,3 +272,6 @@ const memoryEntryBytes = 500
 
 const recordKey = (partition: string, id: string): string => `r\n${partition}\n${id}`
 const resultKey = (key: string): string => `q\n${key}`
+
+/** The collection that a result is of. */
+export const uidOfResult = (key: string): string => key.slice(0, Math.max(0, key.indexOf("/")))
