@@ -126,6 +126,9 @@ const make = Effect.fnUntraced(function* (options: GcsObjectStoreOptions) {
   // Loaded here, so that a node without a bucket need not.
   const { Storage } = yield* Effect.promise(() => import("@google-cloud/storage"))
   const storage = new Storage(options.endpoint === undefined ? {} : { apiEndpoint: options.endpoint })
+  if (!URL.canParse(storage.apiEndpoint)) {
+    return yield* unusable(`its service's address is none: ${storage.apiEndpoint} (STORAGE_EMULATOR_HOST)`)
+  }
   const requests = yield* Effect.acquireRelease(
     Effect.sync(
       () =>
