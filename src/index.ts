@@ -3,7 +3,7 @@
  * of its own.
  */
 import { join } from "node:path"
-import { Effect, Layer, Schedule } from "effect"
+import { Effect, Layer, Option, Schedule } from "effect"
 import * as CatalogActor from "./actors/Catalog.ts"
 import * as IndexPartitionActor from "./actors/IndexPartition.ts"
 import * as StreamSessionActor from "./actors/StreamSession.ts"
@@ -48,10 +48,15 @@ const wires = HttpGateway.layer.pipe(
   Layer.provideMerge(Readiness.layer)
 )
 
-/** Results of searches by id are kept in the warm tier too. */
+/** Results of searches by id are kept in the warm tier too, unless the program brings a store of its own for them. */
 const resultStore = Layer.effect(
   ResultStore,
-  Effect.map(WarmStore, (warm) => ResultStore.of({ get: warm.getResult, put: warm.putResult }))
+  Effect.gen(function* () {
+    const own = yield* Effect.serviceOption(ResultStore)
+    if (Option.isSome(own)) return own.value
+    const warm = yield* WarmStore
+    return ResultStore.of({ get: warm.getResult, put: warm.putResult })
+  })
 )
 
 /** The caches give way before any partition does. */

@@ -126,6 +126,9 @@ const make = Effect.fnUntraced(function* (options: GcsObjectStoreOptions) {
   // Loaded here, so that a node without a bucket need not.
   const { Storage } = yield* Effect.promise(() => import("@google-cloud/storage"))
   const storage = new Storage(options.endpoint === undefined ? {} : { apiEndpoint: options.endpoint })
+  if (!URL.canParse(storage.apiEndpoint)) {
+    return yield* unusable(`its service's address is none: ${storage.apiEndpoint} (STORAGE_EMULATOR_HOST)`)
+  }
   const requests = yield* Effect.acquireRelease(
     Effect.sync(
       () =>
@@ -282,7 +285,7 @@ class BucketObjects {
   async replace(key: string, body: Uint8Array, expected: string): Promise<string> {
     checkObjectKey(key)
     const operation = new Operation("replace", key, undefined)
-    const upload: Upload = { bytes: body.slice(), sizeBytes: body.length, crc: crc32c(body) }
+    const upload: Upload = { bytes: body, sizeBytes: body.length, crc: crc32c(body) }
     const nonce = `replace-${randomBytes(12).toString("hex")}`
     const known = generationPattern.test(expected)
     return await this.#retrying(operation, async () => {
@@ -659,9 +662,9 @@ const pieceBytes = (bound: number): number => Math.max(262_144, Math.floor(bound
 /** Bytes of a file that are summed at one time. */
 const sumBytes = 1_048_576
 
-/** A copy of bytes, as the caller may go on to write into them; large files stay files. */
+/** What is to be sent, and its checksum. A small file is read; a large one stays a file. */
 const uploadOf = async (operation: Operation, body: ObjectBody, inMemoryBytesMax: number): Promise<Upload> => {
-  if (body instanceof Uint8Array) return { bytes: body.slice(), sizeBytes: body.length, crc: crc32c(body) }
+  if (body instanceof Uint8Array) return { bytes: body, sizeBytes: body.length, crc: crc32c(body) }
   try {
     const { size } = await stat(body.file)
     if (size <= inMemoryBytesMax) {

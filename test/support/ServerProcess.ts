@@ -18,9 +18,13 @@ export interface ServerProcess {
 const main = new URL("../../src/main.ts", import.meta.url).pathname
 
 /** Starts `serve` on a free port of 127.0.0.1 and waits until it says where. Rejects with its output if it ends before. */
-export const startServer = (data: string, flags: ReadonlyArray<string> = []): Promise<ServerProcess> =>
+export const startServer = (
+  data: string,
+  flags: ReadonlyArray<string> = [],
+  environment: Record<string, string> = {}
+): Promise<ServerProcess> =>
   new Promise((resolve, reject) => {
-    const child = spawnServe(["--port", "0", "--data", data, ...flags])
+    const child = spawnServe(["--port", "0", "--data", data, ...flags], environment)
     const exited = new Promise<number | NodeJS.Signals>((done) => {
       child.once("exit", (code, signal) => done(code ?? signal ?? 1))
     })

@@ -1,8 +1,8 @@
 /** The bucket store over a network that fails: what it promises of its writes holds by every attempt's every end. */
-import { readFile, stat, writeFile } from "node:fs/promises"
+import { readdir, readFile, stat, writeFile } from "node:fs/promises"
 import { join } from "node:path"
 import { assert, describe, it } from "@effect/vitest"
-import { Context, Effect, Exit, Layer } from "effect"
+import { Context, Effect, Exit, Fiber, Layer } from "effect"
 import * as GcsObjectStore from "../../src/tiers/GcsObjectStore.ts"
 import { ObjectStore, type StoreFailure } from "../../src/tiers/ObjectStore.ts"
 import { withoutFakeGcs } from "../support/FakeGcs.ts"
@@ -218,6 +218,26 @@ describe.skipIf(withoutFakeGcs())("Google Cloud Storage over a failing network",
         assert.match((yield* failureOf(store.withFile("large", () => Effect.void))).detail, /checksum/)
       }).pipe(Effect.scoped)
     )
+  )
+
+  it.effect("leaves nothing of a download that is interrupted", () =>
+    Effect.gen(function* () {
+      const scratch = yield* tempFolder
+      const { proxy, store, beside } = yield* through(1, { scratch })
+      yield* beside.create("large", new Uint8Array(3_000_000))
+      let requests = 0
+      // The first piece comes, the others never.
+      proxy.decide = () => (++requests > 1 ? "stall" : "pass")
+      const fiber = yield* Effect.forkChild(store.withFile("large", () => Effect.void))
+      yield* Effect.promise(async () => {
+        while (requests < 3) await new Promise((resolve) => setTimeout(resolve, 5))
+      })
+      assert.strictEqual((yield* Effect.promise(() => readdir(scratch))).length, 1)
+      yield* Fiber.interrupt(fiber)
+      yield* Effect.promise(async () => {
+        while ((await readdir(scratch)).length > 0) await new Promise((resolve) => setTimeout(resolve, 5))
+      })
+    }).pipe(Effect.scoped)
   )
 
   it.effect("keeps a download to one generation", () =>
