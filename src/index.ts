@@ -18,6 +18,7 @@ import { LocalActors } from "./shards/LocalActors.ts"
 import { Router } from "./shards/Router.ts"
 import { DataDirectory } from "./tiers/DataDirectory.ts"
 import * as FileObjectStore from "./tiers/FileObjectStore.ts"
+import { ServerBackup } from "./tiers/ServerBackup.ts"
 import { VectorIndex } from "./tiers/VectorIndex.ts"
 
 export { defaultSettings, Settings, type SettingValues } from "./config.ts"
@@ -46,6 +47,7 @@ const store = Layer.unwrap(
 export const node = (settings: SettingValues) =>
   wires.pipe(
     Layer.provideMerge(actors),
+    Layer.provideMerge(ServerBackup.layer),
     Layer.provideMerge(store),
     Layer.provideMerge(DataDirectory.layer({ path: settings.data })),
     Layer.provideMerge(Layer.succeed(Settings, settings))

@@ -32,6 +32,7 @@ import {
 } from "../protocol/IndexPartition.ts"
 import { formatVersion, VersionClock } from "../protocol/Version.ts"
 import { LocalActors } from "../shards/LocalActors.ts"
+import { partitionPrefix } from "../tiers/CatalogueObject.ts"
 import { DataDirectory } from "../tiers/DataDirectory.ts"
 import { decodeSegment, type LogOp } from "../tiers/LogSegment.ts"
 import { ObjectStore } from "../tiers/ObjectStore.ts"
@@ -47,10 +48,6 @@ import {
 } from "../tiers/VectorIndex.ts"
 import { ChangeFeed, type Position } from "./ChangeFeed.ts"
 import * as PartitionWriter from "./PartitionWriter.ts"
-
-/** Key prefix of a partition's objects. */
-export const partitionPrefix = (uid: string, partition: number): string =>
-  `collections/${uid}/p${String(partition).padStart(3, "0")}`
 
 const activations = Metric.counter("ruvector_partition_activations", { description: "Partitions made resident" })
 const activationFailures = Metric.counter("ruvector_partition_activation_failures", {
