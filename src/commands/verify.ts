@@ -13,7 +13,10 @@ export const verify = Command.make(
   {
     from: Flag.String("from").pipe(Flag.withDescription("directory of a backup"), Flag.optional),
     data: Flag.String("data").pipe(Flag.withDescription("a data directory that no node uses"), Flag.optional),
-    deep: Flag.Boolean("deep").pipe(Flag.withDescription("also decode every operation and record"))
+    deep: Flag.Boolean("deep").pipe(
+      Flag.withDescription("also decode every operation and record"),
+      Flag.withDefault(false)
+    )
   },
   ({ from, data, deep }) =>
     Effect.gen(function* () {
