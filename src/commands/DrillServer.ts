@@ -1,24 +1,21 @@
 /** A node as a process of its own, as `serve` starts it, on a free port of 127.0.0.1. */
 import { type ChildProcess, spawn } from "node:child_process"
 import { once } from "node:events"
-import { fileURLToPath } from "node:url"
 
 export interface DrillServer {
   readonly base: string
   readonly stop: () => Promise<void>
 }
 
-const main = fileURLToPath(new URL("../main.ts", import.meta.url))
-
-/** Rejects with what it wrote last where it does not become ready in time. */
-export const startDrillServer = async (data: string): Promise<DrillServer> => {
+/** `program` is the file of the command line, as this process was started with. Rejects with what it wrote last where it does not become ready in time. */
+export const startDrillServer = async (program: string, data: string): Promise<DrillServer> => {
   // Not this process's own settings: a drill's node must not back itself up, nor take the port of another.
   const environment = Object.fromEntries(
     Object.entries(process.env).filter(([name]) => name !== "PORT" && !name.startsWith("RUVECTOR_"))
   )
   const child = spawn(
     process.execPath,
-    [...process.execArgv, main, "serve", "--host", "127.0.0.1", "--port", "0", "--data", data],
+    [...process.execArgv, program, "serve", "--host", "127.0.0.1", "--port", "0", "--data", data],
     { stdio: ["ignore", "pipe", "pipe"], env: { ...environment, RUVECTOR_LAUNCHER: String(process.pid) } }
   )
   const kill = () => child.kill("SIGKILL")

@@ -45,7 +45,7 @@ export const drill = Command.make(
       const restoredSeconds = (performance.now() - started) / 1_000
       const server = yield* Effect.acquireRelease(
         Effect.tryPromise({
-          try: () => startDrillServer(data),
+          try: () => startDrillServer(process.argv[1] as string, data),
           catch: (error) => new Refused({ message: (error as Error).message })
         }),
         ({ stop }) => Effect.promise(stop)

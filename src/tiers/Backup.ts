@@ -125,7 +125,8 @@ export const backup: (options: BackupOptions) => Effect.Effect<BackupReport, Bac
       : { run: draft, superfluous: [] }
     yield* putRun(options.destination, plan.run)
     const removed = yield* removeAll(options.destination, plan.superfluous)
-    const { segments, snapshots, bytes, damaged } = copies
+    const { segments, snapshots, bytes } = copies
+    const damaged = yield* stillListed(options.source, copies.damaged)
     return { run: plan.run, segments, snapshots, bytes, removed, damaged }
   }
 )
@@ -245,6 +246,13 @@ const refuseForeign = (known: ReadonlyArray<BackupCollection>, catalogue: Catalo
     : Effect.void
 }
 
+/** What seemed damaged because its collection was deleted meanwhile is not. */
+const stillListed = Effect.fnUntraced(function* (source: Store, damaged: ReadonlyArray<BackupDamaged>) {
+  if (damaged.length === 0) return damaged
+  const uids = (yield* readCatalogue(source))?.collections.map(({ uid }) => uid) ?? []
+  return damaged.filter(({ object }) => uids.some((uid) => object.startsWith(`collections/${uid}/`)))
+})
+
 /** The source's side of one run. */
 class Copies {
   readonly #source: Store
@@ -286,6 +294,8 @@ class Copies {
       if (!whole && copied.failure._tag === "BackupDamaged") this.damaged.push(copied.failure)
       const { current } = chain
       if (current === undefined) return chains
+      // A chain that was begun anew and is not whole is none yet: that before it says what it held.
+      if (!whole && current.horizonMillis === 0 && chains.length > 0) return chains
       const others = chains.filter(({ id }) => id !== current.id)
       return [...others, whole ? { ...current, horizonMillis: this.#horizonMillis } : current]
     }
@@ -296,7 +306,7 @@ class Copies {
     const manifest = yield* readPartitionManifest(this.#source, prefix)
     if (manifest === undefined) {
       if (chain.current === undefined) return
-      return yield* new BackupDamaged({ object: `${prefix}/manifest`, detail: "it is missing" })
+      return yield* manifestMissing(prefix)
     }
     if (chain.current === undefined || !(yield* this.#continues(prefix, manifest, chain.current))) {
       if (chain.current !== undefined) {
@@ -311,6 +321,8 @@ class Copies {
     if (newest !== undefined && this.#isDue(newest, chain.current)) {
       chain.current = yield* this.#copySnapshot(prefix, newest, chain.current)
     }
+    // Of a partition that is being removed the manifest goes first: while it is there, what was missing was not removed.
+    if ((yield* readPartitionManifest(this.#source, prefix)) === undefined) return yield* manifestMissing(prefix)
   })
 
   /** Whether the log still is the one that the chain was copied from. */
@@ -489,6 +501,8 @@ interface Source {
   readonly header: SegmentHeader
   readonly bytes: Uint8Array
 }
+
+const manifestMissing = (prefix: string) => new BackupDamaged({ object: `${prefix}/manifest`, detail: "it is missing" })
 
 const logKeyPattern = /\/log\/[0-9a-f]{16}$/
 

@@ -12,6 +12,7 @@ import { verifyBackup, verifyData } from "../../src/tiers/BackupVerify.ts"
 import { type Catalogue, CatalogueText, catalogueKey, partitionPrefix } from "../../src/tiers/CatalogueObject.ts"
 import { encodeSegment } from "../../src/tiers/LogSegment.ts"
 import { ObjectStore } from "../../src/tiers/ObjectStore.ts"
+import * as PartitionLog from "../../src/tiers/PartitionLog.ts"
 import { encodeManifest } from "../../src/tiers/PartitionManifest.ts"
 import { restore } from "../../src/tiers/Restore.ts"
 import { startActors } from "../support/Actors.ts"
@@ -72,6 +73,15 @@ const writeLog = (store: Store, first: number, last: number, x = 0) =>
       ),
     { discard: true }
   )
+
+/** As the catalogue does it: first out of the list, then its objects, the manifest first. */
+const deleteCollection = Effect.fnUntraced(function* (store: Store) {
+  const { etag } = yield* store.get(catalogueKey)
+  const removed = [{ name: collection.name, uid: collection.uid, removed_ms: Date.now() }]
+  const catalogue: Catalogue = { format: 1, collections: [], removing: [], removed }
+  yield* store.replace(catalogueKey, Buffer.from(yield* Schema.encodeEffect(CatalogueText)(catalogue)), etag)
+  yield* Effect.provideService(PartitionLog.remove(prefix), ObjectStore, store)
+})
 
 const idsIn = (store: Store, atMillis?: number) =>
   Effect.gen(function* () {
@@ -192,6 +202,32 @@ describe("a backup", () => {
       assert.deepStrictEqual(Array.from(then.get("id-5")?.vector ?? []), [5, 0])
       assert.deepStrictEqual((yield* verifyBackup(destination, { deep: true })).damaged, [])
     })
+  )
+
+  it.live("is not misled by a collection that is deleted under its eyes", () =>
+    forEachSeed(12, (seed) =>
+      Effect.gen(function* () {
+        const source = yield* sourceUpTo(5)
+        const destination = yield* memory
+        const first = yield* backup({ source, destination, scratch })
+        yield* writeLog(source, 6, 6)
+        let calls = 0
+        const vanishing: Store = {
+          ...source,
+          get: (key, range) =>
+            Effect.suspend(() =>
+              ++calls === seed
+                ? Effect.andThen(Effect.orDie(deleteCollection(source)), source.get(key, range))
+                : source.get(key, range)
+            )
+        }
+        const { damaged, run } = yield* backup({ source: vanishing, destination, scratch })
+        assert.deepStrictEqual(damaged, [])
+        assert.strictEqual(run.collections[0]?.partitions[0]?.length, 1)
+        assert.isAtLeast((yield* truthOf(destination, run, collection.uid, first.run.horizonMillis)).size, 5)
+        assert.isAtLeast((yield* truthOf(destination, run, collection.uid, undefined)).size, 5)
+      })
+    )
   )
 
   it.live("refuses data that never had what it holds, such as an empty directory", () =>
