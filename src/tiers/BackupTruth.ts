@@ -37,6 +37,10 @@ export const truthOf = Effect.fnUntraced(function* (
   const visible = new Map<string, TrueRecord>()
   for (const { base, packs } of parts) {
     const registers = base === undefined ? new Registers() : yield* readRecordsObject(store, `${base.prefix}/records`)
+    if (base !== undefined && registers.newest > at) {
+      const object = `${base.prefix}/records`
+      return yield* new BackupDamaged({ object, detail: "it has operations that its description does not reach to" })
+    }
     yield* Stream.runForEach(segmentsOf(store, packs), ({ bytes }) =>
       Effect.sync(() => {
         for (const op of decodeSegment(bytes).ops) if (op.version.time <= at) registers.apply(op)
@@ -69,6 +73,8 @@ export const readRecordsObject = (store: Store, key: string): Effect.Effect<Regi
 /** Of each id the newest vector, metadata and deletion, each with its version. */
 export class Registers {
   readonly #ids = new Map<string, Register>()
+  /** Greatest version time seen. */
+  newest = 0n
 
   apply(op: LogOp): void {
     switch (op.kind) {
@@ -83,17 +89,17 @@ export class Registers {
   }
 
   setVector(id: string, version: Version, vector: Float32Array): void {
-    const register = this.#of(id)
+    const register = this.#of(id, version)
     if (isNewer(version, register.vector?.version)) register.vector = { version, value: vector }
   }
 
   setMetadata(id: string, version: Version, metadata: string): void {
-    const register = this.#of(id)
+    const register = this.#of(id, version)
     if (isNewer(version, register.metadata?.version)) register.metadata = { version, value: metadata }
   }
 
   setDeleted(id: string, version: Version): void {
-    const register = this.#of(id)
+    const register = this.#of(id, version)
     if (isNewer(version, register.deleted)) register.deleted = version
   }
 
@@ -106,7 +112,8 @@ export class Registers {
     }
   }
 
-  #of(id: string): Register {
+  #of(id: string, { time }: Version): Register {
+    if (time > this.newest) this.newest = time
     const found = this.#ids.get(id)
     if (found !== undefined) return found
     const made: Register = { vector: undefined, metadata: undefined, deleted: undefined }

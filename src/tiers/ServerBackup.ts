@@ -2,7 +2,7 @@
  * A node's own backup: every `backupIntervalMillis`, and once when it stops cleanly. While it is on, logs are not pruned
  * beyond what it has copied, for at most `backupLagMillisMax` without a backup that succeeds.
  */
-import { Clock, Context, Effect, Layer, Metric, Semaphore } from "effect"
+import { Context, Effect, Layer, Metric, Semaphore } from "effect"
 import { Settings } from "../config.ts"
 import { type BackupError, type BackupReport, backup } from "./Backup.ts"
 import type { BackupRun } from "./BackupManifest.ts"
@@ -40,17 +40,16 @@ export class ServerBackup extends Context.Service<
         const { path, scratch } = yield* DataDirectory
         const destination = yield* openToWrite(settings.backupTo, path)
         const gate = yield* Semaphore.make(1)
-        const startedMillis = yield* Clock.currentTimeMillis
-        const copied = new CopiedLogs(startedMillis, settings.backupLagMillisMax)
+        const copied = new CopiedLogs(settings.backupLagMillisMax)
 
         const now = gate.withPermit(
           Effect.gen(function* () {
             if (copied.unknown) {
               const { run } = yield* newestRun(destination)
-              if (run !== undefined) copied.note(run, startedMillis)
+              if (run !== undefined) copied.note(run)
             }
             const report = yield* backup({ source, destination, scratch, keepDays: settings.backupKeepDays })
-            copied.note(report.run, yield* Clock.currentTimeMillis)
+            copied.note(report.run)
             yield* Metric.update(report.damaged.length === 0 ? runs : failures, 1)
             yield* Metric.update(horizon, report.run.horizonMillis / 1_000)
             for (const { message } of report.damaged) yield* Effect.logError("A partition is not backed up", message)
@@ -83,32 +82,41 @@ export class ServerBackup extends Context.Service<
     )
 }
 
-/** How far each partition's log is in the backup. */
+/** How far each partition's log is in the backup, and as of when. */
 class CopiedLogs {
   readonly #lagMillisMax: number
-  readonly #seqs = new Map<string, number>()
-  #succeededMillis: number
+  readonly #logs = new Map<string, { readonly seq: number; readonly horizonMillis: number }>()
+  /** When each partition was first asked for, for those that no run has copied whole yet. */
+  readonly #asked = new Map<string, number>()
+  readonly #startedMillis = Date.now()
   unknown = true
 
-  constructor(startedMillis: number, lagMillisMax: number) {
-    this.#succeededMillis = startedMillis
+  constructor(lagMillisMax: number) {
     this.#lagMillisMax = lagMillisMax
   }
 
-  note(run: BackupRun, nowMillis: number): void {
+  note(run: BackupRun): void {
     this.unknown = false
-    this.#succeededMillis = nowMillis
-    this.#seqs.clear()
+    this.#logs.clear()
     for (const { collection, partitions, removedMillis } of run.collections) {
-      if (removedMillis !== undefined) continue
       for (const [partition, chains] of partitions.entries()) {
-        this.#seqs.set(partitionPrefix(collection.uid, partition), chains.at(-1)?.lastSeq ?? 0)
+        const prefix = partitionPrefix(collection.uid, partition)
+        const newest = chains.at(-1)
+        if (removedMillis !== undefined) this.#asked.delete(prefix)
+        else if (newest !== undefined) {
+          this.#logs.set(prefix, { seq: newest.lastSeq, horizonMillis: newest.horizonMillis })
+        }
       }
     }
   }
 
   limit(prefix: string): number {
-    if (Date.now() - this.#succeededMillis <= this.#lagMillisMax) return this.#seqs.get(prefix) ?? 0
+    const now = Date.now()
+    const asked = this.#asked.get(prefix) ?? now
+    this.#asked.set(prefix, asked)
+    const log = this.#logs.get(prefix)
+    const since = log === undefined ? asked : Math.max(log.horizonMillis, this.#startedMillis)
+    if (now - since <= this.#lagMillisMax) return log?.seq ?? 0
     unheld.updateUnsafe(1, Context.empty())
     return Number.MAX_SAFE_INTEGER
   }
