@@ -158,6 +158,18 @@ export const settings = {
     1_000_000
   ),
 
+  // Backups
+  backupTo: text("where the node backs itself up to; empty: nowhere", "", "a path, or empty", /^[^\0]{0,4096}$/),
+  backupIntervalMillis: integer("between two backups: the most that is lost", "ms", 900_000, 100, 3_600_000),
+  backupKeepDays: integer("any time within which can be restored", "days", 30, 1, 3_650),
+  backupLagMillisMax: integer(
+    "that the log is kept for a backup that fails, before it is pruned all the same",
+    "ms",
+    86_400_000,
+    1_000,
+    2_592_000_000
+  ),
+
   // Searches
   searchDeadlineMillis: integer("deadline of a search that names none", "ms", 10_000, 1, 60_000),
   activationDeadlineMillis: integer("wait for a partition to become resident", "ms", 120_000, 100, 3_600_000),

@@ -29,6 +29,7 @@ import * as GcsObjectStore from "./tiers/GcsObjectStore.ts"
 import { MemoryBudget } from "./tiers/MemoryBudget.ts"
 import { PartitionForms } from "./tiers/PartitionForms.ts"
 import { RecordCache } from "./tiers/RecordCache.ts"
+import { ServerBackup } from "./tiers/ServerBackup.ts"
 import * as SnapshotCache from "./tiers/SnapshotCache.ts"
 import { VectorIndex } from "./tiers/VectorIndex.ts"
 import { WarmStore } from "./tiers/WarmStore.ts"
@@ -123,6 +124,7 @@ export const localDirectory = (settings: SettingValues): string =>
 export const node = (settings: SettingValues) =>
   wires.pipe(
     Layer.provideMerge(actors),
+    Layer.provideMerge(ServerBackup.layer),
     Layer.provideMerge(store(settings)),
     Layer.provideMerge(DataDirectory.layer({ path: localDirectory(settings) })),
     Layer.provideMerge(Layer.succeed(Settings, settings))

@@ -9,7 +9,7 @@ import { randomBytes } from "node:crypto"
 import { Duration, Effect, Schema, Semaphore } from "effect"
 import { Settings } from "../config.ts"
 import { Catalog } from "../protocol/Catalog.ts"
-import { Collection, type CollectionRequest, cacheStateAt } from "../protocol/Collection.ts"
+import { type Collection, type CollectionRequest, cacheStateAt } from "../protocol/Collection.ts"
 import {
   CollectionConflict,
   CollectionNotFound,
@@ -19,19 +19,8 @@ import {
 } from "../protocol/Errors.ts"
 import { IndexPartition, partitionId } from "../protocol/IndexPartition.ts"
 import { collectionsMax, invalidationsPendingMax } from "../protocol/Limits.ts"
+import { type Catalogue, CatalogueText, catalogueFormat, catalogueKey, removedKept } from "../tiers/CatalogueObject.ts"
 import { ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
-
-const catalogueKey = "catalog"
-const catalogueFormat = 1
-
-const Catalogue = Schema.fromJsonString(
-  Schema.Struct({
-    format: Schema.Literal(catalogueFormat),
-    collections: Schema.Array(Collection),
-    removing: Schema.Array(Collection)
-  })
-)
-type Catalogue = typeof Catalogue.Type
 
 export const layer = Catalog.toLayer(
   Effect.gen(function* () {
@@ -54,7 +43,9 @@ export const layer = Catalog.toLayer(
       if (object === undefined) {
         current = { catalogue: { format: catalogueFormat, collections: [], removing: [] }, etag: undefined }
       } else {
-        const catalogue = yield* Schema.decodeUnknownEffect(Catalogue)(Buffer.from(object.body).toString("utf8")).pipe(
+        const catalogue = yield* Schema.decodeUnknownEffect(CatalogueText)(
+          Buffer.from(object.body).toString("utf8")
+        ).pipe(
           Effect.mapError(
             (error) =>
               new StorageUnavailable({
@@ -72,7 +63,7 @@ export const layer = Catalog.toLayer(
     /** Writes a changed catalogue; on any doubt about what is stored, what is in memory is forgotten and read anew. */
     const write = (catalogue: Catalogue, etag: string | undefined) =>
       Effect.gen(function* () {
-        const body = Buffer.from(yield* Effect.orDie(Schema.encodeEffect(Catalogue)(catalogue)))
+        const body = Buffer.from(yield* Effect.orDie(Schema.encodeEffect(CatalogueText)(catalogue)))
         const stored = etag === undefined ? store.create(catalogueKey, body) : store.replace(catalogueKey, body, etag)
         current = { catalogue, etag: yield* stored }
       }).pipe(
@@ -181,7 +172,10 @@ export const layer = Catalog.toLayer(
         {
           ...catalogue,
           collections: catalogue.collections.filter((one) => one.name !== name),
-          removing: [...catalogue.removing, collection]
+          removing: [...catalogue.removing, collection],
+          removed: [...(catalogue.removed ?? []), { name, uid: collection.uid, removed_ms: Date.now() }].slice(
+            -removedKept
+          )
         },
         etag
       )

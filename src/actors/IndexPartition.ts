@@ -21,10 +21,11 @@ import {
   partitionAddressOf
 } from "../protocol/IndexPartition.ts"
 import { LocalActors } from "../shards/LocalActors.ts"
+import { partitionPrefix } from "../tiers/CatalogueObject.ts"
 import { ObjectStore } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
 import { IndexLost } from "../tiers/VectorIndex.ts"
-import { type OpenPartition, PartitionOpener, partitionPrefix } from "./OpenPartition.ts"
+import { type OpenPartition, PartitionOpener } from "./OpenPartition.ts"
 import type * as PartitionWriter from "./PartitionWriter.ts"
 
 const activations = Metric.counter("ruvector_partition_activations", { description: "Partitions made resident" })

@@ -28,6 +28,7 @@ import {
 } from "../protocol/IndexPartition.ts"
 import { formatVersion, VersionClock } from "../protocol/Version.ts"
 import { AheadLog } from "../tiers/AheadLog.ts"
+import { partitionPrefix } from "../tiers/CatalogueObject.ts"
 import { DataDirectory } from "../tiers/DataDirectory.ts"
 import { MemoryBudget } from "../tiers/MemoryBudget.ts"
 import { type ObjectMissing, ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
@@ -62,10 +63,6 @@ export interface OpenPartition {
   readonly writer: PartitionWriter.PartitionWriter
   readonly changes: (from: Position) => Stream.Stream<Change, PartitionError | Compacted>
 }
-
-/** Key prefix of a partition's objects. */
-export const partitionPrefix = (uid: string, partition: number): string =>
-  `collections/${uid}/p${String(partition).padStart(3, "0")}`
 
 export interface OpenOptions {
   /** Reads the snapshot's files whole and compares their checksums before anything is opened. */
