@@ -687,13 +687,15 @@ class Log {
     }
     if (error._tag === "StoreFailure") {
       this.#unsettled = true
+      // It may have been there, and pruned by another owner while this one slept.
+      yield* this.#confirmOwner(seq)
       return yield* new StoreFailure({ ...fieldsOf(error), uncertain: false })
     }
     yield* this.#confirmOwner(seq, true)
     return yield* new StoreFailure({ operation: "append", key, detail: "it was there and is gone", uncertain: false })
   })
 
-  /** Fails unless nobody else had claimed the partition when `seq` was created: see the lease, above. */
+  /** Fails unless nobody else had claimed the partition when `seq` was created, or looked for: see the lease, above. */
   #confirmOwner = Effect.fnUntraced(function* (this: Log, seq: number, always = false) {
     if (!always && this.#leaseMillis > 0) {
       if (elapsedMillis(this.#seenAt, yield* now) < this.#leaseMillis) return
@@ -701,7 +703,7 @@ class Log {
     const owner = yield* Effect.result(this.#isOwner())
     if (Result.isFailure(owner)) {
       this.#unsettled = true
-      const detail = `it is written, but not whether this is still the owner: ${owner.failure.detail}`
+      const detail = `it may be written, and whether this is still the owner is not known: ${owner.failure.detail}`
       return yield* new StoreFailure({ operation: "append", key: this.#logKey(seq), detail, uncertain: true })
     }
     if (!owner.success) return yield* this.#overtaken()
