@@ -85,6 +85,15 @@ export const settings = {
   insertSliceMillis: integer("insertion work between two looks at waiting searches", "ms", 4, 1, 1_000),
   threadPendingMax: integer("searches waiting for one vector thread", "searches", 4_096, 1, 1_000_000),
 
+  // Mapped and quantised partitions
+  blockCacheBytes: integer(
+    "bytes of snapshot files kept in memory for partitions in the mapped form, a vector thread",
+    "bytes",
+    16 * mebibyte,
+    mebibyte,
+    65_536 * mebibyte
+  ),
+
   // Writes
   commitBytesMax: integer(
     "bytes gathered into one log object, or one insert that is larger",

@@ -1,6 +1,15 @@
 /** Collections: what a client asks for, and what one is once it exists. */
 import { Schema } from "effect"
-import { CollectionName, Dimensions, Ef, HnswEfConstruction, HnswM, Metric, Partitions } from "./Fields.ts"
+import {
+  CollectionName,
+  Dimensions,
+  Ef,
+  HnswEfConstruction,
+  HnswM,
+  Metric,
+  Partitions,
+  Quantization
+} from "./Fields.ts"
 
 /** Graph parameters (Malkov and Yashunin, "Efficient and robust approximate nearest neighbor search using HNSW", 2016). */
 export const IndexParameters = Schema.Struct({
@@ -9,7 +18,9 @@ export const IndexParameters = Schema.Struct({
   /** Width of the beam while building. */
   ef_construction: HnswEfConstruction,
   /** Width of the beam of a search that names none. */
-  ef_search: Ef
+  ef_search: Ef,
+  /** Absent in collections made before there was a choice: `none`. */
+  quantization: Schema.optionalKey(Quantization)
 })
 export type IndexParameters = typeof IndexParameters.Type
 
@@ -22,7 +33,8 @@ export const CollectionRequest = Schema.Struct({
     Schema.Struct({
       m: Schema.optionalKey(HnswM),
       ef_construction: Schema.optionalKey(HnswEfConstruction),
-      ef_search: Schema.optionalKey(Ef)
+      ef_search: Schema.optionalKey(Ef),
+      quantization: Schema.optionalKey(Quantization)
     })
   )
 }).annotate({ identifier: "CollectionRequest" })
