@@ -119,6 +119,15 @@ export const settings = {
     2 ** 49
   ),
 
+  // Mapped and quantised partitions
+  blockCacheBytes: integer(
+    "bytes of snapshot files kept in memory for partitions in the mapped form, a vector thread",
+    "bytes",
+    16 * mebibyte,
+    mebibyte,
+    65_536 * mebibyte
+  ),
+
   // Writes
   commitBytesMax: integer(
     "bytes gathered into one log object, or one insert that is larger",

@@ -114,7 +114,8 @@ export const layer = Catalog.toLayer(
       const index = {
         m: request.index?.m ?? settings.defaultM,
         ef_construction: request.index?.ef_construction ?? settings.defaultEfConstruction,
-        ef_search: request.index?.ef_search ?? settings.defaultEfSearch
+        ef_search: request.index?.ef_search ?? settings.defaultEfSearch,
+        ...(request.index?.quantization === undefined ? {} : { quantization: request.index.quantization })
       }
       if (index.ef_construction < index.m) {
         return yield* new InvalidInput({
@@ -202,7 +203,8 @@ const conflictOf = (there: Collection, request: CollectionRequest): CollectionCo
     ["partitions", there.partitions, request.partitions],
     ["index.m", there.index.m, request.index?.m],
     ["index.ef_construction", there.index.ef_construction, request.index?.ef_construction],
-    ["index.ef_search", there.index.ef_search, request.index?.ef_search]
+    ["index.ef_search", there.index.ef_search, request.index?.ef_search],
+    ["index.quantization", there.index.quantization ?? "none", request.index?.quantization]
   ]
   for (const [field, expected, got] of asked) {
     if (got !== undefined && got !== expected) {

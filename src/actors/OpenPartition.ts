@@ -30,6 +30,7 @@ import { formatVersion, VersionClock } from "../protocol/Version.ts"
 import { AheadLog } from "../tiers/AheadLog.ts"
 import { partitionPrefix } from "../tiers/CatalogueObject.ts"
 import { DataDirectory } from "../tiers/DataDirectory.ts"
+import { sketchRecordsMin } from "../tiers/index/SketchFile.ts"
 import { MemoryBudget } from "../tiers/MemoryBudget.ts"
 import { type ObjectMissing, ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
@@ -44,7 +45,6 @@ import {
   type IndexSpec,
   type PartitionIndex,
   SnapshotUnreadable,
-  sketchRecordsMin,
   VectorIndex
 } from "../tiers/VectorIndex.ts"
 import { WarmStore } from "../tiers/WarmStore.ts"
@@ -149,8 +149,10 @@ const open = Effect.fnUntraced(function* (
     dimensions: collection.dimensions,
     metric: collection.metric,
     m: collection.index.m,
-    efConstruction: collection.index.ef_construction
+    efConstruction: collection.index.ef_construction,
+    quantization: collection.index.quantization
   }
+  const hasFull = (collection.index.quantization ?? "none") === "none"
 
   /** The form is open in the scope that this runs in; the files are needed only while it is opened. */
   const openForm = (
@@ -309,7 +311,7 @@ const open = Effect.fnUntraced(function* (
 
   const promote = Effect.suspend(() => {
     const snapshot = log.newestSnapshot()
-    if (index.form() === "full" || index.changing() || snapshot === undefined) return Effect.succeed(false)
+    if (!hasFull || index.form() === "full" || index.changing() || snapshot === undefined) return Effect.succeed(false)
     return promotions.withPermit(
       budget.reserve(Math.max(0, fullBytes - bytes)).pipe(
         Effect.andThen(Effect.suspend(() => change("full", snapshot))),
@@ -341,7 +343,7 @@ const open = Effect.fnUntraced(function* (
     usedAt: () => usedAt,
     changedAt: () => changedAt,
     changing: index.changing,
-    hasFull: true,
+    hasFull,
     inFlight: index.inFlight,
     measure,
     promote,
@@ -349,7 +351,7 @@ const open = Effect.fnUntraced(function* (
     passivate: options.letGo({ verify: false })
   })
   yield* Scope.close(opening, Exit.void)
-  if (index.form() === "mapped" && budget.fits(fullBytes)) yield* Effect.forkIn(promote, scope)
+  if (hasFull && index.form() === "mapped" && budget.fits(fullBytes)) yield* Effect.forkIn(promote, scope)
 
   const search = (query: PartitionQuery): Effect.Effect<PartitionHits, PartitionError | IndexLost> => {
     usedAt = Date.now()

@@ -9,6 +9,7 @@ import {
   Metric,
   NoticeMillis,
   Partitions,
+  Quantization,
   VectorId
 } from "./Fields.ts"
 import { invalidationIdsMax } from "./Limits.ts"
@@ -20,7 +21,9 @@ export const IndexParameters = Schema.Struct({
   /** Width of the beam while building. */
   ef_construction: HnswEfConstruction,
   /** Width of the beam of a search that names none. */
-  ef_search: Ef
+  ef_search: Ef,
+  /** Absent in collections made before there was a choice: `none`. */
+  quantization: Schema.optionalKey(Quantization)
 })
 export type IndexParameters = typeof IndexParameters.Type
 
@@ -33,7 +36,8 @@ export const CollectionRequest = Schema.Struct({
     Schema.Struct({
       m: Schema.optionalKey(HnswM),
       ef_construction: Schema.optionalKey(HnswEfConstruction),
-      ef_search: Schema.optionalKey(Ef)
+      ef_search: Schema.optionalKey(Ef),
+      quantization: Schema.optionalKey(Quantization)
     })
   )
 }).annotate({ identifier: "CollectionRequest" })

@@ -107,7 +107,8 @@ export const RuvectorRpcs = RpcGroup.make(
         Schema.Struct({
           m: Schema.optionalKey(number(Fields.HnswM)),
           ef_construction: Schema.optionalKey(number(Fields.HnswEfConstruction)),
-          ef_search: Schema.optionalKey(number(Fields.Ef))
+          ef_search: Schema.optionalKey(number(Fields.Ef)),
+          quantization: Schema.optionalKey(Fields.Quantization)
         })
       )
     },

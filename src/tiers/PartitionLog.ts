@@ -69,7 +69,7 @@ export interface PartitionLogOptions {
 export interface SnapshotPaths {
   readonly records: string
   readonly graph: string
-  readonly sketch?: string
+  readonly sketch?: string | undefined
 }
 
 /**
