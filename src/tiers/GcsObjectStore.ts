@@ -270,7 +270,7 @@ class BucketObjects {
       if (answer.status !== 412) return this.#uploaded(operation, answer, upload)
       const there = await this.#current(operation, key)
       if (there?.nonce === nonce) return there.generation
-      // Made by another's `create`: the name was free for it, so ours is not beneath.
+      // Made by another's `create`, for which the name was free: ours is not beneath it.
       if (there?.nonce?.startsWith("create-") === true || (there !== undefined && !operation.uncertain)) {
         throw new ObjectExists({ key })
       }
@@ -313,10 +313,7 @@ class BucketObjects {
     checkObjectKey(key)
     const operation = new Operation("get", key, signal)
     return await this.#retrying(operation, async () => {
-      if (range === undefined) {
-        const part = await this.#read(operation, key, undefined, undefined)
-        if (part !== undefined) return { body: part.body, etag: part.generation, sizeBytes: part.sizeBytes }
-      } else if (range.length > 0) {
+      if (range === undefined || range.length > 0) {
         const part = await this.#read(operation, key, range, undefined)
         if (part !== undefined) return { body: part.body, etag: part.generation, sizeBytes: part.sizeBytes }
       }
