@@ -7,8 +7,10 @@ import { Effect, Layer, Schedule } from "effect"
 import * as CatalogActor from "./actors/Catalog.ts"
 import * as IndexPartitionActor from "./actors/IndexPartition.ts"
 import * as StreamSessionActor from "./actors/StreamSession.ts"
+import * as TierPromoterActor from "./actors/TierPromoter.ts"
 import { Settings, type SettingValues } from "./config.ts"
 import { HttpGateway } from "./gateway/HttpGateway.ts"
+import { Promoter } from "./gateway/Promoter.ts"
 import { Readiness } from "./gateway/Readiness.ts"
 import { Sessions } from "./gateway/Sessions.ts"
 import { toProblem } from "./protocol/Errors.ts"
@@ -16,9 +18,13 @@ import { defaultCollection } from "./protocol/Fields.ts"
 import * as Cluster from "./shards/Cluster.ts"
 import { LocalActors } from "./shards/LocalActors.ts"
 import { Router } from "./shards/Router.ts"
+import { AccessLog } from "./tiers/AccessLog.ts"
 import { DataDirectory } from "./tiers/DataDirectory.ts"
 import * as FileObjectStore from "./tiers/FileObjectStore.ts"
+import { PartitionForms } from "./tiers/PartitionForms.ts"
+import { RecordCache } from "./tiers/RecordCache.ts"
 import { VectorIndex } from "./tiers/VectorIndex.ts"
+import { WarmStore } from "./tiers/WarmStore.ts"
 
 export { defaultSettings, Settings, type SettingValues } from "./config.ts"
 export { HttpGateway } from "./gateway/HttpGateway.ts"
@@ -27,14 +33,26 @@ export { RuvectorRpcs } from "./protocol/Rpcs.ts"
 export { Router } from "./shards/Router.ts"
 
 /** The wires over the actors, on one port. Closed first: it drains before the actors below it stop. */
-const wires = HttpGateway.layer.pipe(Layer.provideMerge(Sessions.layer), Layer.provideMerge(Readiness.layer))
+const wires = HttpGateway.layer.pipe(
+  Layer.provideMerge(Sessions.layer),
+  Layer.provideMerge(Promoter.layer),
+  Layer.provideMerge(Readiness.layer)
+)
+
+/** What the actors know of what is read, and the caches they promote it to. */
+const caches = Layer.mergeAll(AccessLog.layer, RecordCache.layer, WarmStore.layerInProcess, PartitionForms.layerOneForm)
 
 /** The actors of one process. They stop, and snapshot what they hold, before the threads and the store they rest on. */
-export const actors = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.layer, StreamSessionActor.layer).pipe(
+export const actors = Layer.mergeAll(
+  IndexPartitionActor.layer,
+  CatalogActor.layer,
+  StreamSessionActor.layer,
+  TierPromoterActor.layer
+).pipe(
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
   Layer.provideMerge(LocalActors.layer),
   Layer.provideMerge(Cluster.layerSingle),
-  Layer.provideMerge(VectorIndex.layer)
+  Layer.provideMerge(Layer.mergeAll(VectorIndex.layer, caches))
 )
 
 /** Objects in the data directory. */

@@ -17,6 +17,7 @@ import * as Answers from "./Answers.ts"
 import * as Bodies from "./Bodies.ts"
 import { problemResponse } from "./Problems.ts"
 import { queryOfParameters } from "./Queries.ts"
+import * as TiersApi from "./TiersApi.ts"
 
 const decodeInsert = decoderOf(InsertRequest)
 const decodeDelete = decoderOf(DeleteRequest)
@@ -144,7 +145,7 @@ const CachedSearch = HttpApiBuilder.group(
 
 /** Routes of the REST wire, `/openapi.json` and `/docs`. */
 export const layer = Layer.mergeAll(
-  HttpApiBuilder.layer(RoutedApi).pipe(Layer.provide([Collections, Vectors, CachedSearch])),
+  HttpApiBuilder.layer(RoutedApi).pipe(Layer.provide([Collections, Vectors, CachedSearch, TiersApi.group])),
   HttpRouter.add("GET", "/openapi.json", Effect.succeed(HttpServerResponse.jsonUnsafe(OpenApi.fromApi(RuvectorApi)))),
   HttpRouter.use(
     Effect.fnUntraced(function* (router) {

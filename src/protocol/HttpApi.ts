@@ -9,6 +9,8 @@ import { CollectionInfo, CollectionRequest } from "./Collection.ts"
 import { Problem } from "./Errors.ts"
 import * as Fields from "./Fields.ts"
 import * as Limits from "./Limits.ts"
+import { TierEvent, TierState } from "./TierPromoter.ts"
+import { WarmReport, WarmRequest } from "./Warming.ts"
 
 const collection = { collection: Schema.optionalKey(Fields.CollectionName) }
 const Numbers = Schema.Array(Schema.Finite).annotate({
@@ -184,8 +186,27 @@ const CachedSearchGroup = HttpApiGroup.make("cached search").add(
   })
 )
 
+const TiersGroup = HttpApiGroup.make("tiers").add(
+  HttpApiEndpoint.post("warm", "/api/v1/warm", {
+    payload: WarmRequest,
+    success: WarmReport,
+    error: notFound
+  }),
+  HttpApiEndpoint.get("tiers", "/api/v1/tiers", { success: TierState, error: badInput }),
+  HttpApiEndpoint.get("tierEvents", "/api/v1/tiers/events", {
+    query: { after: Schema.optionalKey(Schema.String) },
+    // Server-Sent Events, each with one of these as its data.
+    success: TierEvent,
+    error: badInput
+  })
+)
+
 /** The calls that the router serves: all but `POST /search`, which the gateway answers before it. */
-export const RoutedApi = HttpApi.make("ruvector").add(CollectionsGroup).add(VectorsGroup).add(CachedSearchGroup)
+export const RoutedApi = HttpApi.make("ruvector")
+  .add(CollectionsGroup)
+  .add(VectorsGroup)
+  .add(CachedSearchGroup)
+  .add(TiersGroup)
 
 /** The REST contract. Streams (`/api/v1/stream/search`, `/api/v1/ws`) are described in its text and in `docs/protocol.md`. */
 export const RuvectorApi = RoutedApi.add(SearchGroup).annotateMerge(

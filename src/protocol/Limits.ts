@@ -50,3 +50,6 @@ export const deadlineMillisMax = 60_000
 
 /** Vector components in one answer (results times dimensions), where vectors are asked for. */
 export const answerComponentsMax = 2_097_152
+
+/** Records of one warming. */
+export const warmRecordsMax = 100_000

@@ -33,6 +33,7 @@ import {
 } from "../protocol/IndexPartition.ts"
 import { answerComponentsMax } from "../protocol/Limits.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
+import { AccessLog } from "../tiers/AccessLog.ts"
 import { LocalActors } from "./LocalActors.ts"
 import { groupByPartition, partitionOf } from "./PartitionMap.ts"
 
@@ -42,6 +43,10 @@ type DeliveryError =
   | ClusterError.AlreadyProcessingMessage
   | ClusterError.PersistenceError
   | ClusterError.EntityNotAssignedToRunner
+
+/** The nearest results of a search count as read, a quarter each: that costs some 2 us a search. */
+const touchedResults = 3
+const touchedResultWeight = 0.25
 
 export class Router extends Context.Service<
   Router,
@@ -81,6 +86,7 @@ export class Router extends Context.Service<
       Effect.gen(function* () {
         const settings = yield* Settings
         const local = yield* LocalActors
+        const access = yield* AccessLog
         const catalog = (yield* Catalog.Catalog.client)(Catalog.catalogId)
         const partitionClient = yield* IndexPartition.client
         /** Collections seen; an entry whose uid is out of date is dropped when a partition says so. */
@@ -121,11 +127,13 @@ export class Router extends Context.Service<
         })
 
         const deleteCollection = Effect.fn("Router.deleteCollection")(function* (name: string) {
+          const uid = known.get(name)?.uid
           known.delete(name)
           yield* catalog
             .Delete({ name })
             .pipe(Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)))
           known.delete(name)
+          if (uid !== undefined) access.dropCollection(uid)
         })
 
         const delivered = <A, E extends { readonly _tag: string }>(
@@ -235,7 +243,12 @@ export class Router extends Context.Service<
             resident === undefined
               ? delivered(of, partition, partitionClient(entityId).Get({ ids: [id] }))
               : resident.get([id])
-          return Effect.map(records, (found) => found[0] ?? null)
+          access.touchPartition(entityId)
+          return Effect.map(records, (found) => {
+            const record = found[0] ?? null
+            if (record !== null) access.touchRecord(entityId, id)
+            return record
+          })
         }
 
         const get = (name: string, id: string) =>
@@ -270,6 +283,7 @@ export class Router extends Context.Service<
           query: PartitionQuery
         ): Effect.Effect<PartitionHits, PartitionError> => {
           const entityId = idOf(of, partition)
+          access.touchPartition(entityId)
           const resident = local.partitions.get(entityId)
           if (resident !== undefined) return resident.search(query)
           return delivered(of, partition, partitionClient(entityId).Search(query))
@@ -348,6 +362,10 @@ export class Router extends Context.Service<
                 if (fault !== undefined) return yield* fault
               }
               const { hits, missing } = yield* scatter(of, query, vector, deadlineMillis)
+              for (let i = 0; i < hits.ids.length && i < touchedResults; i++) {
+                const id = hits.ids[i] as string
+                access.touchRecord(idOf(of, partitionOf(id, of.partitions)), id, touchedResultWeight)
+              }
               return {
                 queryId: query.queryId,
                 ...hits,

@@ -1,7 +1,7 @@
 /** What is counted of accesses: never too low, bounded, decaying; trends are found in bursts and not in steady streams. */
 import { assert, describe, it } from "@effect/vitest"
 import { Effect } from "effect"
-import * as fc from "fast-check"
+import fc from "fast-check"
 import { defaultSettings } from "../../src/config.ts"
 import { AccessCounts, type AccessSettings, type Trend } from "../../src/tiers/AccessLog.ts"
 import { FrequencySketch } from "../../src/tiers/FrequencySketch.ts"

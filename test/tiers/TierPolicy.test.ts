@@ -1,6 +1,6 @@
 /** The decision which partitions are full: over budgets, sizes and heats, and over time under a load that wavers. */
 import { assert, describe, it } from "@effect/vitest"
-import * as fc from "fast-check"
+import fc from "fast-check"
 import type { Form, PartitionForm } from "../../src/tiers/PartitionForms.ts"
 import { decide, mappedShare, type PolicyInput } from "../../src/tiers/TierPolicy.ts"
 import { type Random, random, seedOf } from "../support/Seeded.ts"
