@@ -23,6 +23,7 @@ import {
   type SearchPayload
 } from "../protocol/Rpcs.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
+import type { TierEvent } from "../protocol/TierPromoter.ts"
 import { Router } from "../shards/Router.ts"
 import { countDefect, countRequest } from "./Instruments.ts"
 import { Promoter } from "./Promoter.ts"
@@ -146,10 +147,11 @@ export const layer = RuvectorRpcs.toLayer(
         Stream.unwrap(
           call(
             "TierEvents",
-            Effect.suspend(() =>
-              payload instanceof InvalidInput
-                ? Effect.fail(payload)
-                : Effect.as(streams.one(client), promoter.events(payload.after))
+            Effect.suspend(
+              (): Effect.Effect<Stream.Stream<TierEvent, ApiError>, ApiError, Scope.Scope> =>
+                payload instanceof InvalidInput
+                  ? Effect.fail(payload)
+                  : Effect.as(streams.one(client), promoter.events(payload.after))
             )
           )
         )

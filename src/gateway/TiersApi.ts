@@ -69,7 +69,7 @@ const json = (value: unknown) =>
 
 const failed = Effect.catch((error: ApiError) => Effect.succeed(problemResponse(error)))
 
-interface FollowOptions {
+export interface FollowOptions {
   readonly pingMillis: number
   readonly idleMillis: number
   /** Ends the connection of a client that does not read. */
@@ -80,7 +80,7 @@ interface FollowOptions {
 const lookMillis = 250
 
 /** The frames of a followed stream of events, with comments where it is quiet; ends when the node drains. */
-const framesOf = Effect.fnUntraced(function* (
+export const framesOf = Effect.fnUntraced(function* (
   events: Stream.Stream<TierEvent, ApiError>,
   isDraining: () => boolean,
   { pingMillis, idleMillis, cut }: FollowOptions
