@@ -19,12 +19,11 @@ import * as Cluster from "./shards/Cluster.ts"
 import { LocalActors } from "./shards/LocalActors.ts"
 import { Router } from "./shards/Router.ts"
 import { AccessLog } from "./tiers/AccessLog.ts"
+import * as Caches from "./tiers/Caches.ts"
 import { DataDirectory } from "./tiers/DataDirectory.ts"
 import * as FileObjectStore from "./tiers/FileObjectStore.ts"
 import { PartitionForms } from "./tiers/PartitionForms.ts"
-import { RecordCache } from "./tiers/RecordCache.ts"
 import { VectorIndex } from "./tiers/VectorIndex.ts"
-import { WarmStore } from "./tiers/WarmStore.ts"
 
 export { defaultSettings, Settings, type SettingValues } from "./config.ts"
 export { HttpGateway } from "./gateway/HttpGateway.ts"
@@ -39,9 +38,6 @@ const wires = HttpGateway.layer.pipe(
   Layer.provideMerge(Readiness.layer)
 )
 
-/** What the actors know of what is read, and the caches they promote it to. */
-const caches = Layer.mergeAll(AccessLog.layer, RecordCache.layer, WarmStore.layerInProcess, PartitionForms.layerOneForm)
-
 /** The actors of one process. They stop, and snapshot what they hold, before the threads and the store they rest on. */
 export const actors = Layer.mergeAll(
   IndexPartitionActor.layer,
@@ -52,7 +48,8 @@ export const actors = Layer.mergeAll(
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
   Layer.provideMerge(LocalActors.layer),
   Layer.provideMerge(Cluster.layerSingle),
-  Layer.provideMerge(Layer.mergeAll(VectorIndex.layer, caches))
+  Layer.provideMerge(Layer.mergeAll(AccessLog.layer, Caches.layer, PartitionForms.layerOneForm)),
+  Layer.provideMerge(VectorIndex.layer)
 )
 
 /** Objects in the data directory. */

@@ -32,10 +32,12 @@ import {
 } from "../protocol/IndexPartition.ts"
 import { formatVersion, VersionClock } from "../protocol/Version.ts"
 import { LocalActors } from "../shards/LocalActors.ts"
+import type { AheadLog } from "../tiers/AheadLog.ts"
 import { DataDirectory } from "../tiers/DataDirectory.ts"
 import { decodeSegment, type LogOp } from "../tiers/LogSegment.ts"
 import { ObjectStore } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
+import type { RecordCache } from "../tiers/RecordCache.ts"
 import {
   type Applied,
   type IndexHits,
@@ -45,7 +47,9 @@ import {
   type PartitionIndex,
   VectorIndex
 } from "../tiers/VectorIndex.ts"
+import type { WarmStore } from "../tiers/WarmStore.ts"
 import { ChangeFeed, type Position } from "./ChangeFeed.ts"
+import * as PartitionCaches from "./PartitionCaches.ts"
 import * as PartitionWriter from "./PartitionWriter.ts"
 
 /** Key prefix of a partition's objects. */
@@ -96,6 +100,7 @@ const makePartition = Effect.gen(function* () {
   const vectors = yield* VectorIndex
   const { scratch } = yield* DataDirectory
   const local = yield* LocalActors
+  const tiers = yield* Effect.context<AheadLog | RecordCache | WarmStore>()
   const catalog = (yield* Catalog.client)(catalogId)
   const entityScope = yield* Effect.scope
   const prefix = partitionPrefix(uid, partition)
@@ -227,6 +232,7 @@ const makePartition = Effect.gen(function* () {
     let opsSinceSnapshot = replayed
     let lastWriteAt = Date.now()
 
+    const caches = yield* PartitionCaches.open(entityId, log).pipe(Effect.provideContext(tiers), Scope.provide(scope))
     const self: { resident?: Resident } = {}
     const writer = yield* PartitionWriter.make({
       log,
@@ -234,6 +240,7 @@ const makePartition = Effect.gen(function* () {
       clock,
       dimensions: collection.dimensions,
       bounds: settings,
+      ...caches,
       onApplied: (seq, ops, applied) => {
         opsSinceSnapshot += ops.length
         lastWriteAt = Date.now()
@@ -456,7 +463,7 @@ const makePartition = Effect.gen(function* () {
     use: (of: Resident) => Effect.Effect<A, PartitionError | IndexLost>
   ): Effect.Effect<A, PartitionError> => Effect.flatMap(activate, (of) => again(of, use(of), use))
 
-  const write = (drafts: ReadonlyArray<PartitionWriter.Draft>) =>
+  const write = (drafts: ReadonlyArray<PartitionWriter.Draft>, ack: PartitionWriter.AckLevel = "cold") =>
     Effect.flatMap(activate, (of) => {
       const { dimensions } = of.collection
       // Looked at before anything of the batch is queued: a batch is written whole or not at all.
@@ -466,7 +473,7 @@ const makePartition = Effect.gen(function* () {
           return Effect.fail(new InvalidInput({ field: "vector", expected: `${dimensions} numbers`, got }))
         }
       }
-      return Effect.mapError(of.writer.write(drafts), writeError)
+      return Effect.mapError(of.writer.write(drafts, ack), writeError)
     })
 
   const writeError = (error: PartitionWriter.WriteError): PartitionError => {
@@ -489,9 +496,13 @@ const makePartition = Effect.gen(function* () {
   return IndexPartition.of({
     Activate: () => read((of) => of.stats),
     Upsert: ({ payload }) =>
-      Effect.as(write(payload.records.map((record) => ({ kind: "upsert" as const, ...record }))), {
-        inserted: payload.records.length
-      }),
+      Effect.as(
+        write(
+          payload.records.map((record) => ({ kind: "upsert" as const, ...record })),
+          payload.ack
+        ),
+        { inserted: payload.records.length }
+      ),
     UpdateMetadata: ({ payload }) =>
       Effect.gen(function* () {
         const of = yield* activate

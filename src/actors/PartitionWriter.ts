@@ -4,18 +4,29 @@
  * is answered when its group is both durable and visible.
  *
  * A metadata update reads before it writes, so a group ends before a second operation on an id that an update in it reads.
+ *
+ * **Early writes** (`ack` of `memory` and `warm`) are applied and acknowledged first and committed right after, in groups of their
+ * own: nothing is published before it is committed, and what is committed was applied already and is not applied again. A
+ * `warm` write is in Redis (`AheadLog.ts`) before it is acknowledged; where that cannot be had it is a `cold` one. An early
+ * group whose commit fails is committed again until it is in the log or another owner is: it is visible, so it must not be
+ * given up. `appliedSeq` counts only what is committed; a snapshot may hold early writes beyond it, which does no harm, since
+ * applying is idempotent.
  */
-import { Deferred, Effect, Fiber, Option, Result, type Scope } from "effect"
+import { Deferred, Effect, Fiber, Metric, Option, Result, type Scope } from "effect"
 import { InvalidInput, Overloaded, StorageUnavailable } from "../protocol/Errors.ts"
 import { metadataBytesMax } from "../protocol/Limits.ts"
 import { formatVersion, type Version, type VersionClock } from "../protocol/Version.ts"
-import { decodeSegment, encodeSegment, type LogOp, opBytes } from "../tiers/LogSegment.ts"
+import type { AheadHandle } from "../tiers/AheadLog.ts"
+import { decodeSegment, decodeSegmentHeader, encodeSegment, type LogOp, opBytes } from "../tiers/LogSegment.ts"
 import type { NotOwner, PartitionLogHandle } from "../tiers/PartitionLog.ts"
 import type { Applied, IndexLost, PartitionIndex } from "../tiers/VectorIndex.ts"
 
 export type Draft =
   | { readonly kind: "upsert"; readonly id: string; readonly vector: Float32Array; readonly metadata: string }
   | { readonly kind: "delete"; readonly id: string }
+
+/** When a write is acknowledged: visible; visible and in Redis; visible and in the log. */
+export type AckLevel = "memory" | "warm" | "cold"
 
 export interface WriterOptions {
   readonly commitBytesMax: number
@@ -28,9 +39,19 @@ export type Fatal = NotOwner | IndexLost
 
 export type WriteError = StorageUnavailable | Overloaded | InvalidInput | Fatal
 
+/** What is told of writes besides the index. */
+export interface WriterCaches {
+  /** Awaited before a group that changed these ids is acknowledged, and before it is published. */
+  readonly onChanged?: (ids: ReadonlyArray<string>) => Effect.Effect<void>
+  /** Where writes acknowledged as `warm` are kept; without it they are `cold`. Recovered before the writer is there. */
+  readonly ahead?: AheadHandle | undefined
+  /** Called when the writer closes; `clean` where the index has all that is in the log, and nothing more is under way. */
+  readonly onClosed?: (clean: boolean) => Effect.Effect<void>
+}
+
 export interface PartitionWriter {
   /** All or nothing; answers what each operation did. */
-  readonly write: (drafts: ReadonlyArray<Draft>) => Effect.Effect<Applied, WriteError>
+  readonly write: (drafts: ReadonlyArray<Draft>, ack?: AckLevel) => Effect.Effect<Applied, WriteError>
   /** Sets fields of a record's metadata (`null` removes one); `undefined` where there is no visible record. */
   readonly patch: (
     id: string,
@@ -38,6 +59,8 @@ export interface PartitionWriter {
   ) => Effect.Effect<{ readonly metadata: string; readonly version: string } | undefined, WriteError>
   /** Sequence number of the last log object handed to the index. */
   readonly appliedSeq: () => number
+  /** Operations that are visible and not yet in the log. */
+  readonly uncommitted: () => number
 }
 
 interface Pending {
@@ -46,6 +69,15 @@ interface Pending {
   readonly bytes: number
   /** The operations' effects and, of a patch, its outcome. */
   readonly done: Deferred.Deferred<Outcome, WriteError>
+}
+
+/** Operations that were handed to the index and are still to be committed. */
+interface Early {
+  readonly ops: ReadonlyArray<LogOp>
+  readonly bytes: number
+  /** What may be trimmed of the ahead log once they are in the log. */
+  readonly ahead: number | undefined
+  readonly applied: Deferred.Deferred<Applied, IndexLost>
 }
 
 interface Outcome {
@@ -64,23 +96,43 @@ interface Span {
 /** After a failed commit, quiet time until it is looked what became of it. */
 const settleMillis = 1_000
 
+/** Between two looks at whether the ahead log can be had again. */
+const recoverMillis = 500
+
+/** A partition that closes waits this long for its early writes to be in the log. */
+const flushMillis = 10_000
+
+const writesLost = Metric.counter("ruvector_early_writes_lost", {
+  description: "Operations acknowledged as memory or warm that another owner's claim kept out of the log"
+})
+
 /** What a patch is counted as in the bounds on bytes, before it is merged. */
 const patchBytes = 1_024
 
-export const make = (options: {
-  readonly log: PartitionLogHandle
-  readonly index: PartitionIndex
-  readonly clock: VersionClock
-  readonly dimensions: number
-  readonly bounds: WriterOptions
-  /** Called in log order with every group that has become visible. */
-  readonly onApplied: (seq: number, ops: ReadonlyArray<LogOp>, applied: Applied) => void
-  /** Called once, with what ended the writer. */
-  readonly onFatal: (error: Fatal) => Effect.Effect<void>
-}): Effect.Effect<PartitionWriter, never, Scope.Scope> =>
+export const make = (
+  options: WriterCaches & {
+    readonly log: PartitionLogHandle
+    readonly index: PartitionIndex
+    readonly clock: VersionClock
+    readonly dimensions: number
+    readonly bounds: WriterOptions
+    /** Called in log order with every group that has become visible. */
+    readonly onApplied: (seq: number, ops: ReadonlyArray<LogOp>, applied: Applied) => void
+    /** Called once, with what ended the writer. */
+    readonly onFatal: (error: Fatal) => Effect.Effect<void>
+  }
+): Effect.Effect<PartitionWriter, never, Scope.Scope> =>
   Effect.gen(function* () {
     const { log, index, clock, dimensions, bounds } = options
-    const queue: Array<Pending> = []
+    const onChanged = options.onChanged ?? (() => Effect.void)
+    const { ahead } = options
+    const queue: Array<Pending | Early> = []
+    /** Waiting to become early. */
+    const hurried: Array<{ readonly pending: Pending; readonly ack: AckLevel }> = []
+    let hurry = Deferred.makeUnsafe<void>()
+    /** Operations handed to the index and not committed. */
+    let uncommitted = 0
+    let committing = false
     /** Everything whose writer waits, so that none is left waiting when the partition closes. */
     const open = new Set<Pending>()
     let queuedBytes = 0
@@ -92,18 +144,24 @@ export const make = (options: {
     /** A commit failed, and whether it is in the log is not known for good. */
     let inDoubt = false
     let lastApply: Fiber.Fiber<void> | undefined
+    let lastEarly: Fiber.Fiber<void> | undefined
     const scope = yield* Effect.scope
 
-    const submit = (pending: Pending): Effect.Effect<Outcome, WriteError> =>
+    const submit = (pending: Pending, ack: AckLevel): Effect.Effect<Outcome, WriteError> =>
       Effect.suspend((): Effect.Effect<Outcome, WriteError> => {
         if (fatal !== undefined) return Effect.fail(fatal)
-        if (queuedBytes + pending.bytes > bounds.writeQueueBytesMax && queue.length > 0) {
+        if (queuedBytes + pending.bytes > bounds.writeQueueBytesMax && queuedBytes > 0) {
           return Effect.fail(new Overloaded({ bound: "writeQueueBytesMax", retryAfterMillis: 500 }))
         }
-        queue.push(pending)
         open.add(pending)
         queuedBytes += pending.bytes
-        Deferred.doneUnsafe(news, Effect.void)
+        if (ack === "cold" || (ack === "warm" && ahead?.ready() !== true)) {
+          queue.push(pending)
+          Deferred.doneUnsafe(news, Effect.void)
+        } else {
+          hurried.push({ pending, ack })
+          Deferred.doneUnsafe(hurry, Effect.void)
+        }
         // A caller that goes away does not undo its write: it is in the queue, and may be in a group already.
         return Effect.ensuring(
           Deferred.await(pending.done),
@@ -111,13 +169,28 @@ export const make = (options: {
         )
       })
 
+    /** The early operations that the next group is made of; none where it is made of others. */
+    const takeEarly = (): Array<Early> => {
+      const group: Array<Early> = []
+      let bytes = 0
+      while (queue.length > 0) {
+        const next = queue[0] as Pending | Early
+        if (!("ops" in next) || (group.length > 0 && bytes + next.bytes > bounds.commitBytesMax)) break
+        queue.shift()
+        bytes += next.bytes
+        group.push(next)
+      }
+      return group
+    }
+
     /** The pendings of the next group. */
     const takeGroup = (): Array<Pending> => {
       const group: Array<Pending> = []
       const written = new Set<string>()
       let bytes = 0
       while (queue.length > 0) {
-        const next = queue[0] as Pending
+        const next = queue[0] as Pending | Early
+        if ("ops" in next) break
         if (group.length > 0 && bytes + next.bytes > bounds.commitBytesMax) break
         // A patch reads the state before the group, so nothing in the group may have written its id.
         if (next.patch !== undefined && written.has(next.patch.id)) break
@@ -129,6 +202,15 @@ export const make = (options: {
       }
       queuedBytes -= bytes
       return group
+    }
+
+    /** Fails whatever of the queue is not visible yet. */
+    const failQueued = (error: WriteError) => {
+      const early = queue.filter((item): item is Early => "ops" in item)
+      const pendings = queue.filter((item): item is Pending => !("ops" in item))
+      queue.splice(0, queue.length, ...early)
+      queuedBytes = early.reduce((sum, { bytes }) => sum + bytes, 0)
+      fail(pendings, error)
     }
 
     const fail = (group: Iterable<Pending>, error: WriteError) => {
@@ -153,25 +235,83 @@ export const make = (options: {
           Effect.flatMap(previous === undefined ? Effect.void : Fiber.await(previous), () => {
             backlogBytes -= bytes.length
             Deferred.doneUnsafe(room, Effect.void)
-            if (Result.isSuccess(outcome)) options.onApplied(seq, ops, outcome.success)
-            complete(outcome)
-            return Result.isSuccess(outcome) ? Effect.void : stop(outcome.failure, [])
+            if (Result.isFailure(outcome)) {
+              complete(outcome)
+              return stop(outcome.failure, [])
+            }
+            const applied = outcome.success
+            return Effect.map(onChanged(idsOf(ops)), () => {
+              options.onApplied(seq, ops, applied)
+              complete(outcome)
+            })
           })
         ),
         Effect.forkIn(scope, { startImmediately: true })
       )
     })
 
+    /** Hands operations to the index that are not committed yet; they are committed in the order in which this is called. */
+    const applyEarly = Effect.fnUntraced(function* (
+      ops: ReadonlyArray<LogOp>,
+      segment: Uint8Array,
+      position: number | undefined,
+      complete: (outcome: Result.Result<Applied, IndexLost>) => void
+    ) {
+      const bytes = segment.length
+      const early: Early = { ops, bytes, ahead: position, applied: Deferred.makeUnsafe() }
+      uncommitted += ops.length
+      backlogBytes += bytes
+      queuedBytes += bytes
+      queue.push(early)
+      const previous = lastEarly
+      lastEarly = yield* Effect.result(index.apply(segment)).pipe(
+        Effect.flatMap((outcome) =>
+          Effect.flatMap(previous === undefined ? Effect.void : Fiber.await(previous), () => {
+            backlogBytes -= bytes
+            Deferred.doneUnsafe(room, Effect.void)
+            if (Result.isFailure(outcome)) {
+              Deferred.doneUnsafe(early.applied, Effect.fail(outcome.failure))
+              complete(outcome)
+              return stop(outcome.failure, [])
+            }
+            return Effect.map(onChanged(idsOf(ops)), () => {
+              Deferred.doneUnsafe(early.applied, Effect.succeed(outcome.success))
+              complete(outcome)
+            })
+          })
+        ),
+        Effect.forkIn(scope, { startImmediately: true })
+      )
+      Deferred.doneUnsafe(news, Effect.void)
+    })
+
     const stop = (error: Fatal, group: ReadonlyArray<Pending>) =>
       Effect.suspend(() => {
         if (fatal === undefined) fatal = error
         fail(group, fatal)
-        fail(queue.splice(0), fatal)
-        queuedBytes = 0
+        failQueued(fatal)
+        fail(
+          hurried.splice(0).map(({ pending }) => pending),
+          fatal
+        )
+        let lost = 0
+        if (fatal._tag === "NotOwner") {
+          for (const early of queue.splice(0)) lost += "ops" in early ? early.ops.length : 0
+          queuedBytes = 0
+        }
         Deferred.doneUnsafe(news, Effect.void)
+        Deferred.doneUnsafe(hurry, Effect.void)
         Deferred.doneUnsafe(room, Effect.void)
-        return options.onFatal(fatal)
+        return Effect.andThen(lose(lost), options.onFatal(fatal))
       })
+
+    const lose = (count: number): Effect.Effect<void> =>
+      count === 0
+        ? Effect.void
+        : Effect.andThen(
+            Metric.update(writesLost, count),
+            Effect.logWarning("Another owner's claim kept early writes out of the log", { operations: count })
+          )
 
     /** Reads the records that patches of the group touch and makes the group's operations. */
     const draftOps = Effect.fnUntraced(function* (group: ReadonlyArray<Pending>) {
@@ -181,6 +321,7 @@ export const make = (options: {
       const metadata = new Map<string, string>()
       if (ids.length > 0) {
         if (lastApply !== undefined) yield* Fiber.await(lastApply)
+        if (lastEarly !== undefined) yield* Fiber.await(lastEarly)
         for (const record of yield* index.get(ids)) if (record !== undefined) metadata.set(record.id, record.metadata)
       }
       const now = Date.now()
@@ -250,6 +391,157 @@ export const make = (options: {
       })
     })
 
+    /** Commits early operations; tried again until they are in the log or the partition is another's. */
+    const commitEarly = Effect.fnUntraced(function* (group: ReadonlyArray<Early>) {
+      const ops = group.flatMap((early) => early.ops)
+      const nonces = new Set<bigint>()
+      const mine = (bytes: Uint8Array) => nonces.has(decodeSegmentHeader(bytes).nonce)
+      let seq: number | undefined = ops.length === 0 ? appliedSeq : undefined
+      while (seq === undefined) {
+        const appended = yield* Effect.result(
+          log.append((position) => {
+            nonces.add(position.nonce)
+            return encodeSegment({ ...position, dimensions }, ops)
+          })
+        )
+        let found: ReadonlyArray<{ readonly seq: number; readonly bytes: Uint8Array }>
+        if (Result.isSuccess(appended)) {
+          seq = appended.success.seq
+          found = appended.success.recovered
+        } else {
+          if (appended.failure._tag === "NotOwner") return yield* lostTo(appended.failure, ops.length)
+          inDoubt = true
+          failQueued(
+            new StorageUnavailable({ detail: "Earlier writes cannot be committed now.", retryAfterMillis: 1_000 })
+          )
+          yield* Effect.sleep(settleMillis)
+          const settled = yield* Effect.result(log.settle)
+          if (Result.isFailure(settled)) {
+            if (settled.failure._tag === "NotOwner") return yield* lostTo(settled.failure, ops.length)
+            continue
+          }
+          found = settled.success
+        }
+        inDoubt = false
+        for (const entry of found) {
+          if (mine(entry.bytes)) seq ??= entry.seq
+          else yield* applyInOrder(entry.seq, entry.bytes, decodeSegment(entry.bytes).ops, () => {})
+        }
+      }
+      yield* publishEarly(Math.max(seq, appliedSeq), group, ops)
+    })
+
+    const lostTo = (error: NotOwner, count: number) => Effect.andThen(lose(count), stop(error, []))
+
+    /** Early operations are in the log: they are published in its order, once they are visible. */
+    const publishEarly = Effect.fnUntraced(function* (
+      seq: number,
+      group: ReadonlyArray<Early>,
+      ops: ReadonlyArray<LogOp>
+    ) {
+      appliedSeq = seq
+      uncommitted -= ops.length
+      for (const early of group) queuedBytes -= early.bytes
+      const position = Math.max(...group.map((early) => early.ahead ?? 0))
+      if (position > 0 && ahead !== undefined) yield* Effect.forkIn(ahead.trim(position), scope)
+      const previous = lastApply
+      lastApply = yield* Effect.gen(function* () {
+        if (previous !== undefined) yield* Fiber.await(previous)
+        const effects = new Uint8Array(ops.length)
+        let at = 0
+        for (const early of group) {
+          const applied = yield* Deferred.await(early.applied)
+          effects.set(applied.effects, at)
+          at += early.ops.length
+        }
+        if (ops.length > 0) options.onApplied(seq, ops, { effects })
+      }).pipe(Effect.ignore, Effect.forkIn(scope, { startImmediately: true }))
+    })
+
+    /** Makes the hurried ones visible, and acknowledges them: all of one level that have gathered. */
+    const advance = Effect.gen(function* () {
+      while (fatal === undefined) {
+        if (hurried.length === 0) {
+          hurry = Deferred.makeUnsafe()
+          yield* Deferred.await(hurry)
+          yield* Effect.yieldNow
+          continue
+        }
+        if (backlogBytes > bounds.applyBacklogBytesMax) {
+          yield* awaitRoom
+          continue
+        }
+        const { ack } = hurried[0] as (typeof hurried)[number]
+        const group: Array<Pending> = []
+        let bytes = 0
+        while (hurried[0]?.ack === ack && (group.length === 0 || bytes < bounds.commitBytesMax)) {
+          const { pending } = hurried.shift() as (typeof hurried)[number]
+          bytes += pending.bytes
+          group.push(pending)
+        }
+        const now = Date.now()
+        const ops = group.flatMap(({ drafts }) =>
+          drafts.map((draft): LogOp => ({ ...draft, version: clock.next(now) }))
+        )
+        const segment = encodeSegment({ epoch: log.epoch, seq: 0, nonce: 0n, dimensions }, ops)
+        const position = ack === "warm" && ahead !== undefined ? yield* ahead.append(segment) : undefined
+        if (fatal !== undefined) return fail(group, fatal)
+        if (ack === "warm" && position === undefined) {
+          // Whether Redis has it is not known: it is committed as a cold write is, under later versions.
+          queue.push(...group)
+          Deferred.doneUnsafe(news, Effect.void)
+          continue
+        }
+        queuedBytes -= bytes
+        yield* applyEarly(ops, segment, position, (outcome) => {
+          if (Result.isFailure(outcome)) return fail(group, outcome.failure)
+          let first = 0
+          for (const { drafts, done } of group) {
+            const effects = outcome.success.effects.subarray(first, first + drafts.length)
+            first += drafts.length
+            Deferred.doneUnsafe(done, Effect.succeed({ effects, patched: undefined }))
+          }
+        })
+      }
+    })
+
+    /** Brings back what was acknowledged as `warm` and never came into the log. Idempotent: its versions are its own. */
+    const recover = Effect.gen(function* () {
+      const found = yield* ahead === undefined ? Effect.succeed(undefined) : ahead.recover
+      if (found === undefined) return
+      for (const bytes of found.segments) {
+        const decoded = Result.try({ try: () => decodeSegment(bytes), catch: (error) => String(error) })
+        if (Result.isFailure(decoded) || decoded.success.dimensions !== dimensions) {
+          const detail = Result.isFailure(decoded) ? decoded.failure : "of other dimensions"
+          yield* Effect.logWarning("A write kept in Redis is damaged and left out", detail)
+          continue
+        }
+        const { ops } = decoded.success
+        for (const { version } of ops) clock.observe(version)
+        const applied = yield* Effect.result(index.apply(encodeSegment(decoded.success, ops)))
+        if (Result.isFailure(applied)) return yield* stop(applied.failure, [])
+        // What had no effect is in the log already, or is older than what is.
+        const fresh = ops.filter((_, i) => applied.success.effects[i] !== 0)
+        if (fresh.length === 0) continue
+        yield* onChanged(idsOf(fresh))
+        const effects = applied.success.effects.filter((effect) => effect !== 0)
+        const early: Early = { ops: fresh, bytes: bytes.length, ahead: undefined, applied: Deferred.makeUnsafe() }
+        Deferred.doneUnsafe(early.applied, Effect.succeed({ effects }))
+        uncommitted += fresh.length
+        queuedBytes += early.bytes
+        queue.push(early)
+        yield* Effect.logInfo("Writes acknowledged as warm are brought back", { operations: fresh.length })
+      }
+      // What was recovered may be trimmed once it, and what was there before it, is in the log.
+      queue.push({ ops: [], bytes: 0, ahead: found.upTo, applied: nothingApplied() })
+      Deferred.doneUnsafe(news, Effect.void)
+    })
+
+    const awaitRoom = Effect.suspend(() => {
+      if (Deferred.isDoneUnsafe(room)) room = Deferred.makeUnsafe()
+      return Deferred.await(room)
+    })
+
     /** Finds out what became of a failed commit where no other follows it, so that the index does not lag the log. */
     const settle = Effect.gen(function* () {
       const settled = yield* Effect.result(log.settle)
@@ -264,7 +556,8 @@ export const make = (options: {
     })
 
     const loop = Effect.gen(function* () {
-      while (fatal === undefined) {
+      // A thread that died does not keep from the log what has been acknowledged; another owner does.
+      while (fatal === undefined || (fatal._tag === "IndexLost" && queue.length > 0)) {
         if (queue.length === 0) {
           news = Deferred.makeUnsafe()
           const arrival = Deferred.await(news)
@@ -277,9 +570,15 @@ export const make = (options: {
           yield* Effect.yieldNow
           continue
         }
+        committing = true
+        const early = takeEarly()
+        if (early.length > 0) {
+          yield* Effect.catchCause(commitEarly(early), (cause) => Effect.logError("A commit met a defect", cause))
+          committing = false
+          continue
+        }
         if (backlogBytes > bounds.applyBacklogBytesMax) {
-          room = Deferred.makeUnsafe()
-          yield* Deferred.await(room)
+          yield* awaitRoom
           continue
         }
         const group = takeGroup()
@@ -291,30 +590,57 @@ export const make = (options: {
           )
           return Effect.logError("A commit met a defect", cause)
         })
+        committing = false
       }
     })
 
+    yield* recover
     yield* Effect.forkScoped(loop)
+    yield* Effect.forkScoped(advance)
+    if (ahead !== undefined) {
+      const lookAgain = Effect.suspend(() => (ahead.ready() || fatal !== undefined ? Effect.void : recover))
+      yield* Effect.forkScoped(Effect.forever(Effect.andThen(Effect.sleep(recoverMillis), lookAgain)))
+    }
     yield* Effect.addFinalizer(() =>
-      Effect.sync(() =>
-        fail(open, new StorageUnavailable({ detail: "The partition is closing.", retryAfterMillis: 500 }))
-      )
+      Effect.gen(function* () {
+        const closing = new StorageUnavailable({ detail: "The partition is closing.", retryAfterMillis: 500 })
+        const deadline = Date.now() + flushMillis
+        while (uncommitted > 0 && fatal?._tag !== "NotOwner" && Date.now() < deadline) {
+          failQueued(closing)
+          yield* Effect.sleep(flushLookMillis)
+        }
+        fail(open, closing)
+        const clean = fatal === undefined && !inDoubt && !committing && backlogBytes === 0 && queue.length === 0
+        if (options.onClosed !== undefined) yield* options.onClosed(clean && appliedSeq === log.lastSeq())
+      })
     )
 
     return {
-      write: (drafts) =>
+      write: (drafts, ack = "cold") =>
         Effect.map(
-          submit({ drafts, patch: undefined, bytes: draftBytes(drafts), done: Deferred.makeUnsafe() }),
+          submit({ drafts, patch: undefined, bytes: draftBytes(drafts), done: Deferred.makeUnsafe() }, ack),
           ({ effects }) => ({ effects })
         ),
       patch: (id, fields) =>
         Effect.map(
-          submit({ drafts: [], patch: { id, fields }, bytes: patchBytes, done: Deferred.makeUnsafe() }),
+          submit({ drafts: [], patch: { id, fields }, bytes: patchBytes, done: Deferred.makeUnsafe() }, "cold"),
           ({ patched }) => patched
         ),
-      appliedSeq: () => appliedSeq
+      appliedSeq: () => appliedSeq,
+      uncommitted: () => uncommitted
     }
   })
+
+/** Between two looks of a partition that closes at whether its early writes are in the log. */
+const flushLookMillis = 5
+
+const nothingApplied = (): Deferred.Deferred<Applied, IndexLost> => {
+  const applied = Deferred.makeUnsafe<Applied, IndexLost>()
+  Deferred.doneUnsafe(applied, Effect.succeed({ effects: noEffects }))
+  return applied
+}
+
+const idsOf = (ops: ReadonlyArray<LogOp>): ReadonlyArray<string> => ops.map(({ id }) => id)
 
 const noEffects = new Uint8Array(0)
 

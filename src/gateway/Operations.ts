@@ -4,7 +4,9 @@ import { Context, Effect, Metric } from "effect"
 import { HttpRouter, HttpServerResponse } from "effect/http"
 import { PrometheusMetrics } from "effect/observability"
 import { LocalActors } from "../shards/LocalActors.ts"
+import { RecordCache, recordCacheMetrics } from "../tiers/RecordCache.ts"
 import { VectorIndex } from "../tiers/VectorIndex.ts"
+import { WarmStore, warmMetrics } from "../tiers/WarmStore.ts"
 import { Readiness } from "./Readiness.ts"
 import { Sessions } from "./Sessions.ts"
 
@@ -35,6 +37,8 @@ export const layer = HttpRouter.use(
     const local = yield* LocalActors
     const sessions = yield* Sessions
     const vectors = yield* VectorIndex
+    const cache = yield* RecordCache
+    const warm = yield* WarmStore
     const delay = monitorEventLoopDelay({ resolution: 20 })
     delay.enable()
     yield* Effect.addFinalizer(() => Effect.sync(() => delay.disable()))
@@ -58,6 +62,8 @@ export const layer = HttpRouter.use(
       Effect.gen(function* () {
         const threads = yield* vectors.threads
         const set = (metric: Metric.Gauge<number>, value: number) => metric.updateUnsafe(value, context)
+        recordCacheMetrics(cache)
+        warmMetrics(yield* warm.state)
         set(gauges.residentPartitions, local.partitions.size)
         set(gauges.sessions, sessions.count())
         set(gauges.sessionsResident, local.sessions.size)

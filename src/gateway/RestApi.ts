@@ -83,13 +83,15 @@ const Vectors = HttpApiBuilder.group(
     return handlers
       .handleRaw("insert", ({ request }) =>
         Effect.gen(function* () {
-          const { collection, vectors } = yield* Effect.fromResult(decodeInsert(yield* readJson(request, maxBodyBytes)))
+          const { ack, collection, vectors } = yield* Effect.fromResult(
+            decodeInsert(yield* readJson(request, maxBodyBytes))
+          )
           const records = vectors.map(({ id, vector, metadata }) => ({
             id,
             vector,
             metadata: metadata === undefined ? "" : JSON.stringify(metadata)
           }))
-          const inserted = yield* router.upsert(collection ?? defaultCollection, records)
+          const inserted = yield* router.upsert(collection ?? defaultCollection, records, ack)
           return json(`{"inserted":${inserted}}`)
         }).pipe(failed)
       )

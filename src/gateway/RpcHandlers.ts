@@ -92,14 +92,14 @@ export const layer = RuvectorRpcs.toLayer(
       DeleteCollection: unary("DeleteCollection", ({ name }) => router.deleteCollection(name)),
       Insert: unary(
         "Insert",
-        Effect.fnUntraced(function* ({ collection = defaultCollection, vectors }) {
+        Effect.fnUntraced(function* ({ ack, collection = defaultCollection, vectors }) {
           yield* checkBatch("vectors", vectors)
           const records: Array<{ id: string; vector: Float32Array; metadata: string }> = []
           for (const { id, vector, metadata } of vectors) {
             const field = `vectors[${records.length}].metadata`
             records.push({ id, vector, metadata: metadata === undefined ? "" : yield* metadataText(metadata, field) })
           }
-          return { inserted: yield* router.upsert(collection, records) }
+          return { inserted: yield* router.upsert(collection, records, ack) }
         })
       ),
       Search: unary("Search", (payload) =>

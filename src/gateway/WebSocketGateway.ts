@@ -251,7 +251,7 @@ class Connection {
       vector,
       metadata: metadata === undefined ? "" : JSON.stringify(metadata)
     }))
-    const insert = this.#hub.router.upsert(frame.collection ?? defaultCollection, records)
+    const insert = this.#hub.router.upsert(frame.collection ?? defaultCollection, records, frame.ack)
     this.#start("insert", frame.id, insert, envelope, (inserted) =>
       this.#send(`{"event":"inserted","inserted":${inserted}${envelope}}`)
     )

@@ -162,6 +162,7 @@ export const ClientId = Schema.String.check(
 
 /** How durable a write is when it is acknowledged. */
 export const Ack = Schema.Literals(["memory", "warm", "cold"])
+export type Ack = typeof Ack.Type
 
 export type Json = Schema.Json
 export type Metadata = { readonly [key: string]: Json }

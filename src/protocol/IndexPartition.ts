@@ -17,7 +17,7 @@ import {
   StorageUnavailable,
   VectorNotFound
 } from "./Errors.ts"
-import { Float32FromBytes, VectorFromBytes } from "./Fields.ts"
+import { Ack, Float32FromBytes, VectorFromBytes } from "./Fields.ts"
 import { VersionText } from "./Version.ts"
 
 export interface PartitionAddress {
@@ -112,7 +112,7 @@ export const IndexPartition = Entity.make("IndexPartition", [
   Rpc.make("Activate", { success: PartitionStats, error: PartitionError }),
   /** All or nothing, in the order given. */
   Rpc.make("Upsert", {
-    payload: { records: Schema.Array(UpsertRecord) },
+    payload: { records: Schema.Array(UpsertRecord), ack: Schema.optionalKey(Ack) },
     success: Schema.Struct({ inserted: Schema.Int }),
     error: PartitionError
   }),

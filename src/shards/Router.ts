@@ -21,6 +21,7 @@ import {
   StorageUnavailable,
   VectorNotFound
 } from "../protocol/Errors.ts"
+import type { Ack } from "../protocol/Fields.ts"
 import {
   IndexPartition,
   type PartitionError,
@@ -34,6 +35,8 @@ import {
 import { answerComponentsMax } from "../protocol/Limits.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import { AccessLog } from "../tiers/AccessLog.ts"
+import { RecordCache } from "../tiers/RecordCache.ts"
+import { WarmStore } from "../tiers/WarmStore.ts"
 import { LocalActors } from "./LocalActors.ts"
 import { groupByPartition, partitionOf } from "./PartitionMap.ts"
 
@@ -67,7 +70,7 @@ export class Router extends Context.Service<
     /** Makes all partitions of a collection resident. */
     readonly activate: (collection: Collection) => Effect.Effect<void, ApiError>
     /** Writes records, all or nothing a partition. The default collection comes into being with its first insert. */
-    readonly upsert: (name: string, records: ReadonlyArray<UpsertRecord>) => Effect.Effect<number, ApiError>
+    readonly upsert: (name: string, records: ReadonlyArray<UpsertRecord>, ack?: Ack) => Effect.Effect<number, ApiError>
     readonly get: (name: string, id: string) => Effect.Effect<PartitionRecord, ApiError>
     /** `patch` is JSON text of an object. */
     readonly updateMetadata: (
@@ -87,6 +90,9 @@ export class Router extends Context.Service<
         const settings = yield* Settings
         const local = yield* LocalActors
         const access = yield* AccessLog
+        const cache = yield* RecordCache
+        const warm = yield* WarmStore
+        const scope = yield* Effect.scope
         const catalog = (yield* Catalog.Catalog.client)(Catalog.catalogId)
         const partitionClient = yield* IndexPartition.client
         /** Collections seen; an entry whose uid is out of date is dropped when a partition says so. */
@@ -127,13 +133,17 @@ export class Router extends Context.Service<
         })
 
         const deleteCollection = Effect.fn("Router.deleteCollection")(function* (name: string) {
-          const uid = known.get(name)?.uid
           known.delete(name)
+          const before = yield* Effect.option(catalog.Read({ name }))
           yield* catalog
             .Delete({ name })
             .pipe(Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)))
           known.delete(name)
-          if (uid !== undefined) access.dropCollection(uid)
+          if (Option.isSome(before)) {
+            access.dropCollection(before.value.uid)
+            cache.dropCollection(before.value.uid)
+            yield* warm.drop(before.value.uid)
+          }
         })
 
         const delivered = <A, E extends { readonly _tag: string }>(
@@ -152,7 +162,18 @@ export class Router extends Context.Service<
             })
           })
 
-        const idOf = (of: Collection, partition: number) => partitionId({ collection: of.name, uid: of.uid, partition })
+        /** Made once: as keys of maps, texts that are made anew have to be hashed anew. */
+        const entityIds = new WeakMap<Collection, ReadonlyArray<string>>()
+        const idOf = (of: Collection, partition: number): string => {
+          let ids = entityIds.get(of)
+          if (ids === undefined) {
+            ids = Array.from({ length: of.partitions }, (_, n) =>
+              partitionId({ collection: of.name, uid: of.uid, partition: n })
+            )
+            entityIds.set(of, ids)
+          }
+          return ids[partition] as string
+        }
 
         /** Runs with the collection, and once more with a fresh reading of it where the one at hand was out of date. */
         const withCollection = <A, E>(
@@ -203,7 +224,7 @@ export class Router extends Context.Service<
           return undefined
         }
 
-        const upsert = Effect.fnUntraced(function* (name: string, records: ReadonlyArray<UpsertRecord>) {
+        const upsert = Effect.fnUntraced(function* (name: string, records: ReadonlyArray<UpsertRecord>, ack?: Ack) {
           const first = records[0]
           if (first === undefined) return 0
           if (name === options.createOnInsert && !known.has(name)) {
@@ -224,7 +245,14 @@ export class Router extends Context.Service<
               Effect.forEach(
                 groups,
                 ([partition, group]) =>
-                  delivered(of, partition, partitionClient(idOf(of, partition)).Upsert({ records: group })),
+                  delivered(
+                    of,
+                    partition,
+                    partitionClient(idOf(of, partition)).Upsert({
+                      records: group,
+                      ...(ack === undefined ? {} : { ack })
+                    })
+                  ),
                 { concurrency: "unbounded" }
               ),
               (results) => results.reduce((sum, result) => sum + result.inserted, 0)
@@ -232,24 +260,51 @@ export class Router extends Context.Service<
           })
         })
 
+        /**
+         * A record by id, from the nearest place that has it: the cache of this process, the partition where it is resident
+         * here, the warm tier, the partition wherever it is. What was found further off is kept nearer, for partitions that are
+         * this process's: those that are resident once it has been read.
+         */
         const getFrom = (
           of: Collection,
           id: string
         ): Effect.Effect<PartitionRecord | null, PartitionError | CollectionNotFound> => {
           const partition = partitionOf(id, of.partitions)
           const entityId = idOf(of, partition)
-          const resident = local.partitions.get(entityId)
-          const records =
-            resident === undefined
-              ? delivered(of, partition, partitionClient(entityId).Get({ ids: [id] }))
-              : resident.get([id])
+          const cached = cache.get(entityId, id)
+          if (cached !== undefined) {
+            access.touchRecord(entityId, id)
+            return Effect.succeed(cached)
+          }
+          // A partition's heat is of what it was asked itself.
           access.touchPartition(entityId)
-          return Effect.map(records, (found) => {
-            const record = found[0] ?? null
-            if (record !== null) access.touchRecord(entityId, id)
-            return record
+          const tickets = { cache: cache.ticket(), warm: warm.ticket() }
+          const resident = local.partitions.get(entityId)
+          if (resident !== undefined) return Effect.tap(firstOf(resident.get([id])), keep(entityId, tickets))
+          return Effect.flatMap(firstOf(warm.getRecords(entityId, [id])), (record) => {
+            if (record !== null) {
+              access.touchRecord(entityId, id)
+              cache.put(entityId, record, tickets.cache)
+              return Effect.succeed(record)
+            }
+            const later = { cache: cache.ticket(), warm: warm.ticket() }
+            return Effect.tap(
+              firstOf(delivered(of, partition, partitionClient(entityId).Get({ ids: [id] }))),
+              keep(entityId, later)
+            )
           })
         }
+
+        const keep =
+          (entityId: string, tickets: { readonly cache: number; readonly warm: number }) =>
+          (record: PartitionRecord | null): Effect.Effect<unknown> => {
+            if (record === null) return Effect.void
+            access.touchRecord(entityId, record.id)
+            if (!local.partitions.has(entityId)) return Effect.void
+            cache.put(entityId, record, tickets.cache)
+            // Nobody waits for it; how much is on its way at once is the warm tier's to bound.
+            return Effect.forkIn(warm.putRecords(entityId, [record], tickets.warm), scope)
+          }
 
         const get = (name: string, id: string) =>
           withCollection(name, (of) =>
@@ -417,6 +472,10 @@ const within = <A, E>(effect: Effect.Effect<A, E>, deadlineMillis: number): Effe
       })
     })
   )
+
+const firstOf = <E>(
+  records: Effect.Effect<ReadonlyArray<PartitionRecord | null>, E>
+): Effect.Effect<PartitionRecord | null, E> => Effect.map(records, (found) => found[0] ?? null)
 
 const isZero = (vector: Float32Array): boolean => {
   for (let i = 0; i < vector.length; i++) if (vector[i] !== 0) return false

@@ -23,6 +23,7 @@ import { LocalActors } from "../../src/shards/LocalActors.ts"
 import { groupByPartition } from "../../src/shards/PartitionMap.ts"
 import { Router } from "../../src/shards/Router.ts"
 import { AccessLog } from "../../src/tiers/AccessLog.ts"
+import { AheadLog } from "../../src/tiers/AheadLog.ts"
 import { DataDirectory } from "../../src/tiers/DataDirectory.ts"
 import { ObjectStore } from "../../src/tiers/ObjectStore.ts"
 import { type PartitionForm, PartitionForms } from "../../src/tiers/PartitionForms.ts"
@@ -72,6 +73,7 @@ beforeAll(async () => {
       Layer.mergeAll(
         VectorIndex.layer,
         AccessLog.layer,
+        AheadLog.layerNone,
         RecordCache.layer,
         WarmStore.layerMemory({ bytesMax: 64 * 1_048_576, ttlMillis: 3_600_000 }),
         Layer.succeed(PartitionForms, {
@@ -160,14 +162,17 @@ const eventsOf = async (count: number, act: () => Promise<unknown>): Promise<Rea
 describe("records", () => {
   it("read often enough are put into the warm tier, once; others are not", async () => {
     const of = await collectionOf("often", 20)
+    const touch = (id: string, times: number) => {
+      for (let n = 0; n < times; n++) access().touchRecord(partitionIn(of, id), id)
+    }
     const events = await eventsOf(2, async () => {
-      for (let n = 0; n < 3; n++) await run(router().get("often", "r1"))
-      for (let n = 0; n < 4; n++) await run(router().get("often", "r2"))
-      await run(router().get("often", "r3"))
+      touch("r1", 3)
+      touch("r2", 4)
+      touch("r3", 1)
       await report()
       await report()
       // What follows shows that the second report promoted nothing.
-      for (let n = 0; n < 3; n++) await run(router().get("often", "r4"))
+      touch("r4", 3)
       await report()
     })
     const promoted = events.flatMap((event) => (event.event === "records_promoted" ? event.ids : []))
@@ -180,8 +185,10 @@ describe("records", () => {
     assert.strictEqual(promoted.length, new Set(promoted).size)
   })
 
-  it("among a search's nearest count a quarter each", async () => {
+  it("count once for each read by id, wherever it came from, and a quarter among a search's nearest", async () => {
     const of = await collectionOf("searched", 30)
+    for (let n = 0; n < 3; n++) await run(router().get("searched", "r9"))
+    assert.approximately(access().recordFrequency(partitionIn(of, "r9"), "r9"), 3, 1e-6)
     const before = access().recordFrequency(partitionIn(of, "r7"), "r7")
     const vector = Float32Array.from({ length: 8 }, (_, d) => Math.sin(56 + d))
     const query = { queryId: "q", collection: "searched", vector, k: 10, ef: 0, filter: "" }

@@ -1,0 +1,79 @@
+/** A Redis server of the test's own on a free port of 127.0.0.1, ended by its pid. */
+import { type ChildProcess, spawn, spawnSync } from "node:child_process"
+import { mkdtemp, rm } from "node:fs/promises"
+import { createServer } from "node:net"
+import { tmpdir } from "node:os"
+import { join } from "node:path"
+
+export interface RedisServer {
+  readonly url: string
+  readonly port: number
+  /** Ends it at once, as a crash does; what is in memory is gone. */
+  readonly kill: () => Promise<void>
+  /** Starts it again on the same port. */
+  readonly start: () => Promise<void>
+  /** Answers nothing until `resume`; connections stay open. */
+  readonly suspend: () => void
+  readonly resume: () => void
+  /** Ends it for good. */
+  readonly stop: () => Promise<void>
+}
+
+export const redisInstalled = spawnSync("redis-server", ["--version"]).status === 0
+
+/** Whether tests with Redis are to be skipped; in CI they are not, and fail where it is not installed. */
+export const skipRedis = !redisInstalled && process.env["RUVECTOR_CI"] === undefined
+if (skipRedis) console.warn("Tests with Redis are skipped: install it with `apt-get install redis-server`.")
+
+export const startRedis = async (flags: ReadonlyArray<string> = []): Promise<RedisServer> => {
+  const directory = await mkdtemp(join(tmpdir(), "ruvector-redis-"))
+  const port = await freePort()
+  let child: ChildProcess | undefined
+  const kill = async () => {
+    const running = child
+    child = undefined
+    if (running === undefined || running.exitCode !== null) return
+    const exited = new Promise((resolve) => running.once("exit", resolve))
+    running.kill("SIGKILL")
+    await exited
+  }
+  const start = async () => {
+    child = await launch(port, directory, flags)
+  }
+  await start()
+  return {
+    url: `redis://127.0.0.1:${port}`,
+    port,
+    kill,
+    start,
+    suspend: () => child?.kill("SIGSTOP"),
+    resume: () => child?.kill("SIGCONT"),
+    stop: async () => {
+      await kill()
+      await rm(directory, { recursive: true, force: true })
+    }
+  }
+}
+
+const launch = (port: number, directory: string, flags: ReadonlyArray<string>): Promise<ChildProcess> =>
+  new Promise((resolve, reject) => {
+    const fixed = ["--port", `${port}`, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", directory]
+    const child = spawn("redis-server", [...fixed, ...flags], { stdio: ["ignore", "pipe", "pipe"] })
+    let output = ""
+    child.stdout.on("data", (chunk: Buffer) => {
+      output += chunk.toString()
+      if (output.includes("Ready to accept connections")) resolve(child)
+    })
+    child.once("error", reject)
+    child.once("exit", (code) => reject(new Error(`redis-server ended with ${code}: ${output}`)))
+  })
+
+const freePort = (): Promise<number> =>
+  new Promise((resolve, reject) => {
+    const server = createServer()
+    server.once("error", reject)
+    server.listen(0, "127.0.0.1", () => {
+      const address = server.address()
+      server.close(() => (typeof address === "object" && address !== null ? resolve(address.port) : reject()))
+    })
+  })
