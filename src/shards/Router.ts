@@ -47,9 +47,12 @@ type DeliveryError =
   | ClusterError.PersistenceError
   | ClusterError.EntityNotAssignedToRunner
 
-/** The nearest results of a search count as read, a quarter each: that costs some 2 us a search. */
+/**
+ * The three nearest results of a search count as read, a quarter each. Each search touches one of them, in turn, with
+ * the weight of all: about a microsecond a search, where touching all took up to six.
+ */
 const touchedResults = 3
-const touchedResultWeight = 0.25
+const touchedResultWeight = 0.25 * touchedResults
 
 export class Router extends Context.Service<
   Router,
@@ -386,6 +389,7 @@ export class Router extends Context.Service<
           return { hits: mergeHits(lists, query.k, of.dimensions), missing }
         })
 
+        let searches = 0
         const search = Effect.fnUntraced(function* (query: SessionQuery) {
           const started = performance.now()
           const deadlineMillis = query.deadlineMillis === 0 ? settings.searchDeadlineMillis : query.deadlineMillis
@@ -417,9 +421,9 @@ export class Router extends Context.Service<
                 if (fault !== undefined) return yield* fault
               }
               const { hits, missing } = yield* scatter(of, query, vector, deadlineMillis)
-              for (let i = 0; i < hits.ids.length && i < touchedResults; i++) {
-                const id = hits.ids[i] as string
-                access.touchRecord(idOf(of, partitionOf(id, of.partitions)), id, touchedResultWeight)
+              const touched = hits.ids[searches++ % touchedResults]
+              if (touched !== undefined) {
+                access.touchRecord(idOf(of, partitionOf(touched, of.partitions)), touched, touchedResultWeight)
               }
               return {
                 queryId: query.queryId,

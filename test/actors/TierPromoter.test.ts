@@ -192,8 +192,10 @@ describe("records", () => {
     const before = access().recordFrequency(partitionIn(of, "r7"), "r7")
     const vector = Float32Array.from({ length: 8 }, (_, d) => Math.sin(56 + d))
     const query = { queryId: "q", collection: "searched", vector, k: 10, ef: 0, filter: "" }
-    await run(router().search({ ...query, includeMetadata: false, includeVector: false, deadlineMillis: 0 }))
-    assert.approximately(access().recordFrequency(partitionIn(of, "r7"), "r7") - before, 0.25, 1e-6)
+    for (let n = 0; n < 12; n++) {
+      await run(router().search({ ...query, includeMetadata: false, includeVector: false, deadlineMillis: 0 }))
+    }
+    assert.approximately(access().recordFrequency(partitionIn(of, "r7"), "r7") - before, 12 / 4, 1e-6)
     for (const partition of partitionsOf(of)) assert.isAbove(access().partitionHeat(partition), 0)
   })
 
