@@ -279,7 +279,8 @@ describe("warming", () => {
     assert.deepInclude(result, { requested: 10_002, found: 10_000, missing: 2, unavailable: 0, cold: 0 })
     assert.sameMembers([...(result?.missing_sample ?? [])], ["nobody", "nothing"])
     assert.isAtLeast(result?.hit_rate ?? 0, 0.95)
-    assert.strictEqual((result?.hot ?? 0) + (result?.warm ?? 0), 10_000)
+    // The warm tier of this test holds all of them; the cache, what fits into its half.
+    assert.deepInclude(result, { hot: 10_000, warm: 10_000 })
     assert.isAtLeast(result?.bytes ?? 0, 10_000 * 32)
     assert.deepInclude(events[0], { event: "warming_started", requested: 10_002 })
     assert.deepInclude(events[1], { event: "warming_progress", phase: "load" })
