@@ -12,7 +12,7 @@
  * given up. `appliedSeq` counts only what is committed; a snapshot may hold early writes beyond it, which does no harm, since
  * applying is idempotent.
  */
-import { Deferred, Effect, Fiber, Metric, Option, Result, type Scope } from "effect"
+import { Deferred, Effect, Fiber, Metric, Option, Result, type Scope, Semaphore } from "effect"
 import { InvalidInput, Overloaded, StorageUnavailable } from "../protocol/Errors.ts"
 import { metadataBytesMax } from "../protocol/Limits.ts"
 import { formatVersion, type Version, type VersionClock } from "../protocol/Version.ts"
@@ -139,6 +139,9 @@ export const make = (
     /** Operations handed to the index and not committed. */
     let uncommitted = 0
     let committing = false
+    let closing: StorageUnavailable | undefined
+    /** From stamping early operations to handing them to the index, and from reading for a patch to stamping it. */
+    const stamping = Semaphore.makeUnsafe(1)
     /** Everything whose writer waits, so that none is left waiting when the partition closes. */
     const open = new Set<Pending>()
     let queuedBytes = 0
@@ -159,6 +162,7 @@ export const make = (
     const submit = (pending: Pending, ack: AckLevel): Effect.Effect<Outcome, WriteError> =>
       Effect.suspend((): Effect.Effect<Outcome, WriteError> => {
         if (fatal !== undefined) return Effect.fail(fatal)
+        if (closing !== undefined) return Effect.fail(closing)
         if (queuedBytes + pending.bytes > bounds.writeQueueBytesMax && queuedBytes > 0) {
           return Effect.fail(new Overloaded({ bound: "writeQueueBytesMax", retryAfterMillis: 500 }))
         }
@@ -395,7 +399,8 @@ export const make = (
         if (fatal !== undefined) return
         if (failure !== undefined) return fail(group, notCommitted(failure))
       }
-      const drafted = yield* Effect.result(draftOps(group))
+      const patches = group.some((pending) => pending.patch !== undefined)
+      const drafted = yield* Effect.result(patches ? stamping.withPermit(draftOps(group)) : draftOps(group))
       if (Result.isFailure(drafted)) return yield* stop(drafted.failure, group)
       const { ops, spans } = drafted.success
       if (ops.length === 0) return
@@ -461,7 +466,7 @@ export const make = (
         }
         inDoubt = false
         for (const entry of found) {
-          if (mine(entry.bytes)) seq ??= entry.seq
+          if (mine(entry.bytes)) seq = Math.max(seq ?? 0, entry.seq)
           else yield* applyInOrder(entry.seq, entry.bytes, decodeSegment(entry.bytes).ops, () => {})
         }
       }
@@ -516,30 +521,35 @@ export const make = (
           bytes += pending.bytes
           group.push(pending)
         }
-        const now = Date.now()
-        const ops = group.flatMap(({ drafts }) =>
-          drafts.map((draft): LogOp => ({ ...draft, version: clock.next(now) }))
-        )
-        const segment = encodeSegment({ epoch: log.epoch, seq: 0, nonce: 0n, dimensions }, ops)
-        const position = ack === "warm" && ahead !== undefined ? yield* ahead.append(segment) : undefined
-        if (fatal !== undefined) return fail(group, fatal)
-        if (ack === "warm" && position === undefined) {
-          // Whether Redis has it is not known: it is committed as a cold write is, under later versions.
-          queue.push(...group)
-          Deferred.doneUnsafe(news, Effect.void)
-          continue
-        }
-        queuedBytes -= bytes
-        yield* applyEarly(ops, segment, position, (outcome) => {
-          if (Result.isFailure(outcome)) return fail(group, outcome.failure)
-          let first = 0
-          for (const { drafts, done } of group) {
-            const effects = outcome.success.effects.subarray(first, first + drafts.length)
-            first += drafts.length
-            Deferred.doneUnsafe(done, Effect.succeed({ effects, patched: undefined }))
-          }
+        yield* Effect.catchCause(stamping.withPermit(advanceGroup(group, bytes, ack)), (cause) => {
+          fail(group, defect)
+          return Effect.logError("An early write met a defect", cause)
         })
       }
+    })
+
+    const advanceGroup = Effect.fnUntraced(function* (group: ReadonlyArray<Pending>, bytes: number, ack: AckLevel) {
+      const now = Date.now()
+      const ops = group.flatMap(({ drafts }) => drafts.map((draft): LogOp => ({ ...draft, version: clock.next(now) })))
+      const segment = encodeSegment({ epoch: log.epoch, seq: 0, nonce: 0n, dimensions }, ops)
+      const position = ack === "warm" && ahead !== undefined ? yield* ahead.append(segment) : undefined
+      if (fatal !== undefined) return fail(group, fatal)
+      if (ack === "warm" && position === undefined) {
+        // Whether Redis has it is not known: it is committed as a cold write is, under later versions.
+        for (const pending of group) queue.push(pending)
+        Deferred.doneUnsafe(news, Effect.void)
+        return
+      }
+      queuedBytes -= bytes
+      yield* applyEarly(ops, segment, position, (outcome) => {
+        if (Result.isFailure(outcome)) return fail(group, outcome.failure)
+        let first = 0
+        for (const { drafts, done } of group) {
+          const effects = outcome.success.effects.subarray(first, first + drafts.length)
+          first += drafts.length
+          Deferred.doneUnsafe(done, Effect.succeed({ effects, patched: undefined }))
+        }
+      })
     })
 
     /** Brings back what was acknowledged as `warm` and never came into the log. Idempotent: its versions are its own. */
@@ -609,10 +619,7 @@ export const make = (
         const group = takeGroup()
         yield* Effect.catchCause(commitGroup(group), (cause) => {
           // A defect of ours in one group must not leave its writers, nor those after them, waiting for ever.
-          fail(
-            group,
-            new StorageUnavailable({ detail: "The write met a defect of the server.", retryAfterMillis: 1_000 })
-          )
+          fail(group, defect)
           return Effect.logError("A commit met a defect", cause)
         })
         committing = false
@@ -628,7 +635,7 @@ export const make = (
     }
     yield* Effect.addFinalizer(() =>
       Effect.gen(function* () {
-        const closing = new StorageUnavailable({ detail: "The partition is closing.", retryAfterMillis: 500 })
+        closing = new StorageUnavailable({ detail: "The partition is closing.", retryAfterMillis: 500 })
         const deadline = Date.now() + flushMillis
         while (uncommitted > 0 && fatal?._tag !== "NotOwner" && Date.now() < deadline) {
           failQueued(closing)
@@ -661,6 +668,8 @@ const notCommitted = ({ detail }: StoreFailure): StorageUnavailable =>
   new StorageUnavailable({ detail: `The write was not committed: ${detail}`, retryAfterMillis: 1_000 })
 /** Between two looks of a partition that closes at whether its early writes are in the log. */
 const flushLookMillis = 5
+
+const defect = new StorageUnavailable({ detail: "The write met a defect of the server.", retryAfterMillis: 1_000 })
 
 const nothingApplied = (): Deferred.Deferred<Applied, IndexLost> => {
   const applied = Deferred.makeUnsafe<Applied, IndexLost>()

@@ -47,9 +47,9 @@ export const warm = Effect.fnUntraced(function* (
     }))
   )
   const requested = unresolved.length + groups.reduce((sum, { ids }) => sum + ids.length, 0)
-  const tally = { bytes: 0, cached: 0, hot: 0, warm: 0, cold: 0, unavailable: 0 }
+  const tally = { bytes: 0, cached: 0, hot: 0, warm: 0, hits: 0, cold: 0, unavailable: 0 }
   const missing: Array<string> = unresolved.slice(0, missingSampleMax)
-  let missed = unresolved.length
+  let gone = unresolved.length
   let unavailableDetail: string | undefined
 
   const each = (phase: WarmPhase, run: (batch: WarmGroup) => Effect.Effect<void>) => {
@@ -100,26 +100,26 @@ export const warm = Effect.fnUntraced(function* (
     Effect.gen(function* () {
       if (unasked.has(batch)) return
       const { partition, ids } = batch
-      const notHot = ids.filter((id) => tiers.recordCache.get(partition, id) === undefined)
-      tally.hot += ids.length - notHot.length
-      if (notHot.length === 0) return
-      const found = yield* tiers.warmStore.getRecords(partition, notHot)
-      const notWarm = notHot.filter((_, i) => found[i] === null)
-      tally.warm += notHot.length - notWarm.length
-      if (notWarm.length === 0) return
-      const read = yield* Effect.result(tiers.reads.get(partition, notWarm))
+      const isHot = ids.map((id) => tiers.recordCache.get(partition, id) !== undefined)
+      const warmed = yield* tiers.warmStore.getRecords(partition, ids)
+      const missed = ids.filter((_, i) => !isHot[i] && warmed[i] === null)
+      tally.hot += isHot.filter(Boolean).length
+      tally.warm += warmed.filter((record) => record !== null).length
+      tally.hits += ids.length - missed.length
+      if (missed.length === 0) return
+      const read = yield* Effect.result(tiers.reads.get(partition, missed))
       if (Result.isFailure(read) && read.failure._tag !== "CollectionNotFound") {
-        tally.unavailable += notWarm.length
+        tally.unavailable += missed.length
         unavailableDetail ??= toProblem(read.failure).detail
         return
       }
-      const cold = Result.isSuccess(read) ? read.success : notWarm.map(() => null)
-      notWarm.forEach((id, i) => {
+      const cold = Result.isSuccess(read) ? read.success : missed.map(() => null)
+      missed.forEach((id, i) => {
         if (cold[i] !== null) {
           tally.cold += 1
           return
         }
-        missed += 1
+        gone += 1
         if (missing.length < missingSampleMax) missing.push(id)
       })
     })
@@ -128,20 +128,20 @@ export const warm = Effect.fnUntraced(function* (
   yield* each("load", load)
   const loaded = performance.now()
   yield* each("verify", verify)
-  const { hot, warm: warmHits, cold } = tally
-  const found = hot + warmHits + cold
+  const { hot, warm: inWarm, hits, cold } = tally
+  const found = hits + cold
   return {
     requested,
     found,
-    missing: missed,
+    missing: gone,
     missing_sample: missing,
     unavailable: tally.unavailable,
     ...(unavailableDetail === undefined ? {} : { unavailable_detail: unavailableDetail }),
     bytes: tally.bytes,
     hot,
-    warm: warmHits,
+    warm: inWarm,
     cold,
-    hit_rate: found === 0 ? 0 : (hot + warmHits) / found,
+    hit_rate: found === 0 ? 0 : hits / found,
     load_ms: Math.round(loaded - started),
     verify_ms: Math.round(performance.now() - loaded)
   } satisfies WarmReport

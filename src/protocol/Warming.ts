@@ -62,11 +62,11 @@ export const WarmReport = Schema.Struct({
   unavailable_detail: Schema.optionalKey(Schema.String),
   /** Bytes of the records that were loaded: vectors, metadata, ids. */
   bytes: Schema.Int,
-  /** Where each of the found was when it was read back: the record cache, the warm tier, or neither. */
+  /** Of the found, when they were read back: those in the record cache, those in the warm tier, and those in neither. */
   hot: Schema.Int,
   warm: Schema.Int,
   cold: Schema.Int,
-  /** (hot + warm) / found; 0 where nothing was found. */
+  /** (found - cold) / found; 0 where nothing was found. */
   hit_rate: Schema.Finite,
   load_ms: Schema.Int,
   verify_ms: Schema.Int

@@ -99,6 +99,9 @@ const windowsKept = 24
 /** Records of one report, of each kind. */
 export const reportRecordsMax = 1_000
 
+/** Records that are known to have begun to trend in the last five minutes; beyond it none begins. */
+const trendedMax = 10_000
+
 /** Standard deviations from which on a rise is no chance: among millions of looks, less than one in a thousand. */
 const trendScoreMin = 6
 
@@ -157,7 +160,7 @@ export class AccessCounts {
   /** A record was read. `weight`: 1 for one asked for by its id, less for one that was among a search's results. */
   touchRecord(partition: string, id: string, weight = 1): void {
     const now = this.#clock()
-    if (now >= this.#slotEnd) this.#turn(now)
+    if (now >= this.#slotEnd || now < this.#slotEnd - slotMillis) this.#turn(now)
     const key = this.#hash(this.#heatOf(partition, now).seed, id)
     this.#sketch.add(this.#h1, this.#h2, weight)
     this.#newest.records.offer(key, partition, id, weight)
@@ -175,7 +178,7 @@ export class AccessCounts {
   /** How often a record was read over about two `accessHalfLifeMillis`, recent reads counting most; never too low. */
   recordFrequency(partition: string, id: string): number {
     const now = this.#clock()
-    if (now >= this.#slotEnd) this.#turn(now)
+    if (now >= this.#slotEnd || now < this.#slotEnd - slotMillis) this.#turn(now)
     this.#hash(this.#heatOf(partition, now).seed, id)
     return this.#sketch.estimate(this.#h1, this.#h2)
   }
@@ -183,7 +186,7 @@ export class AccessCounts {
   /** The records read most in the window under way, most first. */
   hottest(limit: number): ReadonlyArray<AccessedRecord> {
     const now = this.#clock()
-    if (now >= this.#slotEnd) this.#turn(now)
+    if (now >= this.#slotEnd || now < this.#slotEnd - slotMillis) this.#turn(now)
     return this.#window.top(limit).map(accessed)
   }
 
@@ -199,7 +202,7 @@ export class AccessCounts {
    */
   takeReport(): AccessReport {
     const now = this.#clock()
-    if (now >= this.#slotEnd) this.#turn(now)
+    if (now >= this.#slotEnd || now < this.#slotEnd - slotMillis) this.#turn(now)
     const hot = this.#window.take(this.#settings.promoteAccesses, reportRecordsMax).map(accessed)
     return { hot, trending: this.#newTrends(now) }
   }
@@ -208,7 +211,7 @@ export class AccessCounts {
   past(query: PastQuery): Effect.Effect<ReadonlyArray<AccessedRecord>> {
     const turned = Effect.sync(() => {
       const now = this.#clock()
-      if (now >= this.#slotEnd) this.#turn(now)
+      if (now >= this.#slotEnd || now < this.#slotEnd - slotMillis) this.#turn(now)
       return this.#overlapping(query, now)
     })
     const ofCollection = (partition: string) =>
@@ -267,7 +270,7 @@ export class AccessCounts {
         const inNewest = newest.records.guaranteed(key)
         const inBefore = before.records.guaranteed(key)
         const x = inNewest + inBefore
-        if (x < trendAccesses || this.#trended.has(key)) continue
+        if (x < trendAccesses || this.#trended.has(key) || this.#trended.size >= trendedMax) continue
         this.#hash(this.#heatOf(partition, now).seed, id)
         const sketched = this.#sketch.estimate(this.#h1, this.#h2)
         const h = Math.max(0, sketched - newest.scale * inNewest - before.scale * inBefore)
@@ -284,6 +287,10 @@ export class AccessCounts {
 
   /** Ends the slot, and the window and the hour where they have ended too. */
   #turn(now: number): void {
+    // A clock that was set back: what is under way goes on, measured from now.
+    this.#halvedAt = Math.min(this.#halvedAt, now)
+    this.#windowEnd = Math.min(this.#windowEnd, endOf(now, windowMillis))
+    this.#hourEnd = Math.min(this.#hourEnd, endOf(now, hourMillis))
     const emptied = this.#before.records
     emptied.clear()
     if (now < this.#slotEnd + slotMillis) {

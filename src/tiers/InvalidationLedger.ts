@@ -3,8 +3,8 @@
  * reads; what it read is admitted only if none of its ids was invalidated since. Versions cannot tell that: of a record
  * that is read and put once more after a write was undone by eviction, the cache would have nothing left to compare with.
  *
- * Bounded: the newest {@link invalidationsMax} invalidations are known one by one; a ticket older than the oldest of them
- * admits nothing. Main thread, synchronous, O(1).
+ * Bounded: the newest {@link invalidationsMax} invalidations are known one by one (those of large writes as one); a ticket
+ * older than the oldest of them admits nothing. Main thread, synchronous, O(1).
  */
 export class InvalidationLedger {
   readonly #max: number
@@ -24,6 +24,7 @@ export class InvalidationLedger {
   }
 
   invalidate(partition: string, ids: ReadonlyArray<string>): void {
+    if (ids.length > batchMax) return this.invalidateAll()
     this.#now += 1
     for (const id of ids) {
       const key = keyOf(partition, id)
@@ -53,5 +54,8 @@ export class InvalidationLedger {
 
 /** Invalidations known one by one; some 100 bytes each. */
 export const invalidationsMax = 65_536
+
+/** A write of more ids than this voids every ticket: cheaper than noting them, and readers are back with the next ticket. */
+const batchMax = 512
 
 const keyOf = (partition: string, id: string): string => `${partition}\n${id}`

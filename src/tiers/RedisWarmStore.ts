@@ -371,7 +371,9 @@ const make = Effect.fnUntraced(function* (options: RedisWarmStoreOptions) {
         hits,
         misses,
         errors,
-        bytes: 0
+        bytes: 0,
+        calls: redis.statistics().calls,
+        callMillis: redis.statistics().totalMillis
       }
     })
   })

@@ -41,6 +41,9 @@ export interface WarmState {
   readonly errors: number
   /** Bytes held, where they are in this process. */
   readonly bytes: number
+  /** Calls of Redis since the start, and the milliseconds that all of them took. */
+  readonly calls: number
+  readonly callMillis: number
 }
 
 export class WarmStore extends Context.Service<
@@ -213,7 +216,9 @@ export class WarmStore extends Context.Service<
           hits,
           misses,
           errors: 0,
-          bytes
+          bytes,
+          calls: 0,
+          callMillis: 0
         }))
       })
     })
@@ -238,6 +243,8 @@ export const warmMetrics = (state: WarmState): void => {
   gauges.misses.updateUnsafe(state.misses, context)
   gauges.errors.updateUnsafe(state.errors, context)
   gauges.bytes.updateUnsafe(state.bytes, context)
+  gauges.calls.updateUnsafe(state.calls, context)
+  gauges.callMillis.updateUnsafe(state.callMillis, context)
 }
 
 const context = Context.empty()
@@ -252,7 +259,9 @@ const gauges = {
   errors: Metric.gauge("ruvector_warm_errors", {
     description: "Calls of the warm tier that failed, and damaged entries"
   }),
-  bytes: Metric.gauge("ruvector_warm_bytes", { description: "Bytes of the warm tier in this process" })
+  bytes: Metric.gauge("ruvector_warm_bytes", { description: "Bytes of the warm tier in this process" }),
+  calls: Metric.gauge("ruvector_redis_calls", { description: "Calls of Redis" }),
+  callMillis: Metric.gauge("ruvector_redis_call_ms_sum", { description: "Milliseconds that all calls of Redis took" })
 }
 
 interface MemoryEntry {

@@ -196,8 +196,10 @@ describe("records", () => {
     const before = access().recordFrequency(partitionIn(of, "r7"), "r7")
     const vector = Float32Array.from({ length: 8 }, (_, d) => Math.sin(56 + d))
     const query = { queryId: "q", collection: "searched", vector, k: 10, ef: 0, filter: "" }
-    await run(router().search({ ...query, includeMetadata: false, includeVector: false, deadlineMillis: 0 }))
-    assert.approximately(access().recordFrequency(partitionIn(of, "r7"), "r7") - before, 0.25, 1e-6)
+    for (let n = 0; n < 12; n++) {
+      await run(router().search({ ...query, includeMetadata: false, includeVector: false, deadlineMillis: 0 }))
+    }
+    assert.approximately(access().recordFrequency(partitionIn(of, "r7"), "r7") - before, 12 / 4, 1e-6)
     for (const partition of partitionsOf(of)) assert.isAbove(access().partitionHeat(partition), 0)
   })
 
@@ -281,7 +283,8 @@ describe("warming", () => {
     assert.deepInclude(result, { requested: 10_002, found: 10_000, missing: 2, unavailable: 0, cold: 0 })
     assert.sameMembers([...(result?.missing_sample ?? [])], ["nobody", "nothing"])
     assert.isAtLeast(result?.hit_rate ?? 0, 0.95)
-    assert.strictEqual((result?.hot ?? 0) + (result?.warm ?? 0), 10_000)
+    // The warm tier of this test holds all of them; the cache, what fits into its half.
+    assert.deepInclude(result, { hot: 10_000, warm: 10_000 })
     assert.isAtLeast(result?.bytes ?? 0, 10_000 * 32)
     assert.deepInclude(events[0], { event: "warming_started", requested: 10_002 })
     assert.deepInclude(events[1], { event: "warming_progress", phase: "load" })

@@ -108,6 +108,22 @@ describe("heat", () => {
     assert.isAtMost(known.length, 100)
   })
 
+  it("goes on when the clock is set back", () => {
+    const { clock, log } = logAt()
+    log.touchRecord(partition, "a")
+    clock.now -= 10 * hour
+    const before = clock.now
+    for (let n = 0; n < 3; n++) log.touchRecord(partition, "b")
+    clock.now += 300_000
+    log.touchRecord(partition, "c")
+    const past = Effect.runSync(log.past({ fromMillis: before, toMillis: before + 1, limit: 10 }))
+    assert.deepInclude(past, { partition, id: "b", accesses: 3 })
+    log.touchPartition("p")
+    clock.now -= hour
+    log.touchPartition("p")
+    assert.isAbove(log.partitionHeat("p"), 0)
+  })
+
   it("of a record decays, and is never below what was counted since", () => {
     const { clock, log } = logAt()
     for (let n = 0; n < 100; n++) log.touchRecord(partition, "a")
