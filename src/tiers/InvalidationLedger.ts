@@ -13,6 +13,8 @@ export class InvalidationLedger {
   #now = 0
   /** No ticket up to this admits anything: an invalidation that it may have missed is forgotten, or was of everything. */
   #floor = -1
+  /** Ids noted since the last ticket was taken; `undefined` where none was taken since all were voided. */
+  #noted: number | undefined
 
   constructor(max = invalidationsMax) {
     this.#max = max
@@ -20,11 +22,14 @@ export class InvalidationLedger {
 
   /** To be taken before a record is read that is to be put. */
   ticket(): number {
+    this.#noted = 0
     return this.#now
   }
 
   invalidate(partition: string, ids: ReadonlyArray<string>): void {
-    if (ids.length > batchMax) return this.invalidateAll()
+    // Where nobody reads, writes need not be noted.
+    if (this.#noted === undefined || this.#noted + ids.length > batchMax) return this.invalidateAll()
+    this.#noted += ids.length
     this.#now += 1
     for (const id of ids) {
       const key = keyOf(partition, id)
@@ -42,7 +47,8 @@ export class InvalidationLedger {
   invalidateAll(): void {
     this.#floor = this.#now
     this.#now += 1
-    this.#last.clear()
+    this.#noted = undefined
+    if (this.#last.size > 0) this.#last.clear()
   }
 
   admits(partition: string, id: string, ticket: number): boolean {
@@ -55,7 +61,7 @@ export class InvalidationLedger {
 /** Invalidations known one by one; some 100 bytes each. */
 export const invalidationsMax = 65_536
 
-/** A write of more ids than this voids every ticket: cheaper than noting them, and readers are back with the next ticket. */
+/** More ids than this written since the last ticket void every ticket: cheaper than noting them, and the next one is good. */
 const batchMax = 512
 
 const keyOf = (partition: string, id: string): string => `${partition}\n${id}`

@@ -162,6 +162,7 @@ export class WarmStore extends Context.Service<
         invalidate: (partition, ids) =>
           Effect.sync(() => {
             ledger.invalidate(partition, ids)
+            if (entries.size === 0) return
             for (const id of ids) remove(recordKey(partition, id))
           }),
         fence: (partition, claim) =>

@@ -87,6 +87,26 @@ describe("acknowledged as memory", { timeout: 30_000 }, () => {
     await node.stop()
   })
 
+  it("and an update of metadata at the same time: one comes after the other", async () => {
+    const store = await Effect.runPromise(Effect.scoped(Layer.build(ObjectStore.layerMemory)))
+    const node = await startActors(store)
+    await Effect.runPromise(node.router.createCollection("c", { dimensions: 2 }))
+    const write = (n: number) =>
+      node.router.upsert("c", [{ id: "a", vector: Float32Array.of(1, n), metadata: `{"a":${n}}` }], "memory")
+    await Effect.runPromise(write(0))
+    for (let n = 1; n <= 150; n++) {
+      const turns = Effect.forEach(Array.from({ length: n % 7 }), () => Effect.yieldNow, { discard: true })
+      await Effect.runPromise(
+        Effect.all([Effect.andThen(turns, write(n)), node.router.updateMetadata("c", "a", `{"b":${n}}`)], {
+          concurrency: "unbounded"
+        })
+      )
+      const { metadata } = await Effect.runPromise(node.router.get("c", "a"))
+      assert.include([`{"a":${n}}`, `{"a":${n},"b":${n}}`], metadata)
+    }
+    await node.stop()
+  })
+
   it("is in the log after commits that failed or were in doubt, and after a clean stop", () =>
     seeded(seedOf(21), async (source) => {
       const faults = new Faults(source.seed)
