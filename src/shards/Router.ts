@@ -457,9 +457,6 @@ export class Router extends Context.Service<
         const deadlineOf = (query: SessionQuery): number =>
           query.deadlineMillis === 0 ? settings.searchDeadlineMillis : query.deadlineMillis
 
-        /** Searches so far, for whose turn it is. */
-        let computed = 0
-
         /** Asks the partitions. */
         const compute = Effect.fnUntraced(function* (of: Collection, query: SessionQuery, started: number) {
           let vector = query.vector
@@ -470,10 +467,6 @@ export class Router extends Context.Service<
             vector = record.vector
           }
           const { hits, missing } = yield* scatter(of, query, vector, deadlineOf(query))
-          const touched = hits.ids[computed++ % touchedResults]
-          if (touched !== undefined) {
-            access.touchRecord(idOf(of, partitionOf(touched, of.partitions)), touched, touchedResultWeight)
-          }
           return {
             queryId: query.queryId,
             ...hits,
@@ -599,13 +592,26 @@ export class Router extends Context.Service<
             })
           )
 
-        const searchByUrl = (query: SessionQuery) => withCollection(query.collection, (of) => find(of, query, true))
+        /** Searches so far, for whose turn it is. */
+        let searches = 0
 
-        const search = (query: SessionQuery) =>
+        /** Its nearest results are what somebody is interested in, also where the cache had the answer. */
+        const searched = (query: SessionQuery, byUrl: boolean) =>
           Effect.map(
-            withCollection(query.collection, (of) => find(of, query, false)),
-            ({ answer }) => answer
+            withCollection(query.collection, (of) => find(of, query, byUrl)),
+            (found) => {
+              const { collection: of, answer } = found
+              const touched = answer.ids[searches++ % touchedResults]
+              if (touched !== undefined) {
+                access.touchRecord(idOf(of, partitionOf(touched, of.partitions)), touched, touchedResultWeight)
+              }
+              return found
+            }
           )
+
+        const searchByUrl = (query: SessionQuery) => searched(query, true)
+
+        const search = (query: SessionQuery) => Effect.map(searched(query, false), ({ answer }) => answer)
 
         const invalidate = Effect.fn("Router.invalidate")(function* (name: string, request: InvalidateRequest) {
           const { collection: of, effective_ms } =
