@@ -201,7 +201,8 @@ const makePartition = Effect.gen(function* () {
   ): Effect.Effect<A, PartitionError> =>
     Effect.catch(read, (error): Effect.Effect<A, PartitionError> => {
       if (!(error instanceof IndexLost)) return Effect.fail(error)
-      suspect ||= error.damaged === true
+      // In the mapped form it may be its file that is not what it should be.
+      suspect ||= of.form() === "mapped"
       return Effect.andThen(letGo(of), activate).pipe(
         Effect.flatMap(retry),
         Effect.mapError((second) => (second instanceof IndexLost ? lostError(second) : second))

@@ -60,6 +60,7 @@ export interface OpenPartition {
   readonly search: (query: PartitionQuery) => Effect.Effect<PartitionHits, PartitionError | IndexLost>
   readonly get: (ids: ReadonlyArray<string>) => Effect.Effect<ReadonlyArray<PartitionRecord | null>, IndexLost>
   readonly stats: Effect.Effect<PartitionStats, IndexLost>
+  readonly form: () => IndexForm
   readonly writer: PartitionWriter.PartitionWriter
   readonly changes: (from: Position) => Stream.Stream<Change, PartitionError | Compacted>
 }
@@ -266,7 +267,7 @@ const open = Effect.fnUntraced(function* (
         Effect.logWarning(`Partition lets go: ${error._tag}`, error.detail),
         // Not waited for from inside the scope that it closes.
         Effect.asVoid(
-          Effect.forkDetach(options.letGo({ verify: error._tag === "IndexLost" && error.damaged === true }))
+          Effect.forkDetach(options.letGo({ verify: error._tag === "IndexLost" && index.form() === "mapped" }))
         )
       )
   })
@@ -415,6 +416,7 @@ const open = Effect.fnUntraced(function* (
     search,
     get,
     stats,
+    form: index.form,
     writer: {
       ...writer,
       // Another form may find others.

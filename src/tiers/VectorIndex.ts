@@ -103,11 +103,7 @@ export interface IndexStats {
 }
 
 /** The thread died, or the partition was closed or could not be kept in step; it has to be opened again. */
-export class IndexLost extends Data.TaggedError("IndexLost")<{
-  readonly detail: string
-  /** What was read of its snapshot was not what it should be. */
-  readonly damaged?: boolean
-}> {}
+export class IndexLost extends Data.TaggedError("IndexLost")<{ readonly detail: string }> {}
 
 /** As many searches as may wait for the thread do; this one was not begun. */
 export class IndexBusy extends Data.TaggedError("IndexBusy")<{ readonly bound: string }> {}
