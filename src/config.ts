@@ -119,6 +119,15 @@ export const settings = {
     2 ** 49
   ),
 
+  // Mapped and quantised partitions
+  blockCacheBytes: integer(
+    "bytes of snapshot files kept in memory for partitions in the mapped form, a vector thread",
+    "bytes",
+    16 * mebibyte,
+    mebibyte,
+    65_536 * mebibyte
+  ),
+
   // Writes
   commitBytesMax: integer(
     "bytes gathered into one log object, or one insert that is larger",
@@ -158,9 +167,39 @@ export const settings = {
     1_000_000
   ),
 
+  // Backups
+  backupTo: text("where the node backs itself up to; empty: nowhere", "", "a path, or empty", /^[^\0]{0,4096}$/),
+  backupIntervalMillis: integer("between two backups: the most that is lost", "ms", 900_000, 100, 3_600_000),
+  backupKeepDays: integer("any time within which can be restored", "days", 30, 1, 3_650),
+  backupLagMillisMax: integer(
+    "that the log is kept for a backup that fails, before it is pruned all the same",
+    "ms",
+    86_400_000,
+    1_000,
+    2_592_000_000
+  ),
+
   // Searches
   searchDeadlineMillis: integer("deadline of a search that names none", "ms", 10_000, 1, 60_000),
   activationDeadlineMillis: integer("wait for a partition to become resident", "ms", 120_000, 100, 3_600_000),
+
+  // Caching
+  httpCache: choice("who may cache answers to GET: shared caches too, the client alone, or nobody", "public", [
+    "public",
+    "private",
+    "off"
+  ]),
+  embedCacheSeconds: integer("that a vector read by GET may be cached", "s", 300, 0, 86_400),
+  searchCacheSeconds: integer("that a search by GET may be cached", "s", 30, 0, 86_400),
+  notFoundCacheSeconds: integer("that a 404 of those may be cached", "s", 60, 0, 86_400),
+  resultCacheBytes: integer(
+    "of answers kept until their collection changes; 0: none",
+    "bytes",
+    32 * mebibyte,
+    0,
+    4_096 * mebibyte
+  ),
+  resultStoreSeconds: integer("that the warm tier keeps the answer of a search by GET", "s", 300, 1, 86_400),
 
   // Actors
   partitionIdleMillis: integer("quiet time after which a partition is passivated; 0: never", "ms", 0, 0, 86_400_000),
@@ -170,6 +209,38 @@ export const settings = {
   sessionsPerConnection: integer("sessions on one connection", "sessions", 1_000, 1, 100_000),
   sessionsMax: integer("sessions on this node", "sessions", 200_000, 1, 10_000_000),
   residentEntitiesMax: integer("actors resident on this node", "actors", 300_000, 1_000, 10_000_000),
+
+  // Tiers: what is read, and what is promoted for it
+  accessSketchWidth: integer(
+    "counters in each row of the record frequency sketch",
+    "counters",
+    65_536,
+    256,
+    16_777_216
+  ),
+  accessTopRecords: integer("records read most that are known by name, a window", "records", 10_000, 100, 100_000),
+  accessPastHours: integer("hours whose most read records are remembered", "h", 48, 1, 168),
+  accessHalfLifeMillis: integer("after which a record's reads count half", "ms", 1_800_000, 60_000, 86_400_000),
+  accessPartitionsMax: integer("partitions whose heat is known", "partitions", 65_536, 1_024, 10_000_000),
+  heatHalfLifeMillis: integer("after which a partition's reads count half", "ms", 300_000, 1_000, 86_400_000),
+  promoteAccesses: integer("reads in five minutes that promote a record to the warm tier", "reads", 3, 1, 1_000_000),
+  trendAccesses: integer("least reads in a minute of a record that trends", "reads", 20, 5, 1_000_000),
+  trendRatio: integer("rise in its share of reads from which on a record trends", "times", 3, 2, 1_000),
+  tierTickMillis: integer("between two looks at what to promote and demote", "ms", 5_000, 100, 600_000),
+  tierMovesPerMinute: integer("partitions promoted and demoted", "moves a minute", 12, 1, 10_000),
+  tierResidenceMillis: integer(
+    "a partition keeps its form before it is demoted for another",
+    "ms",
+    60_000,
+    0,
+    86_400_000
+  ),
+  tierHysteresisPercent: integer("heat a byte of a partition over that of those it displaces", "%", 150, 100, 10_000),
+  tierHeatMin: integer("least heat of a partition that is promoted", "reads a minute", 6, 0, 1_000_000),
+  tierEventsMax: integer("tier events waiting for a subscriber that does not read", "events", 1_024, 16, 65_536),
+  tierSubscribersMax: integer("subscribers to tier events", "subscribers", 64, 1, 10_000),
+  warmBatchRecords: integer("records of one batch while warming", "records", 256, 1, 10_000),
+  warmsMax: integer("warmings under way on this node", "warmings", 2, 1, 64),
 
   // Caches of records, and Redis
   recordCacheBytes: integer("records cached on the main thread; 0: none", "bytes", 64 * mebibyte, 0, 65_536 * mebibyte),

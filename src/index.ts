@@ -3,43 +3,87 @@
  * of its own.
  */
 import { join } from "node:path"
-import { Effect, Layer, Schedule } from "effect"
+import { Effect, Layer, Option, Schedule } from "effect"
 import * as CatalogActor from "./actors/Catalog.ts"
 import * as IndexPartitionActor from "./actors/IndexPartition.ts"
 import * as StreamSessionActor from "./actors/StreamSession.ts"
+import * as TierPromoterActor from "./actors/TierPromoter.ts"
 import { Settings, type SettingValues } from "./config.ts"
 import { HttpGateway } from "./gateway/HttpGateway.ts"
+import { Promoter } from "./gateway/Promoter.ts"
 import { Readiness } from "./gateway/Readiness.ts"
 import { Sessions } from "./gateway/Sessions.ts"
 import { toProblem } from "./protocol/Errors.ts"
 import { defaultCollection } from "./protocol/Fields.ts"
+import { CacheEvents } from "./shards/CacheEvents.ts"
 import * as Cluster from "./shards/Cluster.ts"
 import { LocalActors } from "./shards/LocalActors.ts"
+import { ResultCache } from "./shards/ResultCache.ts"
+import { ResultStore } from "./shards/ResultStore.ts"
 import { Router } from "./shards/Router.ts"
+import { AccessLog } from "./tiers/AccessLog.ts"
 import * as Caches from "./tiers/Caches.ts"
 import { DataDirectory } from "./tiers/DataDirectory.ts"
 import * as FileObjectStore from "./tiers/FileObjectStore.ts"
 import * as GcsObjectStore from "./tiers/GcsObjectStore.ts"
 import { MemoryBudget } from "./tiers/MemoryBudget.ts"
+import { PartitionForms } from "./tiers/PartitionForms.ts"
+import { RecordCache } from "./tiers/RecordCache.ts"
+import { ServerBackup } from "./tiers/ServerBackup.ts"
 import * as SnapshotCache from "./tiers/SnapshotCache.ts"
 import { VectorIndex } from "./tiers/VectorIndex.ts"
+import { WarmStore } from "./tiers/WarmStore.ts"
 
 export { defaultSettings, Settings, type SettingValues } from "./config.ts"
 export { HttpGateway } from "./gateway/HttpGateway.ts"
 export { Readiness } from "./gateway/Readiness.ts"
 export { RuvectorRpcs } from "./protocol/Rpcs.ts"
+export { CacheEvents, type CacheInvalidated } from "./shards/CacheEvents.ts"
+export { ResultStore } from "./shards/ResultStore.ts"
 export { Router } from "./shards/Router.ts"
 
 /** The wires over the actors, on one port. Closed first: it drains before the actors below it stop. */
-const wires = HttpGateway.layer.pipe(Layer.provideMerge(Sessions.layer), Layer.provideMerge(Readiness.layer))
+const wires = HttpGateway.layer.pipe(
+  Layer.provideMerge(Sessions.layer),
+  Layer.provideMerge(Promoter.layer),
+  Layer.provideMerge(Readiness.layer)
+)
+
+/** Results of searches by id are kept in the warm tier too, unless the program brings a store of its own for them. */
+const resultStore = Layer.effect(
+  ResultStore,
+  Effect.gen(function* () {
+    const own = yield* Effect.serviceOption(ResultStore)
+    if (Option.isSome(own)) return own.value
+    const warm = yield* WarmStore
+    return ResultStore.of({ get: warm.getResult, put: warm.putResult })
+  })
+)
+
+/** The caches give way before any partition does. */
+const budgetedCaches = Layer.effectDiscard(
+  Effect.gen(function* () {
+    const budget = yield* MemoryBudget
+    yield* budget.joinCache(yield* ResultCache)
+    yield* budget.joinCache(yield* RecordCache)
+    yield* budget.joinCache(yield* WarmStore)
+  })
+)
 
 /** The actors of one process. They stop, and snapshot what they hold, before the threads and the store they rest on. */
-export const actors = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.layer, StreamSessionActor.layer).pipe(
+export const actors = Layer.mergeAll(
+  IndexPartitionActor.layer,
+  CatalogActor.layer,
+  StreamSessionActor.layer,
+  TierPromoterActor.layer
+).pipe(
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
-  Layer.provideMerge(LocalActors.layer),
+  Layer.provideMerge(Layer.mergeAll(LocalActors.layer, CacheEvents.layer)),
   Layer.provideMerge(Cluster.layerSingle),
-  Layer.provideMerge(MemoryBudget.layer),
-  Layer.provideMerge(Caches.layer),
+  Layer.provideMerge(PartitionForms.layer),
+  Layer.provideMerge(resultStore),
+  Layer.provideMerge(budgetedCaches),
+  Layer.provideMerge(Layer.mergeAll(AccessLog.layer, Caches.layer, MemoryBudget.layer, ResultCache.layer)),
   Layer.provideMerge(VectorIndex.layer)
 )
 
@@ -80,6 +124,7 @@ export const localDirectory = (settings: SettingValues): string =>
 export const node = (settings: SettingValues) =>
   wires.pipe(
     Layer.provideMerge(actors),
+    Layer.provideMerge(ServerBackup.layer),
     Layer.provideMerge(store(settings)),
     Layer.provideMerge(DataDirectory.layer({ path: localDirectory(settings) })),
     Layer.provideMerge(Layer.succeed(Settings, settings))

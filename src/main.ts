@@ -1,18 +1,20 @@
-/** The command line: `serve`. What is below knows nothing of it. */
+/** The command line: `serve`, and the commands of `commands/`. What is below knows nothing of it. */
 import { readFileSync } from "node:fs"
 import { resolve } from "node:path"
 import * as NodeRuntime from "@effect/platform-node/NodeRuntime"
 import * as NodeServices from "@effect/platform-node/NodeServices"
-import { Cause, Console, Data, Effect, Exit, Layer, Logger, Option, References, Runtime } from "effect"
+import { Cause, Console, Effect, Exit, Layer, Logger, Option, References, Runtime } from "effect"
 import { Command, Flag } from "effect/cli"
+import { backup } from "./commands/backup.ts"
+import { drill } from "./commands/drill.ts"
+import { Refused } from "./commands/Refused.ts"
+import { restore } from "./commands/restore.ts"
+import { verify } from "./commands/verify.ts"
 import { flagOf, readSettings, type SettingName, type SettingValues, settings, variableOf } from "./config.ts"
 import { HttpGateway } from "./gateway/HttpGateway.ts"
 import { activate, localDirectory, node } from "./index.ts"
 
 const { version } = JSON.parse(readFileSync(new URL("../package.json", import.meta.url), "utf8")) as { version: string }
-
-/** Ends the process with code 1 and one line. */
-class Refused extends Data.TaggedError("Refused")<{ readonly message: string }> {}
 
 const flags = Object.fromEntries(
   (Object.keys(settings) as Array<SettingName>).map((name) => {
@@ -74,7 +76,7 @@ const place = (values: SettingValues): string => {
 
 const levels = { trace: "Trace", debug: "Debug", info: "Info", warn: "Warn", error: "Error" } as const
 
-const logging = (values: SettingValues) => {
+const logging = (values: Pick<SettingValues, "logFormat" | "logLevel">) => {
   const forPeople = values.logFormat === "pretty" || (values.logFormat === "auto" && process.stderr.isTTY === true)
   // Lines go to stderr: stdout is for what a command answers.
   const toStderr = (logger: Logger.Logger<unknown, string>) =>
@@ -87,9 +89,18 @@ const logging = (values: SettingValues) => {
   )
 }
 
+/** Of commands that end by themselves: what is wrong, and no more. */
+const quietly = logging({ logFormat: "auto", logLevel: "warn" })
+
 const root = Command.make("ruvector").pipe(
   Command.withDescription("A vector database whose unit is the stream"),
-  Command.withSubcommands([serve])
+  Command.withSubcommands([
+    serve,
+    Command.provide(backup, quietly),
+    Command.provide(restore, quietly),
+    Command.provide(verify, quietly),
+    Command.provide(drill, quietly)
+  ])
 )
 
 const program = Command.run(root, { version }).pipe(

@@ -9,7 +9,7 @@ import { randomBytes } from "node:crypto"
 import { Duration, Effect, Schema, Semaphore } from "effect"
 import { Settings } from "../config.ts"
 import { Catalog } from "../protocol/Catalog.ts"
-import { Collection, type CollectionRequest } from "../protocol/Collection.ts"
+import { type Collection, type CollectionRequest, cacheStateAt } from "../protocol/Collection.ts"
 import {
   CollectionConflict,
   CollectionNotFound,
@@ -18,20 +18,9 @@ import {
   StorageUnavailable
 } from "../protocol/Errors.ts"
 import { IndexPartition, partitionId } from "../protocol/IndexPartition.ts"
-import { collectionsMax } from "../protocol/Limits.ts"
+import { collectionsMax, invalidationsPendingMax } from "../protocol/Limits.ts"
+import { type Catalogue, CatalogueText, catalogueFormat, catalogueKey, removedKept } from "../tiers/CatalogueObject.ts"
 import { ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
-
-const catalogueKey = "catalog"
-const catalogueFormat = 1
-
-const Catalogue = Schema.fromJsonString(
-  Schema.Struct({
-    format: Schema.Literal(catalogueFormat),
-    collections: Schema.Array(Collection),
-    removing: Schema.Array(Collection)
-  })
-)
-type Catalogue = typeof Catalogue.Type
 
 export const layer = Catalog.toLayer(
   Effect.gen(function* () {
@@ -54,7 +43,9 @@ export const layer = Catalog.toLayer(
       if (object === undefined) {
         current = { catalogue: { format: catalogueFormat, collections: [], removing: [] }, etag: undefined }
       } else {
-        const catalogue = yield* Schema.decodeUnknownEffect(Catalogue)(Buffer.from(object.body).toString("utf8")).pipe(
+        const catalogue = yield* Schema.decodeUnknownEffect(CatalogueText)(
+          Buffer.from(object.body).toString("utf8")
+        ).pipe(
           Effect.mapError(
             (error) =>
               new StorageUnavailable({
@@ -72,7 +63,7 @@ export const layer = Catalog.toLayer(
     /** Writes a changed catalogue; on any doubt about what is stored, what is in memory is forgotten and read anew. */
     const write = (catalogue: Catalogue, etag: string | undefined) =>
       Effect.gen(function* () {
-        const body = Buffer.from(yield* Effect.orDie(Schema.encodeEffect(Catalogue)(catalogue)))
+        const body = Buffer.from(yield* Effect.orDie(Schema.encodeEffect(CatalogueText)(catalogue)))
         const stored = etag === undefined ? store.create(catalogueKey, body) : store.replace(catalogueKey, body, etag)
         current = { catalogue, etag: yield* stored }
       }).pipe(
@@ -123,7 +114,8 @@ export const layer = Catalog.toLayer(
       const index = {
         m: request.index?.m ?? settings.defaultM,
         ef_construction: request.index?.ef_construction ?? settings.defaultEfConstruction,
-        ef_search: request.index?.ef_search ?? settings.defaultEfSearch
+        ef_search: request.index?.ef_search ?? settings.defaultEfSearch,
+        ...(request.index?.quantization === undefined ? {} : { quantization: request.index.quantization })
       }
       if (index.ef_construction < index.m) {
         return yield* new InvalidInput({
@@ -153,6 +145,27 @@ export const layer = Catalog.toLayer(
           : Effect.succeed(collection)
       })
 
+    const invalidate = Effect.fn("Catalog.invalidate")(function* (name: string, noticeMillis: number) {
+      const there = yield* find(name)
+      const { catalogue, etag } = yield* read
+      const now = Date.now()
+      const { generation, pending_ms } = cacheStateAt(there, now)
+      if (noticeMillis > 0 && pending_ms.length >= invalidationsPendingMax) {
+        const retryAfterMillis = Math.min(...pending_ms) - now
+        return yield* new Overloaded({ bound: "invalidationsPendingMax", retryAfterMillis })
+      }
+      const collection: Collection = {
+        ...there,
+        cache:
+          noticeMillis === 0
+            ? { generation: generation + 1, pending_ms }
+            : { generation, pending_ms: [...pending_ms, now + noticeMillis] }
+      }
+      const collections = catalogue.collections.map((one) => (one.uid === collection.uid ? collection : one))
+      yield* write({ ...catalogue, collections }, etag)
+      return { collection, effective_ms: now + noticeMillis }
+    })
+
     const remove = Effect.fn("Catalog.remove")(function* (name: string) {
       const collection = yield* find(name)
       const { catalogue, etag } = yield* read
@@ -160,7 +173,10 @@ export const layer = Catalog.toLayer(
         {
           ...catalogue,
           collections: catalogue.collections.filter((one) => one.name !== name),
-          removing: [...catalogue.removing, collection]
+          removing: [...catalogue.removing, collection],
+          removed: [...(catalogue.removed ?? []), { name, uid: collection.uid, removed_ms: Date.now() }].slice(
+            -removedKept
+          )
         },
         etag
       )
@@ -172,6 +188,7 @@ export const layer = Catalog.toLayer(
       Create: ({ payload }) => gate.withPermit(create(payload.name, payload.request)),
       Read: ({ payload }) => find(payload.name),
       List: () => Effect.map(read, ({ catalogue }) => catalogue.collections),
+      Invalidate: ({ payload }) => gate.withPermit(invalidate(payload.name, payload.notice_ms)),
       Delete: ({ payload }) => gate.withPermit(remove(payload.name))
     })
   }),
@@ -186,7 +203,8 @@ const conflictOf = (there: Collection, request: CollectionRequest): CollectionCo
     ["partitions", there.partitions, request.partitions],
     ["index.m", there.index.m, request.index?.m],
     ["index.ef_construction", there.index.ef_construction, request.index?.ef_construction],
-    ["index.ef_search", there.index.ef_search, request.index?.ef_search]
+    ["index.ef_search", there.index.ef_search, request.index?.ef_search],
+    ["index.quantization", there.index.quantization ?? "none", request.index?.quantization]
   ]
   for (const [field, expected, got] of asked) {
     if (got !== undefined && got !== expected) {

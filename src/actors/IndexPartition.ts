@@ -21,10 +21,11 @@ import {
   partitionAddressOf
 } from "../protocol/IndexPartition.ts"
 import { LocalActors } from "../shards/LocalActors.ts"
+import { partitionPrefix } from "../tiers/CatalogueObject.ts"
 import { ObjectStore } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
 import { IndexLost } from "../tiers/VectorIndex.ts"
-import { type OpenPartition, PartitionOpener, partitionPrefix } from "./OpenPartition.ts"
+import { type OpenPartition, PartitionOpener } from "./OpenPartition.ts"
 import type * as PartitionWriter from "./PartitionWriter.ts"
 
 const activations = Metric.counter("ruvector_partition_activations", { description: "Partitions made resident" })
@@ -163,7 +164,8 @@ const makePartition = Effect.gen(function* () {
           const of = exit.value
           const here = {
             search: (query: PartitionQuery) => again(of, of.search(query), (next) => next.search(query)),
-            get: (ids: ReadonlyArray<string>) => again(of, of.get(ids), (next) => next.get(ids))
+            get: (ids: ReadonlyArray<string>) => again(of, of.get(ids), (next) => next.get(ids)),
+            revision: of.writer.revision
           }
           yield* Scope.provide(local.registerPartition(entityId, here), scope)
         } else {
@@ -199,7 +201,8 @@ const makePartition = Effect.gen(function* () {
   ): Effect.Effect<A, PartitionError> =>
     Effect.catch(read, (error): Effect.Effect<A, PartitionError> => {
       if (!(error instanceof IndexLost)) return Effect.fail(error)
-      suspect ||= error.damaged === true
+      // In the mapped form it may be its file that is not what it should be.
+      suspect ||= of.form() === "mapped"
       return Effect.andThen(letGo(of), activate).pipe(
         Effect.flatMap(retry),
         Effect.mapError((second) => (second instanceof IndexLost ? lostError(second) : second))

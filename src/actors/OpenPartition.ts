@@ -28,7 +28,9 @@ import {
 } from "../protocol/IndexPartition.ts"
 import { formatVersion, VersionClock } from "../protocol/Version.ts"
 import { AheadLog } from "../tiers/AheadLog.ts"
+import { partitionPrefix } from "../tiers/CatalogueObject.ts"
 import { DataDirectory } from "../tiers/DataDirectory.ts"
+import { sketchRecordsMin } from "../tiers/index/SketchFile.ts"
 import { MemoryBudget } from "../tiers/MemoryBudget.ts"
 import { type ObjectMissing, ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
@@ -43,7 +45,6 @@ import {
   type IndexSpec,
   type PartitionIndex,
   SnapshotUnreadable,
-  sketchRecordsMin,
   VectorIndex
 } from "../tiers/VectorIndex.ts"
 import { WarmStore } from "../tiers/WarmStore.ts"
@@ -59,13 +60,10 @@ export interface OpenPartition {
   readonly search: (query: PartitionQuery) => Effect.Effect<PartitionHits, PartitionError | IndexLost>
   readonly get: (ids: ReadonlyArray<string>) => Effect.Effect<ReadonlyArray<PartitionRecord | null>, IndexLost>
   readonly stats: Effect.Effect<PartitionStats, IndexLost>
+  readonly form: () => IndexForm
   readonly writer: PartitionWriter.PartitionWriter
   readonly changes: (from: Position) => Stream.Stream<Change, PartitionError | Compacted>
 }
-
-/** Key prefix of a partition's objects. */
-export const partitionPrefix = (uid: string, partition: number): string =>
-  `collections/${uid}/p${String(partition).padStart(3, "0")}`
 
 export interface OpenOptions {
   /** Reads the snapshot's files whole and compares their checksums before anything is opened. */
@@ -152,8 +150,10 @@ const open = Effect.fnUntraced(function* (
     dimensions: collection.dimensions,
     metric: collection.metric,
     m: collection.index.m,
-    efConstruction: collection.index.ef_construction
+    efConstruction: collection.index.ef_construction,
+    quantization: collection.index.quantization
   }
+  const hasFull = (collection.index.quantization ?? "none") === "none"
 
   /** The form is open in the scope that this runs in; the files are needed only while it is opened. */
   const openForm = (
@@ -267,7 +267,7 @@ const open = Effect.fnUntraced(function* (
         Effect.logWarning(`Partition lets go: ${error._tag}`, error.detail),
         // Not waited for from inside the scope that it closes.
         Effect.asVoid(
-          Effect.forkDetach(options.letGo({ verify: error._tag === "IndexLost" && error.damaged === true }))
+          Effect.forkDetach(options.letGo({ verify: error._tag === "IndexLost" && index.form() === "mapped" }))
         )
       )
   })
@@ -312,7 +312,7 @@ const open = Effect.fnUntraced(function* (
 
   const promote = Effect.suspend(() => {
     const snapshot = log.newestSnapshot()
-    if (index.form() === "full" || index.changing() || snapshot === undefined) return Effect.succeed(false)
+    if (!hasFull || index.form() === "full" || index.changing() || snapshot === undefined) return Effect.succeed(false)
     return promotions.withPermit(
       budget.reserve(Math.max(0, fullBytes - bytes)).pipe(
         Effect.andThen(Effect.suspend(() => change("full", snapshot))),
@@ -343,6 +343,8 @@ const open = Effect.fnUntraced(function* (
     },
     usedAt: () => usedAt,
     changedAt: () => changedAt,
+    changing: index.changing,
+    hasFull,
     inFlight: index.inFlight,
     measure,
     promote,
@@ -350,7 +352,7 @@ const open = Effect.fnUntraced(function* (
     passivate: options.letGo({ verify: false })
   })
   yield* Scope.close(opening, Exit.void)
-  if (index.form() === "mapped" && budget.fits(fullBytes)) yield* Effect.forkIn(promote, scope)
+  if (hasFull && index.form() === "mapped" && budget.fits(fullBytes)) yield* Effect.forkIn(promote, scope)
 
   const search = (query: PartitionQuery): Effect.Effect<PartitionHits, PartitionError | IndexLost> => {
     usedAt = Date.now()
@@ -414,8 +416,14 @@ const open = Effect.fnUntraced(function* (
     search,
     get,
     stats,
+    form: index.form,
     writer: {
       ...writer,
+      // Another form may find others.
+      revision: () => {
+        const revision = writer.revision()
+        return revision === undefined ? undefined : `${revision}.${index.form()}`
+      },
       write: (...given) => {
         usedAt = Date.now()
         return budget.exhausted()

@@ -12,7 +12,7 @@
  * given up. `appliedSeq` counts only what is committed; a snapshot may hold early writes beyond it, which does no harm, since
  * applying is idempotent.
  */
-import { Deferred, Effect, Fiber, Metric, Option, Result, type Scope } from "effect"
+import { Deferred, Effect, Fiber, Metric, Option, Result, type Scope, Semaphore } from "effect"
 import { InvalidInput, Overloaded, StorageUnavailable } from "../protocol/Errors.ts"
 import { metadataBytesMax } from "../protocol/Limits.ts"
 import { formatVersion, type Version, type VersionClock } from "../protocol/Version.ts"
@@ -62,6 +62,11 @@ export interface PartitionWriter {
   readonly appliedSeq: () => number
   /** Operations that are visible and not yet in the log. */
   readonly uncommitted: () => number
+  /**
+   * Changes with whatever a search can see, before the writer of the change is answered: the epoch, and what has been applied
+   * in it. `undefined` while something is being applied, when a search sees some state in between.
+   */
+  readonly revision: () => string | undefined
 }
 
 interface Pending {
@@ -134,11 +139,17 @@ export const make = (
     /** Operations handed to the index and not committed. */
     let uncommitted = 0
     let committing = false
+    let closing: StorageUnavailable | undefined
+    /** From stamping early operations to handing them to the index, and from reading for a patch to stamping it. */
+    const stamping = Semaphore.makeUnsafe(1)
     /** Everything whose writer waits, so that none is left waiting when the partition closes. */
     const open = new Set<Pending>()
     let queuedBytes = 0
     let backlogBytes = 0
     let appliedSeq = log.lastSeq()
+    /** Segments handed to the index, and those that it has applied. */
+    let begun = 0
+    let visible = 0
     let fatal: Fatal | undefined
     let news = Deferred.makeUnsafe<void>()
     let room = Deferred.makeUnsafe<void>()
@@ -151,6 +162,7 @@ export const make = (
     const submit = (pending: Pending, ack: AckLevel): Effect.Effect<Outcome, WriteError> =>
       Effect.suspend((): Effect.Effect<Outcome, WriteError> => {
         if (fatal !== undefined) return Effect.fail(fatal)
+        if (closing !== undefined) return Effect.fail(closing)
         if (queuedBytes + pending.bytes > bounds.writeQueueBytesMax && queuedBytes > 0) {
           return Effect.fail(new Overloaded({ bound: "writeQueueBytesMax", retryAfterMillis: 500 }))
         }
@@ -218,6 +230,16 @@ export const make = (
       for (const pending of group) Deferred.doneUnsafe(pending.done, Effect.fail(error))
     }
 
+    const apply = (segment: Uint8Array): Effect.Effect<Applied, IndexLost> =>
+      Effect.suspend(() => {
+        begun += 1
+        return Effect.tap(index.apply(segment), () =>
+          Effect.sync(() => {
+            visible += 1
+          })
+        )
+      })
+
     /**
      * Hands a committed group to the index, at once: the index keeps the order in which it is asked. `complete` is called in
      * log order, with what applying did or with why it did not.
@@ -231,7 +253,7 @@ export const make = (
       appliedSeq = seq
       backlogBytes += bytes.length
       const previous = lastApply
-      lastApply = yield* Effect.result(index.apply(bytes)).pipe(
+      lastApply = yield* Effect.result(apply(bytes)).pipe(
         Effect.flatMap((outcome) =>
           Effect.flatMap(previous === undefined ? Effect.void : Fiber.await(previous), () => {
             backlogBytes -= bytes.length
@@ -265,7 +287,7 @@ export const make = (
       queuedBytes += bytes
       queue.push(early)
       const previous = lastEarly
-      lastEarly = yield* Effect.result(index.apply(segment)).pipe(
+      lastEarly = yield* Effect.result(apply(segment)).pipe(
         Effect.flatMap((outcome) =>
           Effect.flatMap(previous === undefined ? Effect.void : Fiber.await(previous), () => {
             backlogBytes -= bytes
@@ -377,7 +399,8 @@ export const make = (
         if (fatal !== undefined) return
         if (failure !== undefined) return fail(group, notCommitted(failure))
       }
-      const drafted = yield* Effect.result(draftOps(group))
+      const patches = group.some((pending) => pending.patch !== undefined)
+      const drafted = yield* Effect.result(patches ? stamping.withPermit(draftOps(group)) : draftOps(group))
       if (Result.isFailure(drafted)) return yield* stop(drafted.failure, group)
       const { ops, spans } = drafted.success
       if (ops.length === 0) return
@@ -443,7 +466,7 @@ export const make = (
         }
         inDoubt = false
         for (const entry of found) {
-          if (mine(entry.bytes)) seq ??= entry.seq
+          if (mine(entry.bytes)) seq = Math.max(seq ?? 0, entry.seq)
           else yield* applyInOrder(entry.seq, entry.bytes, decodeSegment(entry.bytes).ops, () => {})
         }
       }
@@ -498,30 +521,35 @@ export const make = (
           bytes += pending.bytes
           group.push(pending)
         }
-        const now = Date.now()
-        const ops = group.flatMap(({ drafts }) =>
-          drafts.map((draft): LogOp => ({ ...draft, version: clock.next(now) }))
-        )
-        const segment = encodeSegment({ epoch: log.epoch, seq: 0, nonce: 0n, dimensions }, ops)
-        const position = ack === "warm" && ahead !== undefined ? yield* ahead.append(segment) : undefined
-        if (fatal !== undefined) return fail(group, fatal)
-        if (ack === "warm" && position === undefined) {
-          // Whether Redis has it is not known: it is committed as a cold write is, under later versions.
-          queue.push(...group)
-          Deferred.doneUnsafe(news, Effect.void)
-          continue
-        }
-        queuedBytes -= bytes
-        yield* applyEarly(ops, segment, position, (outcome) => {
-          if (Result.isFailure(outcome)) return fail(group, outcome.failure)
-          let first = 0
-          for (const { drafts, done } of group) {
-            const effects = outcome.success.effects.subarray(first, first + drafts.length)
-            first += drafts.length
-            Deferred.doneUnsafe(done, Effect.succeed({ effects, patched: undefined }))
-          }
+        yield* Effect.catchCause(stamping.withPermit(advanceGroup(group, bytes, ack)), (cause) => {
+          fail(group, defect)
+          return Effect.logError("An early write met a defect", cause)
         })
       }
+    })
+
+    const advanceGroup = Effect.fnUntraced(function* (group: ReadonlyArray<Pending>, bytes: number, ack: AckLevel) {
+      const now = Date.now()
+      const ops = group.flatMap(({ drafts }) => drafts.map((draft): LogOp => ({ ...draft, version: clock.next(now) })))
+      const segment = encodeSegment({ epoch: log.epoch, seq: 0, nonce: 0n, dimensions }, ops)
+      const position = ack === "warm" && ahead !== undefined ? yield* ahead.append(segment) : undefined
+      if (fatal !== undefined) return fail(group, fatal)
+      if (ack === "warm" && position === undefined) {
+        // Whether Redis has it is not known: it is committed as a cold write is, under later versions.
+        for (const pending of group) queue.push(pending)
+        Deferred.doneUnsafe(news, Effect.void)
+        return
+      }
+      queuedBytes -= bytes
+      yield* applyEarly(ops, segment, position, (outcome) => {
+        if (Result.isFailure(outcome)) return fail(group, outcome.failure)
+        let first = 0
+        for (const { drafts, done } of group) {
+          const effects = outcome.success.effects.subarray(first, first + drafts.length)
+          first += drafts.length
+          Deferred.doneUnsafe(done, Effect.succeed({ effects, patched: undefined }))
+        }
+      })
     })
 
     /** Brings back what was acknowledged as `warm` and never came into the log. Idempotent: its versions are its own. */
@@ -537,7 +565,7 @@ export const make = (
         }
         const { ops } = decoded.success
         for (const { version } of ops) clock.observe(version)
-        const applied = yield* Effect.result(index.apply(encodeSegment(decoded.success, ops)))
+        const applied = yield* Effect.result(apply(encodeSegment(decoded.success, ops)))
         if (Result.isFailure(applied)) return yield* stop(applied.failure, [])
         // What had no effect is in the log already, or is older than what is.
         const fresh = ops.filter((_, i) => applied.success.effects[i] !== 0)
@@ -591,10 +619,7 @@ export const make = (
         const group = takeGroup()
         yield* Effect.catchCause(commitGroup(group), (cause) => {
           // A defect of ours in one group must not leave its writers, nor those after them, waiting for ever.
-          fail(
-            group,
-            new StorageUnavailable({ detail: "The write met a defect of the server.", retryAfterMillis: 1_000 })
-          )
+          fail(group, defect)
           return Effect.logError("A commit met a defect", cause)
         })
         committing = false
@@ -610,7 +635,7 @@ export const make = (
     }
     yield* Effect.addFinalizer(() =>
       Effect.gen(function* () {
-        const closing = new StorageUnavailable({ detail: "The partition is closing.", retryAfterMillis: 500 })
+        closing = new StorageUnavailable({ detail: "The partition is closing.", retryAfterMillis: 500 })
         const deadline = Date.now() + flushMillis
         while (uncommitted > 0 && fatal?._tag !== "NotOwner" && Date.now() < deadline) {
           failQueued(closing)
@@ -634,7 +659,8 @@ export const make = (
           ({ patched }) => patched
         ),
       appliedSeq: () => appliedSeq,
-      uncommitted: () => uncommitted
+      uncommitted: () => uncommitted,
+      revision: () => (fatal === undefined && begun === visible ? `${log.epoch}.${visible}` : undefined)
     }
   })
 
@@ -642,6 +668,8 @@ const notCommitted = ({ detail }: StoreFailure): StorageUnavailable =>
   new StorageUnavailable({ detail: `The write was not committed: ${detail}`, retryAfterMillis: 1_000 })
 /** Between two looks of a partition that closes at whether its early writes are in the log. */
 const flushLookMillis = 5
+
+const defect = new StorageUnavailable({ detail: "The write met a defect of the server.", retryAfterMillis: 1_000 })
 
 const nothingApplied = (): Deferred.Deferred<Applied, IndexLost> => {
   const applied = Deferred.makeUnsafe<Applied, IndexLost>()

@@ -4,7 +4,7 @@
  */
 import { mkdtemp, rm } from "node:fs/promises"
 import { join } from "node:path"
-import { Effect, Exit, Metric, Scope, Semaphore } from "effect"
+import { Effect, Exit, Metric, Option, Scope, Semaphore } from "effect"
 import type { SettingValues } from "../config.ts"
 import type { PartitionLogHandle } from "../tiers/PartitionLog.ts"
 import type { PartitionIndex } from "../tiers/VectorIndex.ts"
@@ -18,7 +18,7 @@ export interface SnapshotPolicy {
   readonly snapshot: Effect.Effect<boolean>
 }
 
-/** Takes snapshots until the scope closes; then, unless it closes with a failure, a last one, for which `drainMillis` are given. */
+/** Takes snapshots until the scope closes; then, unless it closes with an error, a last one, for which `drainMillis` are given. */
 export const make = Effect.fnUntraced(function* (options: {
   readonly log: PartitionLogHandle
   readonly index: PartitionIndex
@@ -85,7 +85,8 @@ export const make = Effect.fnUntraced(function* (options: {
 
   // Closing with a snapshot makes the next opening short. Bounded: what is not snapshotted is in the log.
   yield* Scope.addFinalizerExit(scope, (exit) =>
-    Exit.isFailure(exit) || index.lost()
+    // A node that is told to stop closes by interruption; only what is removed closes with an error.
+    Option.isSome(Exit.findErrorOption(exit)) || index.lost()
       ? Effect.void
       : Effect.asVoid(Effect.timeoutOption(snapshot, settings.drainMillis))
   )

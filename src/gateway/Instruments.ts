@@ -32,6 +32,10 @@ const sentBytes = Metric.counter("ruvector_stream_sent_bytes", {
   description: "Bytes sent on streams, by wire",
   incremental: true
 })
+const notModified = Metric.counter("ruvector_http_not_modified", {
+  description: "Requests answered with 304, by route",
+  incremental: true
+})
 const defects = Metric.counter("ruvector_defects", {
   description: "Requests that met a defect of the server",
   incremental: true
@@ -75,6 +79,10 @@ export const connectionClosed = (wire: string, code: string, bytes: number): voi
   series(connections, "connections", { wire }).updateUnsafe(now, context)
   series(closes, "closes", { wire, code }).updateUnsafe(1, context)
   series(sentBytes, "sentBytes", { wire }).updateUnsafe(bytes, context)
+}
+
+export const countNotModified = (route: string): void => {
+  series(notModified, "notModified", { route }).updateUnsafe(1, context)
 }
 
 export const countDefect = (): void => {

@@ -4,6 +4,7 @@ import { Context, Effect, Metric } from "effect"
 import { HttpRouter, HttpServerResponse } from "effect/http"
 import { PrometheusMetrics } from "effect/observability"
 import { LocalActors } from "../shards/LocalActors.ts"
+import { ResultCache } from "../shards/ResultCache.ts"
 import { MemoryBudget } from "../tiers/MemoryBudget.ts"
 import { RecordCache, recordCacheMetrics } from "../tiers/RecordCache.ts"
 import { VectorIndex } from "../tiers/VectorIndex.ts"
@@ -42,6 +43,7 @@ const gauges = {
 export const layer = HttpRouter.use(
   Effect.fnUntraced(function* (router) {
     const readiness = yield* Readiness
+    const results = yield* ResultCache
     const local = yield* LocalActors
     const sessions = yield* Sessions
     const vectors = yield* VectorIndex
@@ -69,6 +71,7 @@ export const layer = HttpRouter.use(
       "GET",
       "/metrics",
       Effect.gen(function* () {
+        results.report()
         const threads = yield* vectors.threads
         const set = (metric: Metric.Gauge<number>, value: number) => metric.updateUnsafe(value, context)
         recordCacheMetrics(cache)

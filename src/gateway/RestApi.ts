@@ -4,32 +4,38 @@
  */
 import type { IncomingMessage } from "node:http"
 import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
-import { Effect, Layer, Scope } from "effect"
+import { Effect, Layer, Result, Scope } from "effect"
 import { HttpRouter, type HttpServerRequest, HttpServerResponse } from "effect/http"
 import { HttpApiBuilder, HttpApiScalar, OpenApi } from "effect/http-api"
 import { Settings } from "../config.ts"
-import { CollectionRequest } from "../protocol/Collection.ts"
+import { type Collection, CollectionRequest, InvalidateRequest } from "../protocol/Collection.ts"
 import { type ApiError, InvalidInput, type TooLarge, type UnsupportedMediaType } from "../protocol/Errors.ts"
 import { CollectionName, decoderOf, defaultCollection, VectorId } from "../protocol/Fields.ts"
 import { DeleteRequest, InsertRequest, PatchRequest, RoutedApi, RuvectorApi } from "../protocol/HttpApi.ts"
+import { searchTag, vectorTag } from "../shards/CacheTags.ts"
 import { Router } from "../shards/Router.ts"
 import * as Answers from "./Answers.ts"
 import * as Bodies from "./Bodies.ts"
+import { cacheHeaders, namesTag, notFoundResponse, notModified, searchETag, vectorETag } from "./HttpCache.ts"
 import { problemResponse } from "./Problems.ts"
 import { queryOfParameters } from "./Queries.ts"
+import * as TiersApi from "./TiersApi.ts"
 
 const decodeInsert = decoderOf(InsertRequest)
 const decodeDelete = decoderOf(DeleteRequest)
 const decodePatch = decoderOf(PatchRequest)
 const decodeCollection = decoderOf(CollectionRequest)
+const decodeInvalidate = decoderOf(InvalidateRequest)
 const decodeName = decoderOf(CollectionName, "name")
 const decodeCollectionParameter = decoderOf(CollectionName, "collection")
 const decodeId = decoderOf(VectorId, "id")
 
 const json = (text: string, status = 200) =>
   HttpServerResponse.text(text, { status, contentType: "application/json", headers: noStore })
+const kept = (text: string, headers: Record<string, string>) =>
+  HttpServerResponse.text(text, { contentType: "application/json", headers })
 const noStore = { "cache-control": "no-store" }
-const noContent = HttpServerResponse.empty({ status: 204 })
+const noContent = HttpServerResponse.empty({ status: 204, headers: noStore })
 
 const failed = Effect.catch((error: ApiError) => Effect.succeed(problemResponse(error)))
 
@@ -63,6 +69,15 @@ const Collections = HttpApiBuilder.group(
           return json(JSON.stringify({ ...collection, count: yield* router.count(collection) }))
         }).pipe(failed)
       )
+      .handleRaw("invalidate", ({ params, request }) =>
+        Effect.gen(function* () {
+          const name = yield* Effect.fromResult(decodeName(params.name))
+          const body = yield* Effect.fromResult(decodeInvalidate(yield* readJson(request, maxBodyBytes)))
+          const fault = invalidateFault(body)
+          if (fault !== undefined) return yield* fault
+          return json(JSON.stringify(yield* router.invalidate(name, body)))
+        }).pipe(failed)
+      )
       .handleRaw("deleteCollection", ({ params }) =>
         Effect.fromResult(decodeName(params.name)).pipe(
           Effect.flatMap(router.deleteCollection),
@@ -78,7 +93,8 @@ const Vectors = HttpApiBuilder.group(
   "vectors",
   Effect.fnUntraced(function* (handlers) {
     const router = yield* Router
-    const { maxBodyBytes } = yield* Settings
+    const settings = yield* Settings
+    const { maxBodyBytes } = settings
     return handlers
       .handleRaw("insert", ({ request }) =>
         Effect.gen(function* () {
@@ -97,8 +113,20 @@ const Vectors = HttpApiBuilder.group(
       .handleRaw("embed", ({ params, request }) =>
         Effect.gen(function* () {
           const id = yield* Effect.fromResult(decodeId(params.id))
-          const record = yield* router.get(yield* collectionParameter(request), id)
-          return json(Answers.storedVector(record))
+          const name = yield* collectionParameter(request)
+          const found = yield* Effect.result(router.get(name, id))
+          if (Result.isFailure(found)) {
+            const error = found.failure
+            if (error._tag === "CollectionNotFound") return notFoundResponse(settings, error, undefined)
+            if (error._tag !== "VectorNotFound") return problemResponse(error)
+            const of = yield* router.collection(name)
+            return notFoundResponse(settings, error, { of, tag: vectorTag(of, id) })
+          }
+          const of = yield* router.collection(name)
+          const etag = vectorETag(of, found.success.version)
+          const headers = { ...cacheHeaders(settings, of, settings.embedCacheSeconds, vectorTag(of, id)), etag }
+          if (namesTag(request.headers["if-none-match"], etag)) return notModified("embed", headers)
+          return kept(Answers.storedVector(found.success), headers)
         }).pipe(failed)
       )
       .handleRaw("updateMetadata", ({ params, request }) =>
@@ -134,10 +162,36 @@ const CachedSearch = HttpApiBuilder.group(
   "cached search",
   Effect.fnUntraced(function* (handlers) {
     const router = yield* Router
+    const settings = yield* Settings
+    const headersOf = (of: Collection) => cacheHeaders(settings, of, settings.searchCacheSeconds, searchTag(of))
     return handlers.handleRaw("searchById", ({ request }) =>
-      Effect.fromResult(queryOfParameters(parametersOf(request))).pipe(
-        Effect.flatMap(router.search),
-        Effect.map((answer) => json(Answers.searchResponse(answer))),
+      Effect.gen(function* () {
+        const query = yield* Effect.fromResult(queryOfParameters(parametersOf(request)))
+        const asked = request.headers["if-none-match"]
+        if (asked?.includes('"')) {
+          // A copy of an answer at the collection's present revision is right without searching again.
+          const of = yield* router.collection(query.collection)
+          const revision = query.metric === undefined || query.metric === of.metric ? router.revision(of) : undefined
+          const etag = revision === undefined ? undefined : searchETag(of, revision, query)
+          if (etag !== undefined && namesTag(asked, etag)) {
+            return notModified("search", { ...headersOf(of), etag, "x-cache": "hit" })
+          }
+        }
+        const { answer, collection, revision, cached } = yield* router.searchByUrl(query)
+        const xCache = { "x-cache": cached ? "hit" : "miss" }
+        if (answer.missing.length > 0) return kept(Answers.searchResponse(answer), { ...noStore, ...xCache })
+        const etag = revision === undefined ? undefined : searchETag(collection, revision, query)
+        const headers = { ...headersOf(collection), ...xCache, ...(etag === undefined ? {} : { etag }) }
+        if (namesTag(asked, etag ?? "")) return notModified("search", headers)
+        return kept(Answers.searchResponse(answer), headers)
+      }).pipe(
+        Effect.catchTags({
+          CollectionNotFound: (error) => Effect.succeed(notFoundResponse(settings, error, undefined)),
+          VectorNotFound: (error) =>
+            Effect.map(router.collection(error.collection), (of) =>
+              notFoundResponse(settings, error, { of, tag: vectorTag(of, error.id) })
+            )
+        }),
         failed
       )
     )
@@ -146,7 +200,7 @@ const CachedSearch = HttpApiBuilder.group(
 
 /** Routes of the REST wire, `/openapi.json` and `/docs`. */
 export const layer = Layer.mergeAll(
-  HttpApiBuilder.layer(RoutedApi).pipe(Layer.provide([Collections, Vectors, CachedSearch])),
+  HttpApiBuilder.layer(RoutedApi).pipe(Layer.provide([Collections, Vectors, CachedSearch, TiersApi.group])),
   HttpRouter.add("GET", "/openapi.json", Effect.succeed(HttpServerResponse.jsonUnsafe(OpenApi.fromApi(RuvectorApi)))),
   HttpRouter.use(
     Effect.fnUntraced(function* (router) {
@@ -178,6 +232,20 @@ const collectionParameter = (request: HttpServerRequest.HttpServerRequest): Effe
   }
   const name = parameters.get("collection")
   return name === null ? Effect.succeed(defaultCollection) : Effect.fromResult(decodeCollectionParameter(name))
+}
+
+/** What of an invalidation goes with its scope. */
+const invalidateFault = ({ scope, ids, notice_ms }: InvalidateRequest): InvalidInput | undefined => {
+  if (scope === "ids" && ids === undefined) {
+    return new InvalidInput({ field: "ids", expected: "ids with scope ids", got: "none" })
+  }
+  if (scope === "all" && ids !== undefined) {
+    return new InvalidInput({ field: "ids", expected: "none with scope all", got: `${ids.length} ids` })
+  }
+  if (scope === "ids" && notice_ms !== undefined) {
+    return new InvalidInput({ field: "notice_ms", expected: "none with scope ids", got: String(notice_ms) })
+  }
+  return undefined
 }
 
 /** The JSON body of a request, of at most `maxBytes`. */

@@ -23,8 +23,10 @@ import {
   type SearchPayload
 } from "../protocol/Rpcs.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
+import type { TierEvent } from "../protocol/TierPromoter.ts"
 import { Router } from "../shards/Router.ts"
 import { countDefect, countRequest } from "./Instruments.ts"
+import { Promoter } from "./Promoter.ts"
 import { instance, toQuery } from "./Queries.ts"
 import { Sessions } from "./Sessions.ts"
 
@@ -33,6 +35,7 @@ export const layer = RuvectorRpcs.toLayer(
     const settings = yield* Settings
     const router = yield* Router
     const sessions = yield* Sessions
+    const promoter = yield* Promoter
 
     /** A call, counted; what goes wrong in us is logged under an id and answered with it. */
     const call = <A, R>(tag: string, effect: Effect.Effect<A, ApiError, R>): Effect.Effect<A, ApiError, R> =>
@@ -134,7 +137,24 @@ export const layer = RuvectorRpcs.toLayer(
           yield* checkBatch("ids", ids)
           return { deleted: yield* router.remove(collection, ids) }
         })
-      )
+      ),
+      Warm: unary("Warm", (request) =>
+        request.ids === undefined
+          ? promoter.warm(request)
+          : Effect.andThen(checkBatch("ids", request.ids, Limits.warmRecordsMax), promoter.warm(request))
+      ),
+      TierEvents: (payload, { client }) =>
+        Stream.unwrap(
+          call(
+            "TierEvents",
+            Effect.suspend(
+              (): Effect.Effect<Stream.Stream<TierEvent, ApiError>, ApiError, Scope.Scope> =>
+                payload instanceof InvalidInput
+                  ? Effect.fail(payload)
+                  : Effect.as(streams.one(client), promoter.events(payload.after))
+            )
+          )
+        )
     })
   })
 )
@@ -171,10 +191,14 @@ const statusOf = (exit: Exit.Exit<unknown, ApiError>): number => {
   return error._tag === "Some" ? toProblem(error.value).status : 499
 }
 
-const checkBatch = (field: string, items: ReadonlyArray<unknown>): Effect.Effect<void, InvalidInput> =>
-  items.length > 0 && items.length <= Limits.batchItemsMax
+const checkBatch = (
+  field: string,
+  items: ReadonlyArray<unknown>,
+  max = Limits.batchItemsMax
+): Effect.Effect<void, InvalidInput> =>
+  items.length > 0 && items.length <= max
     ? Effect.void
-    : Effect.fail(new InvalidInput({ field, expected: `1 to ${Limits.batchItemsMax} ${field}`, got: describe(items) }))
+    : Effect.fail(new InvalidInput({ field, expected: `1 to ${max} ${field}`, got: describe(items) }))
 
 const decodeMetadata = Schema.decodeUnknownResult(MetadataObject, { reportInput: true })
 

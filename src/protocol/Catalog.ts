@@ -6,7 +6,7 @@ import { Entity } from "effect/cluster"
 import { Rpc } from "effect/rpc"
 import { Collection, CollectionRequest } from "./Collection.ts"
 import { CollectionConflict, CollectionNotFound, InvalidInput, Overloaded, StorageUnavailable } from "./Errors.ts"
-import { CollectionName } from "./Fields.ts"
+import { CollectionName, NoticeMillis } from "./Fields.ts"
 
 /** The id of the one Catalog entity. */
 export const catalogId = "catalog"
@@ -24,6 +24,12 @@ export const Catalog = Entity.make("Catalog", [
     error: Schema.Union([CollectionNotFound, StorageUnavailable])
   }),
   Rpc.make("List", { success: Schema.Array(Collection), error: StorageUnavailable }),
+  /** Raises the collection's cache generation once `notice_ms` have passed; answers the collection and when that is. */
+  Rpc.make("Invalidate", {
+    payload: { name: CollectionName, notice_ms: NoticeMillis },
+    success: Schema.Struct({ collection: Collection, effective_ms: Schema.Int }),
+    error: Schema.Union([CollectionNotFound, StorageUnavailable, Overloaded])
+  }),
   /** Takes the collection out of the catalogue, then its partitions and their objects. */
   Rpc.make("Delete", {
     payload: { name: CollectionName },

@@ -138,6 +138,13 @@ export const defaultCollection = "default"
 export const Metric = Schema.Literals(["cosine", "l2", "ip"])
 export type Metric = typeof Metric.Type
 
+/**
+ * How a collection keeps its vectors in memory, where they need not be as they were inserted: as bfloat16, as bytes, or as
+ * product-quantised codes alone. Answers have exact scores and exact vectors whatever it is.
+ */
+export const Quantization = Schema.Literals(["none", "bf16", "i8", "pq"])
+export type Quantization = typeof Quantization.Type
+
 const integer = (minimum: number, maximum: number) =>
   Schema.Number.check(
     Schema.makeFilter((n: number) => Number.isInteger(n) && n >= minimum && n <= maximum, {
@@ -151,6 +158,7 @@ export const K = integer(1, Limits.kMax)
 export const Ef = integer(1, Limits.efMax)
 export const HnswM = integer(2, 128)
 export const HnswEfConstruction = integer(8, 2_000)
+export const NoticeMillis = integer(0, Limits.noticeMillisMax)
 export const DeadlineMillis = integer(1, Limits.deadlineMillisMax)
 
 /** A label given by a client: a request's id, a session's. Printable, bounded. */

@@ -5,10 +5,12 @@
  */
 import { Schema } from "effect"
 import { HttpApi, HttpApiEndpoint, HttpApiGroup, HttpApiSchema, OpenApi } from "effect/http-api"
-import { CollectionInfo, CollectionRequest } from "./Collection.ts"
+import { CollectionInfo, CollectionRequest, InvalidateRequest, Invalidation } from "./Collection.ts"
 import { Problem } from "./Errors.ts"
 import * as Fields from "./Fields.ts"
 import * as Limits from "./Limits.ts"
+import { TierEvent, TierState } from "./TierPromoter.ts"
+import { WarmReport, WarmRequest } from "./Warming.ts"
 
 const collection = { collection: Schema.optionalKey(Fields.CollectionName) }
 const Numbers = Schema.Array(Schema.Finite).annotate({
@@ -105,6 +107,9 @@ const badInput = [problem(400), problem(413), problem(415), problem(429), proble
 const notFound = [...badInput, problem(404)] as const
 const searching = [...notFound, problem(504)] as const
 
+/** The copy named by `If-None-Match` is still right. */
+const notModified = HttpApiSchema.Empty(304)
+
 const name = { name: Fields.CollectionName }
 const id = { id: Schema.String }
 
@@ -124,6 +129,12 @@ const CollectionsGroup = HttpApiGroup.make("collections").add(
     success: CollectionInfo,
     error: notFound
   }),
+  HttpApiEndpoint.post("invalidate", "/api/v1/collections/:name/invalidate", {
+    params: name,
+    payload: InvalidateRequest,
+    success: Invalidation,
+    error: notFound
+  }),
   HttpApiEndpoint.delete("deleteCollection", "/api/v1/collections/:name", {
     params: name,
     success: HttpApiSchema.NoContent,
@@ -140,12 +151,15 @@ const VectorsGroup = HttpApiGroup.make("vectors").add(
   HttpApiEndpoint.get("embed", "/api/v1/embed/:id", {
     params: id,
     query: collection,
-    success: Schema.Struct({
-      vector_id: Schema.String,
-      vector: Numbers,
-      metadata: JsonObject,
-      version: Schema.String
-    }).annotate({ identifier: "StoredVector" }),
+    success: [
+      Schema.Struct({
+        vector_id: Schema.String,
+        vector: Numbers,
+        metadata: JsonObject,
+        version: Schema.String
+      }).annotate({ identifier: "StoredVector" }),
+      notModified
+    ],
     error: notFound
   }),
   HttpApiEndpoint.patch("updateMetadata", "/api/v1/vectors/:id", {
@@ -179,13 +193,32 @@ const SearchGroup = HttpApiGroup.make("search").add(
 const CachedSearchGroup = HttpApiGroup.make("cached search").add(
   HttpApiEndpoint.get("searchById", "/api/v1/search", {
     query: documented.query,
-    success: SearchResponse,
+    success: [SearchResponse, notModified],
     error: searching
   })
 )
 
+const TiersGroup = HttpApiGroup.make("tiers").add(
+  HttpApiEndpoint.post("warm", "/api/v1/warm", {
+    payload: WarmRequest,
+    success: WarmReport,
+    error: notFound
+  }),
+  HttpApiEndpoint.get("tiers", "/api/v1/tiers", { success: TierState, error: badInput }),
+  HttpApiEndpoint.get("tierEvents", "/api/v1/tiers/events", {
+    query: { after: Schema.optionalKey(Schema.String) },
+    // Server-Sent Events, each with one of these as its data.
+    success: TierEvent,
+    error: badInput
+  })
+)
+
 /** The calls that the router serves: all but `POST /search`, which the gateway answers before it. */
-export const RoutedApi = HttpApi.make("ruvector").add(CollectionsGroup).add(VectorsGroup).add(CachedSearchGroup)
+export const RoutedApi = HttpApi.make("ruvector")
+  .add(CollectionsGroup)
+  .add(VectorsGroup)
+  .add(CachedSearchGroup)
+  .add(TiersGroup)
 
 /** The REST contract. Streams (`/api/v1/stream/search`, `/api/v1/ws`) are described in its text and in `docs/protocol.md`. */
 export const RuvectorApi = RoutedApi.add(SearchGroup).annotateMerge(

@@ -50,3 +50,15 @@ export const deadlineMillisMax = 60_000
 
 /** Vector components in one answer (results times dimensions), where vectors are asked for. */
 export const answerComponentsMax = 2_097_152
+
+/** Ids of one invalidation. */
+export const invalidationIdsMax = 1_000
+
+/** Invalidations of one collection whose notice has not passed. */
+export const invalidationsPendingMax = 16
+
+/** Milliseconds of notice of an invalidation. */
+export const noticeMillisMax = 300_000
+
+/** Records of one warming. */
+export const warmRecordsMax = 100_000

@@ -11,6 +11,8 @@ import { Rpc, RpcGroup } from "effect/rpc"
 import { CollectionInfo } from "./Collection.ts"
 import { ApiError } from "./Errors.ts"
 import * as Fields from "./Fields.ts"
+import { TierEvent } from "./TierPromoter.ts"
+import { LastMinutes, TimeMillis, WarmLimit, WarmReport } from "./Warming.ts"
 
 /** The same values unchecked for who makes a request, and checked for who is given it. */
 const checkedOnArrival = <A, W extends A>(plain: Schema.Codec<A>, checked: Schema.Codec<W, A>) => {
@@ -105,7 +107,8 @@ export const RuvectorRpcs = RpcGroup.make(
         Schema.Struct({
           m: Schema.optionalKey(number(Fields.HnswM)),
           ef_construction: Schema.optionalKey(number(Fields.HnswEfConstruction)),
-          ef_search: Schema.optionalKey(number(Fields.Ef))
+          ef_search: Schema.optionalKey(number(Fields.Ef)),
+          quantization: Schema.optionalKey(Fields.Quantization)
         })
       )
     },
@@ -144,5 +147,29 @@ export const RuvectorRpcs = RpcGroup.make(
     payload: { ...collection, ids: Schema.Array(VectorId) },
     success: Schema.Struct({ deleted: Schema.Int }),
     error: ApiError
+  }),
+  /** Exactly one of `ids` and `window`: either `last_minutes`, or `from_ms` and `to_ms`. Answered when read back. */
+  Rpc.make("Warm", {
+    payload: {
+      ...collection,
+      ids: Schema.optionalKey(Schema.Array(VectorId)),
+      window: Schema.optionalKey(
+        Schema.Struct({
+          from_ms: Schema.optionalKey(number(TimeMillis)),
+          to_ms: Schema.optionalKey(number(TimeMillis)),
+          last_minutes: Schema.optionalKey(number(LastMinutes))
+        })
+      ),
+      limit: Schema.optionalKey(number(WarmLimit))
+    },
+    success: WarmReport,
+    error: ApiError
+  }),
+  /** What is promoted and demoted, from now on or after the position of an event. */
+  Rpc.make("TierEvents", {
+    payload: { after: Schema.optionalKey(number(TimeMillis)) },
+    success: TierEvent,
+    error: ApiError,
+    stream: true
   })
 )

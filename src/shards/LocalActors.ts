@@ -11,6 +11,11 @@ import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 export interface LocalPartition {
   readonly search: (query: PartitionQuery) => Effect.Effect<PartitionHits, PartitionError>
   readonly get: (ids: ReadonlyArray<string>) => Effect.Effect<ReadonlyArray<PartitionRecord | null>, PartitionError>
+  /**
+   * Equal twice: nothing that a search can see has changed in between. A change has another revision before its writer is
+   * answered; `undefined` while one is being applied.
+   */
+  readonly revision: () => string | undefined
 }
 
 export interface LocalSession {

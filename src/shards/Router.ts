@@ -5,11 +5,17 @@
  * A partition resident in this process is asked directly; any other through its entity. A search waits no longer than its
  * deadline: partitions that are late or gone are named in the answer, and only if none answered does it fail.
  */
-import { Context, Effect, Exit, Layer, Option } from "effect"
+import { Context, Effect, Exit, type Fiber, Layer, Option, Result } from "effect"
 import type { ClusterError } from "effect/cluster"
 import { Settings } from "../config.ts"
 import * as Catalog from "../protocol/Catalog.ts"
-import type { Collection, CollectionRequest } from "../protocol/Collection.ts"
+import {
+  type Collection,
+  type CollectionRequest,
+  cacheStateAt,
+  type InvalidateRequest,
+  type Invalidation
+} from "../protocol/Collection.ts"
 import {
   type ApiError,
   type CollectionConflict,
@@ -34,10 +40,15 @@ import {
 } from "../protocol/IndexPartition.ts"
 import { answerComponentsMax } from "../protocol/Limits.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
+import { AccessLog } from "../tiers/AccessLog.ts"
 import { RecordCache } from "../tiers/RecordCache.ts"
 import { WarmStore } from "../tiers/WarmStore.ts"
+import { CacheEvents } from "./CacheEvents.ts"
+import { generationTag, searchTag, vectorTag } from "./CacheTags.ts"
 import { LocalActors } from "./LocalActors.ts"
 import { groupByPartition, partitionOf } from "./PartitionMap.ts"
+import { type KeptResult, ResultCache, type ResultKey, resultKey, sameQuery } from "./ResultCache.ts"
+import { decodeResult, encodeResult, ResultStore, storeKey } from "./ResultStore.ts"
 
 /** What a mailbox or the transport can refuse a call with. */
 type DeliveryError =
@@ -45,6 +56,22 @@ type DeliveryError =
   | ClusterError.AlreadyProcessingMessage
   | ClusterError.PersistenceError
   | ClusterError.EntityNotAssignedToRunner
+
+/** An answer to a search that a URL names. */
+export interface UrlAnswer {
+  readonly answer: SearchAnswer
+  readonly collection: Collection
+  /** The collection's revision that the answer is of, where there is one. */
+  readonly revision: string | undefined
+  readonly cached: boolean
+}
+
+/**
+ * The three nearest results of a search count as read, a quarter each. Each search touches one of them, in turn, with
+ * the weight of all: about a microsecond a search, where touching all took up to six.
+ */
+const touchedResults = 3
+const touchedResultWeight = 0.25 * touchedResults
 
 export class Router extends Context.Service<
   Router,
@@ -75,6 +102,18 @@ export class Router extends Context.Service<
     ) => Effect.Effect<{ readonly metadata: string; readonly version: string }, ApiError>
     readonly remove: (name: string, ids: ReadonlyArray<string>) => Effect.Effect<number, ApiError>
     readonly search: (query: SessionQuery) => Effect.Effect<SearchAnswer, ApiError>
+    /** The same for a query that a URL names: kept from its first time on, and with what its cache headers need. */
+    readonly searchByUrl: (query: SessionQuery) => Effect.Effect<UrlAnswer, ApiError>
+    /**
+     * Equal twice: nothing visible in the collection has changed in between. `undefined` where it is not known: a partition
+     * is not resident in this process, or a write is being applied.
+     */
+    readonly revision: (collection: Collection) => string | undefined
+    /** Tells caches of the collection's answers to forget: all of them, after a notice, or those about some ids. */
+    readonly invalidate: (
+      name: string,
+      request: InvalidateRequest
+    ) => Effect.Effect<Invalidation, CollectionNotFound | StorageUnavailable | Overloaded>
   }
 >()("ruvector/shards/Router") {
   /** `createOnInsert` names the collection that the first insert creates. */
@@ -84,9 +123,14 @@ export class Router extends Context.Service<
       Effect.gen(function* () {
         const settings = yield* Settings
         const local = yield* LocalActors
+        const access = yield* AccessLog
         const cache = yield* RecordCache
         const warm = yield* WarmStore
         const scope = yield* Effect.scope
+        const results = yield* ResultCache
+        const resultStore = Option.getOrUndefined(yield* Effect.serviceOption(ResultStore))
+        const events = yield* CacheEvents
+        const runFork = Effect.runForkWith(yield* Effect.context<never>())
         const catalog = (yield* Catalog.Catalog.client)(Catalog.catalogId)
         const partitionClient = yield* IndexPartition.client
         /** Collections seen; an entry whose uid is out of date is dropped when a partition says so. */
@@ -134,6 +178,8 @@ export class Router extends Context.Service<
             .pipe(Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)))
           known.delete(name)
           if (Option.isSome(before)) {
+            results.dropCollection(before.value.uid)
+            access.dropCollection(before.value.uid)
             cache.dropCollection(before.value.uid)
             yield* warm.drop(before.value.uid)
           }
@@ -155,7 +201,18 @@ export class Router extends Context.Service<
             })
           })
 
-        const idOf = (of: Collection, partition: number) => partitionId({ collection: of.name, uid: of.uid, partition })
+        /** Made once: as keys of maps, texts that are made anew have to be hashed anew. */
+        const entityIds = new WeakMap<Collection, ReadonlyArray<string>>()
+        const idOf = (of: Collection, partition: number): string => {
+          let ids = entityIds.get(of)
+          if (ids === undefined) {
+            ids = Array.from({ length: of.partitions }, (_, n) =>
+              partitionId({ collection: of.name, uid: of.uid, partition: n })
+            )
+            entityIds.set(of, ids)
+          }
+          return ids[partition] as string
+        }
 
         /** Runs with the collection, and once more with a fresh reading of it where the one at hand was out of date. */
         const withCollection = <A, E>(
@@ -254,12 +311,18 @@ export class Router extends Context.Service<
           const partition = partitionOf(id, of.partitions)
           const entityId = idOf(of, partition)
           const cached = cache.get(entityId, id)
-          if (cached !== undefined) return Effect.succeed(cached)
+          if (cached !== undefined) {
+            access.touchRecord(entityId, id)
+            return Effect.succeed(cached)
+          }
+          // A partition's heat is of what it was asked itself.
+          access.touchPartition(entityId)
           const tickets = { cache: cache.ticket(), warm: warm.ticket() }
           const resident = local.partitions.get(entityId)
           if (resident !== undefined) return Effect.tap(firstOf(resident.get([id])), keep(entityId, tickets))
           return Effect.flatMap(firstOf(warm.getRecords(entityId, [id])), (record) => {
             if (record !== null) {
+              access.touchRecord(entityId, id)
               cache.put(entityId, record, tickets.cache)
               return Effect.succeed(record)
             }
@@ -274,7 +337,9 @@ export class Router extends Context.Service<
         const keep =
           (entityId: string, tickets: { readonly cache: number; readonly warm: number }) =>
           (record: PartitionRecord | null): Effect.Effect<unknown> => {
-            if (record === null || !local.partitions.has(entityId)) return Effect.void
+            if (record === null) return Effect.void
+            access.touchRecord(entityId, record.id)
+            if (!local.partitions.has(entityId)) return Effect.void
             cache.put(entityId, record, tickets.cache)
             // Nobody waits for it; how much is on its way at once is the warm tier's to bound.
             return Effect.forkIn(warm.putRecords(entityId, [record], tickets.warm), scope)
@@ -312,6 +377,7 @@ export class Router extends Context.Service<
           query: PartitionQuery
         ): Effect.Effect<PartitionHits, PartitionError> => {
           const entityId = idOf(of, partition)
+          access.touchPartition(entityId)
           const resident = local.partitions.get(entityId)
           if (resident !== undefined) return resident.search(query)
           return delivered(of, partition, partitionClient(entityId).Search(query))
@@ -359,46 +425,221 @@ export class Router extends Context.Service<
           return { hits: mergeHits(lists, query.k, of.dimensions), missing }
         })
 
-        const search = Effect.fnUntraced(function* (query: SessionQuery) {
+        const revision = (of: Collection): string | undefined => {
+          if (of.partitions === 1) return local.partitions.get(idOf(of, 0))?.revision()
+          let joined = ""
+          for (let partition = 0; partition < of.partitions; partition++) {
+            const one = local.partitions.get(idOf(of, partition))?.revision()
+            if (one === undefined) return undefined
+            joined += `${one},`
+          }
+          return joined
+        }
+
+        const checkQuery = (of: Collection, query: SessionQuery): InvalidInput | undefined => {
+          if (query.metric !== undefined && query.metric !== of.metric) {
+            return new InvalidInput({
+              field: "metric",
+              expected: `${of.metric}, the metric of the collection`,
+              got: query.metric
+            })
+          }
+          if (query.includeVector && query.k * of.dimensions > answerComponentsMax) {
+            return new InvalidInput({
+              field: "k",
+              expected: `at most ${Math.trunc(answerComponentsMax / of.dimensions)} where vectors are included`,
+              got: String(query.k)
+            })
+          }
+          return query.vector === undefined ? undefined : checkVector(of, query.vector, "query")
+        }
+
+        const deadlineOf = (query: SessionQuery): number =>
+          query.deadlineMillis === 0 ? settings.searchDeadlineMillis : query.deadlineMillis
+
+        /** Asks the partitions. */
+        const compute = Effect.fnUntraced(function* (of: Collection, query: SessionQuery, started: number) {
+          let vector = query.vector
+          if (vector === undefined) {
+            const id = query.vectorId as string
+            const record = yield* getFrom(of, id)
+            if (record === null) return yield* new VectorNotFound({ collection: of.name, id })
+            vector = record.vector
+          }
+          const { hits, missing } = yield* scatter(of, query, vector, deadlineOf(query))
+          return {
+            queryId: query.queryId,
+            ...hits,
+            dimensions: of.dimensions,
+            missing,
+            tookMillis: performance.now() - started
+          } satisfies SearchAnswer
+        })
+
+        const answerOf = (result: KeptResult, query: SessionQuery, started: number): SearchAnswer => ({
+          ...result,
+          queryId: query.queryId,
+          missing: [],
+          tookMillis: performance.now() - started
+        })
+
+        /** Searches under way that others may wait for, by their keys' hash. */
+        const flights = new Map<number, Flight>()
+
+        /**
+         * One search for all who ask the same at the same revision at once. It ends when the last of them has gone. Its
+         * answer is kept if it is whole and the revision is still the one that it began at.
+         */
+        const takeOff = (key: ResultKey, of: Collection, query: SessionQuery, started: number): Flight => {
+          const flight: Flight = { key, waiting: 0, fiber: runFork(fromStore(key, of, query, started)) }
+          flights.set(key.hash, flight)
+          flight.fiber.addObserver((exit) => {
+            if (flights.get(key.hash) === flight) flights.delete(key.hash)
+            if (Exit.isSuccess(exit) && exit.value.missing.length === 0 && revision(of) === key.revision) {
+              results.put(key, exit.value)
+            }
+          })
+          return flight
+        }
+
+        const fromStore = (key: ResultKey, of: Collection, query: SessionQuery, started: number) => {
+          if (resultStore === undefined || query.vector !== undefined) return compute(of, query, started)
+          const at = storeKey(key)
+          return Effect.gen(function* () {
+            const bytes = yield* resultStore.get(at)
+            const found = bytes === undefined ? undefined : decodeResult(bytes)
+            if (found !== undefined && found.dimensions === of.dimensions) return answerOf(found, query, started)
+            const answer = yield* compute(of, query, started)
+            if (answer.missing.length === 0 && revision(of) === key.revision) {
+              runFork(resultStore.put(at, encodeResult(answer), settings.resultStoreSeconds * 1_000))
+            }
+            return answer
+          })
+        }
+
+        const land = (flight: Flight): Effect.Effect<SearchAnswer, ApiError> =>
+          Effect.callback((resume) => {
+            flight.waiting += 1
+            flight.fiber.addObserver(resume)
+            return Effect.sync(() => {
+              flight.waiting -= 1
+              if (flight.waiting > 0) return
+              if (flights.get(flight.key.hash) === flight) flights.delete(flight.key.hash)
+              flight.fiber.interruptUnsafe()
+            })
+          })
+
+        /**
+         * Waits for another's search. What comes of it that is not a whole answer is that one's, not this one's: then the
+         * partitions are asked, for as long as is left.
+         */
+        const share = Effect.fnUntraced(function* (
+          flight: Flight,
+          of: Collection,
+          query: SessionQuery,
+          started: number
+        ) {
+          const deadlineMillis = deadlineOf(query)
+          const shared = yield* Effect.result(within(land(flight), deadlineMillis))
+          if (Result.isSuccess(shared) && shared.success.missing.length === 0) {
+            return answerOf(shared.success, query, started)
+          }
+          const left = Math.floor(deadlineMillis - (performance.now() - started))
+          if (left < 1) return yield* new DeadlineExceeded({ deadlineMillis })
+          return yield* compute(of, { ...query, deadlineMillis: left }, started)
+        })
+
+        /** From the cache, from a search under way, or from the partitions. */
+        const find = (of: Collection, query: SessionQuery, byUrl: boolean): Effect.Effect<UrlAnswer, ApiError> => {
           const started = performance.now()
-          const deadlineMillis = query.deadlineMillis === 0 ? settings.searchDeadlineMillis : query.deadlineMillis
-          return yield* withCollection(
-            query.collection,
-            Effect.fnUntraced(function* (of: Collection) {
-              if (query.metric !== undefined && query.metric !== of.metric) {
-                return yield* new InvalidInput({
-                  field: "metric",
-                  expected: `${of.metric}, the metric of the collection`,
-                  got: query.metric
-                })
-              }
-              if (query.includeVector && query.k * of.dimensions > answerComponentsMax) {
-                return yield* new InvalidInput({
-                  field: "k",
-                  expected: `at most ${Math.trunc(answerComponentsMax / of.dimensions)} where vectors are included`,
-                  got: String(query.k)
-                })
-              }
-              let vector = query.vector
-              if (vector === undefined) {
-                const id = query.vectorId as string
-                const record = yield* getFrom(of, id)
-                if (record === null) return yield* new VectorNotFound({ collection: of.name, id })
-                vector = record.vector
-              } else {
-                const fault = checkVector(of, vector, "query")
-                if (fault !== undefined) return yield* fault
-              }
-              const { hits, missing } = yield* scatter(of, query, vector, deadlineMillis)
-              return {
-                queryId: query.queryId,
-                ...hits,
-                dimensions: of.dimensions,
-                missing,
-                tookMillis: performance.now() - started
-              } satisfies SearchAnswer
+          const fault = checkQuery(of, query)
+          if (fault !== undefined) return Effect.fail(fault)
+          const at = results.enabled || byUrl ? revision(of) : undefined
+          if (at === undefined || !results.enabled) return exact(of, at, compute(of, query, started))
+          const key = resultKey(of, at, query)
+          const kept = results.get(key)
+          if (kept !== undefined) {
+            return Effect.succeed({
+              answer: answerOf(kept, query, started),
+              collection: of,
+              revision: at,
+              cached: true
+            })
+          }
+          // Noted for a URL too, so that what was asked there is known elsewhere.
+          if (!results.seen(key) && !byUrl) return exact(of, undefined, compute(of, query, started))
+          const flight = flights.get(key.hash)
+          if (flight !== undefined && sameQuery(flight.key, key) && flight.key.revision === at) {
+            return exact(of, at, share(flight, of, query, started))
+          }
+          // Takes the place of one from before a write: nobody who comes now may wait for that.
+          return exact(
+            of,
+            at,
+            Effect.suspend(() => land(takeOff(key, of, query, started)))
+          )
+        }
+
+        /** An answer is of a revision where that was the same before and after. */
+        const exact = (of: Collection, before: string | undefined, answer: Effect.Effect<SearchAnswer, ApiError>) =>
+          Effect.map(
+            answer,
+            (answer): UrlAnswer => ({
+              answer,
+              collection: of,
+              revision: before !== undefined && revision(of) === before ? before : undefined,
+              cached: false
             })
           )
+
+        /** Searches so far, for whose turn it is. */
+        let searches = 0
+
+        /** Its nearest results are what somebody is interested in, also where the cache had the answer. */
+        const searched = (query: SessionQuery, byUrl: boolean) =>
+          Effect.map(
+            withCollection(query.collection, (of) => find(of, query, byUrl)),
+            (found) => {
+              const { collection: of, answer } = found
+              const touched = answer.ids[searches++ % touchedResults]
+              if (touched !== undefined) {
+                access.touchRecord(idOf(of, partitionOf(touched, of.partitions)), touched, touchedResultWeight)
+              }
+              return found
+            }
+          )
+
+        const searchByUrl = (query: SessionQuery) => searched(query, true)
+
+        const search = (query: SessionQuery) => Effect.map(searched(query, false), ({ answer }) => answer)
+
+        const invalidate = Effect.fn("Router.invalidate")(function* (name: string, request: InvalidateRequest) {
+          const { collection: of, effective_ms } =
+            request.scope === "all"
+              ? yield* catalog
+                  .Invalidate({ name, notice_ms: request.notice_ms ?? 0 })
+                  .pipe(Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)))
+              : { collection: yield* collection(name), effective_ms: Date.now() }
+          remember(of)
+          const { generation } = cacheStateAt(of, effective_ms)
+          const ids = request.scope === "all" ? [] : (request.ids ?? [])
+          const tags =
+            request.scope === "all"
+              ? [generationTag(of, generation - 1)]
+              : [...ids.map((id) => vectorTag(of, id)), searchTag(of)]
+          if (request.scope === "all") results.dropCollection(of.uid)
+          const { scope } = request
+          events.publish({
+            _tag: "CacheInvalidated",
+            collection: name,
+            uid: of.uid,
+            scope,
+            ids,
+            effectiveMillis: effective_ms,
+            tags
+          })
+          yield* Effect.logInfo("Caches are to forget", { collection: name, scope, effective_ms, ids: ids.length })
+          return { collection: name, scope, generation, effective_ms, tags }
         })
 
         return Router.of({
@@ -413,10 +654,20 @@ export class Router extends Context.Service<
           get,
           updateMetadata,
           remove,
-          search
+          search,
+          searchByUrl,
+          revision,
+          invalidate
         })
       })
     )
+}
+
+/** A search under way, and how many wait for it. */
+interface Flight {
+  readonly key: ResultKey
+  readonly fiber: Fiber.Fiber<SearchAnswer, ApiError>
+  waiting: number
 }
 
 /**

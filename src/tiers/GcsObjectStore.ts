@@ -97,6 +97,9 @@ export const bucketOf = (url: string): { readonly bucket: string; readonly prefi
 /** Pieces of one object downloaded at one time. */
 export const downloadsAtOnce = 6
 
+/** Pieces of all objects downloaded at one time, each in memory until it is written. */
+export const piecesAtOnce = 12
+
 /** Lists of one key prefix that several shards are asked for, at one time. */
 const listsAtOnce = 16
 
@@ -126,6 +129,9 @@ const make = Effect.fnUntraced(function* (options: GcsObjectStoreOptions) {
   // Loaded here, so that a node without a bucket need not.
   const { Storage } = yield* Effect.promise(() => import("@google-cloud/storage"))
   const storage = new Storage(options.endpoint === undefined ? {} : { apiEndpoint: options.endpoint })
+  if (!URL.canParse(storage.apiEndpoint)) {
+    return yield* unusable(`its service's address is none: ${storage.apiEndpoint} (STORAGE_EMULATOR_HOST)`)
+  }
   const requests = yield* Effect.acquireRelease(
     Effect.sync(
       () =>
@@ -218,6 +224,7 @@ class AttemptFailed extends Error {}
 interface Current {
   readonly generation: string
   readonly sizeBytes: number
+  readonly crc: string
   readonly nonce: string | undefined
 }
 
@@ -232,6 +239,7 @@ class BucketObjects {
   readonly #names: GcsNames
   readonly #requests: GcsRequests
   readonly #resumes: boolean
+  readonly #pieces = new Turns(piecesAtOnce)
 
   constructor(
     options: GcsObjectStoreOptions,
@@ -267,7 +275,7 @@ class BucketObjects {
       if (answer.status !== 412) return this.#uploaded(operation, answer, upload)
       const there = await this.#current(operation, key)
       if (there?.nonce === nonce) return there.generation
-      // Made by another's `create`: the name was free for it, so ours is not beneath.
+      // Made by another's `create`, for which the name was free: ours is not beneath it.
       if (there?.nonce?.startsWith("create-") === true || (there !== undefined && !operation.uncertain)) {
         throw new ObjectExists({ key })
       }
@@ -282,7 +290,7 @@ class BucketObjects {
   async replace(key: string, body: Uint8Array, expected: string): Promise<string> {
     checkObjectKey(key)
     const operation = new Operation("replace", key, undefined)
-    const upload: Upload = { bytes: body.slice(), sizeBytes: body.length, crc: crc32c(body) }
+    const upload: Upload = { bytes: body, sizeBytes: body.length, crc: crc32c(body) }
     const nonce = `replace-${randomBytes(12).toString("hex")}`
     const known = generationPattern.test(expected)
     return await this.#retrying(operation, async () => {
@@ -310,10 +318,7 @@ class BucketObjects {
     checkObjectKey(key)
     const operation = new Operation("get", key, signal)
     return await this.#retrying(operation, async () => {
-      if (range === undefined) {
-        const part = await this.#read(operation, key, undefined, undefined)
-        if (part !== undefined) return { body: part.body, etag: part.generation, sizeBytes: part.sizeBytes }
-      } else if (range.length > 0) {
+      if (range === undefined || range.length > 0) {
         const part = await this.#read(operation, key, range, undefined)
         if (part !== undefined) return { body: part.body, etag: part.generation, sizeBytes: part.sizeBytes }
       }
@@ -367,24 +372,28 @@ class BucketObjects {
   /** What is wrong with what came; `undefined` where the file is whole. */
   async #downloadOnce(operation: Operation, key: string, path: string): Promise<string | undefined> {
     const step = this.#options.downloadBytes
-    const piece = (offset: number, generation: string | undefined) => {
-      const part = new Operation(operation.name, key, operation.signal)
-      return this.#retrying(part, () => this.#read(part, key, { offset, length: step }, generation))
-    }
     const file = await open(path, "w", 0o600)
+    // What it was part of, once it is in the file; in memory it is only so long.
+    const piece = (offset: number, generationThere: string | undefined) =>
+      this.#pieces.run(async () => {
+        const part = new Operation(operation.name, key, operation.signal)
+        const read = await this.#retrying(part, () => this.#read(part, key, { offset, length: step }, generationThere))
+        if (read === undefined) return undefined
+        await writeAll(file, read.body, offset)
+        const { bodyCrc, generation, crc, sizeBytes } = read
+        return { bodyCrc, generation, crc, sizeBytes }
+      })
     try {
       const first = await piece(0, undefined)
       if (first === undefined) return undefined
       const { generation, sizeBytes } = first
       const offsets: Array<number> = []
       for (let offset = step; offset < sizeBytes; offset += step) offsets.push(offset)
-      await writeAll(file, first.body, 0)
       const sums = new Map([[0, first.bodyCrc]])
       try {
         await inParallel(offsets, downloadsAtOnce, async (offset) => {
           const part = await piece(offset, generation)
           if (part === undefined || part.sizeBytes !== sizeBytes) throw operation.failure("its size changed")
-          await writeAll(file, part.body, offset)
           sums.set(offset, part.bodyCrc)
         })
       } catch (cause) {
@@ -396,10 +405,19 @@ class BucketObjects {
       for (const offset of offsets) {
         crc = crc32cJoin(crc, sums.get(offset) as number, Math.min(step, sizeBytes - offset))
       }
-      return crc32cText(crc) === first.crc ? undefined : "what came differs from the object's checksum"
+      const expected = first.crc ?? (await this.#checksumOf(operation, key, generation))
+      if (expected === undefined) return "others replaced the object again and again"
+      return crc32cText(crc) === expected ? undefined : "what came differs from the object's checksum"
     } finally {
       await file.close()
     }
+  }
+
+  /** What the store holds to be the CRC-32C of a generation; `undefined` where that is gone. */
+  async #checksumOf(operation: Operation, key: string, generation: string): Promise<string | undefined> {
+    const part = new Operation(operation.name, key, operation.signal)
+    const there = await this.#retrying(part, () => this.#current(part, key))
+    return there?.generation === generation ? there.crc : undefined
   }
 
   /**
@@ -420,7 +438,8 @@ class BucketObjects {
     if (answer.status !== 200 && answer.status !== 206) throw this.#refused(operation, answer)
     const generationThere = answer.headers["x-goog-generation"]
     const crc = /crc32c=([A-Za-z0-9+/]+=*)/.exec(String(answer.headers["x-goog-hash"] ?? ""))?.[1]
-    if (typeof generationThere !== "string" || crc === undefined) {
+    // Of a part of an object the store need not give the whole one's checksum.
+    if (typeof generationThere !== "string" || (crc === undefined && answer.status === 200)) {
       throw operation.failure("the store's answer has no generation or no checksum")
     }
     const sizeBytes =
@@ -470,7 +489,7 @@ class BucketObjects {
 
   /** What is there now; `undefined` where nothing is. */
   async #current(operation: Operation, key: string): Promise<Current | undefined> {
-    const path = `${this.#objectPath(key)}?fields=generation,size,metadata`
+    const path = `${this.#objectPath(key)}?fields=generation,size,crc32c,metadata`
     const answer = await this.#send(operation, { method: "GET", path })
     if (answer.status === 404) {
       const absent = this.#absent(operation, answer)
@@ -481,9 +500,15 @@ class BucketObjects {
     const found = jsonOf(operation, answer) as {
       readonly generation: string
       readonly size: string
+      readonly crc32c: string
       readonly metadata?: Readonly<Record<string, string>>
     }
-    return { generation: found.generation, sizeBytes: Number(found.size), nonce: found.metadata?.[nonceName] }
+    return {
+      generation: found.generation,
+      sizeBytes: Number(found.size),
+      crc: found.crc32c,
+      nonce: found.metadata?.[nonceName]
+    }
   }
 
   async #upload(
@@ -659,9 +684,9 @@ const pieceBytes = (bound: number): number => Math.max(262_144, Math.floor(bound
 /** Bytes of a file that are summed at one time. */
 const sumBytes = 1_048_576
 
-/** A copy of bytes, as the caller may go on to write into them; large files stay files. */
+/** What is to be sent, and its checksum. A small file is read; a large one stays a file. */
 const uploadOf = async (operation: Operation, body: ObjectBody, inMemoryBytesMax: number): Promise<Upload> => {
-  if (body instanceof Uint8Array) return { bytes: body.slice(), sizeBytes: body.length, crc: crc32c(body) }
+  if (body instanceof Uint8Array) return { bytes: body, sizeBytes: body.length, crc: crc32c(body) }
   try {
     const { size } = await stat(body.file)
     if (size <= inMemoryBytesMax) {
@@ -715,6 +740,28 @@ const inParallel = async <A>(items: ReadonlyArray<A>, atOnce: number, work: (ite
   }
   const ends = await Promise.allSettled(Array.from({ length: Math.min(atOnce, items.length) }, worker))
   for (const end of ends) if (end.status === "rejected") throw end.reason
+}
+
+/** Work that waits for its turn, first come first served; at most `atOnce` is under way. */
+class Turns {
+  #free: number
+  readonly #waiting: Array<() => void> = []
+
+  constructor(atOnce: number) {
+    this.#free = atOnce
+  }
+
+  async run<A>(work: () => Promise<A>): Promise<A> {
+    if (this.#free > 0) this.#free -= 1
+    else await new Promise<void>((resolve) => this.#waiting.push(resolve))
+    try {
+      return await work()
+    } finally {
+      const next = this.#waiting.shift()
+      if (next === undefined) this.#free += 1
+      else next()
+    }
+  }
 }
 
 const pause = (millis: number, signal: AbortSignal | undefined): Promise<void> =>

@@ -29,6 +29,10 @@ export interface ResidentPartition {
   /** When it was last asked for anything, and when a change of its form last ended, well or not; milliseconds since 1970. */
   readonly usedAt: () => number
   readonly changedAt: () => number
+  /** Whether a change of form is under way. */
+  readonly changing: () => boolean
+  /** Whether there is a full form: a quantised collection's partitions have none. */
+  readonly hasFull: boolean
   /** Requests under way. */
   readonly inFlight: () => number
   readonly measure: Effect.Effect<void>
@@ -54,6 +58,8 @@ export interface BudgetState {
   /** Of these, beside partitions and caches. */
   readonly runtimeBytes: number
   readonly partitionBytes: number
+  /** What partitions may hold beside the caches as they are. */
+  readonly partitionRoomBytes: number
   readonly cacheBytes: number
   readonly reservedBytes: number
 }
@@ -156,9 +162,11 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
     return least
   }
 
+  /** What partitions and caches may hold together. */
+  const shared = (): number => Math.max(budgetBytes * shareMin, budgetBytes - runtimeBytes())
+
   /** What is left; negative where too much is held. */
-  const room = (): number =>
-    Math.max(budgetBytes * shareMin, budgetBytes - runtimeBytes()) - partitionBytes() - cacheBytes() - reservedBytes
+  const room = (): number => shared() - partitionBytes() - cacheBytes() - reservedBytes
 
   /** What makes some room, or `undefined` where nothing can give way. */
   const whatGivesWay = (wanted: number): Effect.Effect<unknown> | undefined => {
@@ -268,6 +276,7 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
       residentBytes: residentBytes(),
       runtimeBytes: runtimeBytes(),
       partitionBytes: partitionBytes(),
+      partitionRoomBytes: Math.max(0, shared() - cacheBytes() - reservedBytes),
       cacheBytes: cacheBytes(),
       reservedBytes
     })

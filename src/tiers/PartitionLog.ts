@@ -16,7 +16,7 @@
 import { randomBytes } from "node:crypto"
 import { open as openFile } from "node:fs/promises"
 import { crc32 } from "node:zlib"
-import { Clock, Data, Effect, Result, type Scope, Stream } from "effect"
+import { Clock, Context, Data, Effect, Result, type Scope, Stream } from "effect"
 import { encodeSegment, SegmentFault, type SegmentHeader, segmentFormat, verifySegment } from "./LogSegment.ts"
 import { type ObjectChanged, type ObjectExists, type ObjectMissing, ObjectStore, StoreFailure } from "./ObjectStore.ts"
 import {
@@ -69,8 +69,16 @@ export interface PartitionLogOptions {
 export interface SnapshotPaths {
   readonly records: string
   readonly graph: string
-  readonly sketch?: string
+  readonly sketch?: string | undefined
 }
+
+/**
+ * Up to which position a partition's log may be pruned, by its prefix; asked at each snapshot. By default as far as its
+ * snapshots allow. A backup holds it back until it has copied what would go.
+ */
+export const PruneLimit = Context.Reference<(prefix: string) => number>("ruvector/tiers/PruneLimit", {
+  defaultValue: () => () => Number.MAX_SAFE_INTEGER
+})
 
 export const snapshotsKeptDefault = 2
 export const leaseMillisDefault = 2_000
@@ -175,7 +183,7 @@ export const open: (
 ) => Effect.Effect<PartitionLogHandle, LogCorrupt | NewerFormat | NotOwner | StoreFailure, ObjectStore | Scope.Scope> =
   Effect.fn("PartitionLog.open")(function* (prefix: string, options?: PartitionLogOptions) {
     const store = yield* ObjectStore
-    const log = new Log(store, prefix, options ?? {})
+    const log = new Log(store, prefix, options ?? {}, yield* PruneLimit)
     yield* log.open().pipe(Effect.annotateLogs({ partition: prefix }))
     yield* Effect.addFinalizer(() => Effect.sync(() => log.close()))
     return log.handle()
@@ -250,6 +258,7 @@ class Log {
   readonly #leaseMillis: number
   readonly #snapshotsBefore: number
   readonly #deferVerification: boolean
+  readonly #pruneLimit: (prefix: string) => number
   readonly #owner = randomBytes(8).toString("hex")
   /** The upper 40 bits of every nonce of this handle. The lower 24 count its attempts. */
   readonly #nonces = BigInt(`0x${randomBytes(5).toString("hex")}`) << 24n
@@ -276,7 +285,8 @@ class Log {
   #claimedAt: Instant = { monotonicNanos: 0n, wallMillis: 0 }
   #seenAt: Instant = this.#claimedAt
 
-  constructor(store: Store, prefix: string, options: PartitionLogOptions) {
+  constructor(store: Store, prefix: string, options: PartitionLogOptions, pruneLimit: (prefix: string) => number) {
+    this.#pruneLimit = pruneLimit
     this.#store = store
     this.#prefix = prefix
     this.#snapshotsKept = Math.max(1, options.snapshotsKept ?? snapshotsKeptDefault)
@@ -768,7 +778,8 @@ class Log {
     const snapshots = [snapshot, ...others].slice(0, this.#snapshotsKept)
     // With fewer snapshots than are kept the whole log stays beside them.
     const oldest = snapshots.length === this.#snapshotsKept ? (snapshots.at(-1)?.seq ?? 0) : 0
-    return { ...manifest, snapshots, prunedSeq: Math.max(manifest.prunedSeq, oldest) }
+    const upTo = Math.min(oldest, this.#pruneLimit(this.#prefix))
+    return { ...manifest, snapshots, prunedSeq: Math.max(manifest.prunedSeq, upTo) }
   }
 
   #storeFile = Effect.fnUntraced(function* (this: Log, key: string, file: string) {
@@ -1016,7 +1027,11 @@ const epochOf = (key: string): number | undefined => {
 
 const fieldsOf = ({ operation, key, detail }: StoreFailure) => ({ operation, key, detail })
 
-const checksumFile = (path: string, key: string): Effect.Effect<{ bytes: number; crc32: number }, StoreFailure> =>
+/** Length and CRC-32 of a file; `key` is what errors name. */
+export const checksumFile = (
+  path: string,
+  key: string
+): Effect.Effect<{ bytes: number; crc32: number }, StoreFailure> =>
   Effect.tryPromise({
     try: async () => {
       const file = await openFile(path, "r")

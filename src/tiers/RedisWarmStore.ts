@@ -16,7 +16,7 @@ import { Settings } from "../config.ts"
 import { type PartitionRecord, partitionAddressOf } from "../protocol/IndexPartition.ts"
 import { InvalidationLedger } from "./InvalidationLedger.ts"
 import { RedisConnection, type RedisFailure } from "./RedisConnection.ts"
-import { type Claim, continues, WarmStore } from "./WarmStore.ts"
+import { type Claim, continues, uidOfResult, WarmStore } from "./WarmStore.ts"
 
 export interface RedisWarmStoreOptions {
   readonly prefix: string
@@ -283,7 +283,7 @@ const make = Effect.fnUntraced(function* (options: RedisWarmStoreOptions) {
     drops.delete(uid)
   })
 
-  const resultKey = (key: string) => `${options.prefix}:q:${key}`
+  const resultKey = (key: string) => `${options.prefix}:${uidOfResult(key)}:q:${key}`
 
   return WarmStore.of({
     getRecords,
@@ -354,6 +354,8 @@ const make = Effect.fnUntraced(function* (options: RedisWarmStoreOptions) {
           Effect.asVoid(Effect.timeoutOption(Fiber.await(erasing), dropMillis))
         )
       }),
+    bytes: () => 0,
+    shrink: () => {},
     state: Effect.sync(() => {
       let trusted = 0
       let waiting = 0
@@ -369,7 +371,9 @@ const make = Effect.fnUntraced(function* (options: RedisWarmStoreOptions) {
         hits,
         misses,
         errors,
-        bytes: 0
+        bytes: 0,
+        calls: redis.statistics().calls,
+        callMillis: redis.statistics().totalMillis
       }
     })
   })

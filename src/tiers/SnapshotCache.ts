@@ -8,7 +8,7 @@
  *
  * A cached object is one file, `<first 32 hexadecimal digits of the key's SHA-256>.<bytes>.<CRC-32>`, put there whole by
  * `rename`, so the folder's names are the whole index. What an earlier process left is checked against its name before
- * its first use. Each user gets a link of its own to the file, so that neither eviction nor deletion takes it away.
+ * its first use, and what was written to since it was checked, before its next. Each user gets a link of its own to the file, so that neither eviction nor deletion takes it away.
  */
 import { createHash, randomUUID } from "node:crypto"
 import { copyFile, link, mkdir, open, readdir, rename, rm, stat, utimes } from "node:fs/promises"
@@ -55,8 +55,11 @@ interface Entry {
   readonly sizeBytes: number
   readonly crc: number
   users: number
-  /** Whether it was written or checked by this process. */
-  verified: boolean
+  /**
+   * The file's modification time as this process set it when it had written or checked the file: a whole second, which a
+   * write by anybody does not leave. `undefined` where it was not checked yet.
+   */
+  checkedSeconds: number | undefined
 }
 
 /** A download under way, which all who want it wait for. */
@@ -117,13 +120,17 @@ const make = Effect.fnUntraced(function* (options: SnapshotCacheOptions, inner: 
       const { sizeBytes, crc } = yield* attempt("localPath", key, () => sumOf(path))
       if (sizeBytes > options.bytesMax) return yield* removeFile(path)
       const kept = join(files, `${id}.${sizeBytes}.${crc.toString(16).padStart(8, "0")}`)
-      yield* attempt("localPath", key, () => rename(path, kept))
+      const checkedSeconds = yield* attempt("localPath", key, async () => {
+        const seconds = await markChecked(path)
+        await rename(path, kept)
+        return seconds
+      })
       const before = entries.get(id)
       if (before !== undefined) {
         forget(before)
         if (before.path !== kept) yield* removeFile(before.path)
       }
-      entries.set(id, { id, path: kept, sizeBytes, crc, users: 0, verified: true })
+      entries.set(id, { id, path: kept, sizeBytes, crc, users: 0, checkedSeconds })
       bytes += sizeBytes
     })
 
@@ -185,13 +192,17 @@ const make = Effect.fnUntraced(function* (options: SnapshotCacheOptions, inner: 
       })
     )
 
-  /** Checks a file that an earlier process left. */
+  /** Checks a file that an earlier process left, or that was written to. */
   const verify = (key: string, entry: Entry): Effect.Effect<boolean> =>
     Effect.gen(function* () {
-      if (entry.verified) return true
+      const checked = entry.checkedSeconds
+      if (checked !== undefined) {
+        const stats = yield* Effect.promise(() => stat(entry.path).catch(() => undefined))
+        if (stats?.size === entry.sizeBytes && stats.mtimeMs === checked * 1_000) return true
+      }
       const sum = yield* Effect.promise(() => sumOf(entry.path).catch(() => undefined))
       if (sum?.sizeBytes === entry.sizeBytes && sum.crc === entry.crc) {
-        entry.verified = true
+        entry.checkedSeconds = yield* Effect.promise(() => markChecked(entry.path).catch(() => undefined))
         return true
       }
       if (entries.get(entry.id) !== entry) return false
@@ -215,8 +226,8 @@ const make = Effect.fnUntraced(function* (options: SnapshotCacheOptions, inner: 
           const now = new Date()
           return Effect.promise(() =>
             link(entry.path, path)
-              // The order of use is known to the next process by the files' times.
-              .then(() => utimes(entry.path, now, now))
+              // The order of use is known to the next process by the files' access times.
+              .then(() => utimes(entry.path, now, entry.checkedSeconds ?? now))
               .then(
                 () => path,
                 () => undefined
@@ -295,21 +306,28 @@ const takeOver = async (files: string, aside: string): Promise<Array<Entry>> => 
     const [, id, size, crc] = /^([0-9a-f]{32})\.(\d{1,15})\.([0-9a-f]{8})$/.exec(name) ?? []
     if (id === undefined) continue
     const path = join(files, name)
-    const { mtimeMs } = await stat(path)
+    const { atimeMs } = await stat(path)
     const entry = {
       id,
       path,
       sizeBytes: Number(size),
       crc: Number.parseInt(crc as string, 16),
       users: 0,
-      verified: false
+      checkedSeconds: undefined
     }
-    found.push([mtimeMs, entry])
+    found.push([atimeMs, entry])
   }
   return found.sort(([a], [b]) => a - b).map(([, entry]) => entry)
 }
 
 const idOf = (key: string): string => createHash("sha256").update(key).digest("hex").slice(0, 32)
+
+/** Sets a file's modification time to a whole second, which is given. */
+const markChecked = async (path: string): Promise<number> => {
+  const now = Date.now() / 1_000
+  await utimes(path, now, Math.floor(now))
+  return Math.floor(now)
+}
 
 const linkOrCopy = async (from: string, to: string): Promise<void> => {
   try {

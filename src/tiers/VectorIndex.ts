@@ -7,8 +7,8 @@
  */
 import { availableParallelism } from "node:os"
 import { Context, Data, Effect, Layer, type Scope } from "effect"
-import { Settings } from "../config.ts"
-import type { Metric } from "../protocol/Fields.ts"
+import { defaultSettings, Settings } from "../config.ts"
+import type { Metric, Quantization } from "../protocol/Fields.ts"
 import type { Version } from "../protocol/Version.ts"
 import { ThreadClient } from "./index/ThreadClient.ts"
 
@@ -17,12 +17,22 @@ export interface IndexSpec {
   readonly metric: Metric
   readonly m: number
   readonly efConstruction: number
+  /** How a partition keeps its vectors once a snapshot has them; `none`, as they are, where it is left out. */
+  readonly quantization?: Quantization | undefined
 }
+
+/**
+ * The form of a partition in its thread. `full`: records, vectors and graph are in memory. `mapped`: the newest snapshot's
+ * sketch is, and what was written since; all else is read from the snapshot's records file when it is needed.
+ */
+export type IndexForm = "full" | "mapped"
 
 /** Files of a snapshot that the index is opened from; the thread only reads them. */
 export interface SnapshotFiles {
   readonly records: string
   readonly graph: string
+  /** Where there is one: only of partitions with some records. */
+  readonly sketch?: string | undefined
 }
 
 export interface IndexQuery {
@@ -75,29 +85,31 @@ export interface IndexStats {
   /** Greatest version applied, and the greatest counter by region. */
   readonly maxTime: bigint
   readonly counters: ReadonlyMap<string, number>
+  readonly form: IndexForm
+  /** Visible records that are in memory with their vectors: all in the full form, those written since the snapshot in the mapped one. */
+  readonly inMemory: number
+  /** Of {@link bytes} what these take; the rest is ids, metadata and versions. */
+  readonly bytesOf: {
+    /** Vectors as they were inserted. */
+    readonly vectors: number
+    readonly graph: number
+    /** What filters are answered from. */
+    readonly filters: number
+    /** Codes and centroids. */
+    readonly sketch: number
+    /** Vectors as bf16 or i8. */
+    readonly narrow: number
+  }
 }
 
 /** The thread died, or the partition was closed or could not be kept in step; it has to be opened again. */
-export class IndexLost extends Data.TaggedError("IndexLost")<{
-  readonly detail: string
-  /** What was read of its snapshot was not what it should be. */
-  readonly damaged?: boolean
-}> {}
+export class IndexLost extends Data.TaggedError("IndexLost")<{ readonly detail: string }> {}
 
 /** As many searches as may wait for the thread do; this one was not begun. */
 export class IndexBusy extends Data.TaggedError("IndexBusy")<{ readonly bound: string }> {}
 
 /** A snapshot's files could not be read, are not whole, or are not of this index; or could not be written. */
 export class SnapshotUnreadable extends Data.TaggedError("SnapshotUnreadable")<{ readonly detail: string }> {}
-
-/**
- * How a partition is resident. `full`: everything in memory, with its graph. `mapped`: quantised vectors in memory, the
- * rest read from the snapshot's file.
- */
-export type IndexForm = "full" | "mapped"
-
-/** A snapshot of so many records and more has a sketch. */
-export const sketchRecordsMin = 2_000
 
 /** One partition, resident in a thread. */
 export interface PartitionIndex {
@@ -112,9 +124,13 @@ export interface PartitionIndex {
   /** Records by id, `undefined` where there is none. Not ordered with applies under way. */
   readonly get: (ids: ReadonlyArray<string>) => Effect.Effect<ReadonlyArray<IndexRecord | undefined>, IndexLost>
   readonly stats: Effect.Effect<IndexStats, IndexLost>
-  /** Writes the state after all applies given before into two files of `directory`; searches go on meanwhile, applies wait. */
+  /**
+   * Writes the state after all applies given before into files of `directory`; searches go on meanwhile, applies wait. In the
+   * mapped form, and in a quantised collection from a number of records on, the partition goes on from these files: it
+   * holds the records file open, which may be moved, linked or removed, but not be changed.
+   */
   readonly snapshot: (directory: string) => Effect.Effect<SnapshotFiles, IndexLost | SnapshotUnreadable>
-  /** In which form it is resident by now. */
+  /** The form it has; a snapshot may change it. */
   readonly form: () => IndexForm
   /** Whether all that is asked fails by now. */
   readonly lost: () => boolean
@@ -135,6 +151,10 @@ export interface VectorIndexOptions {
   readonly graphFrom?: number
   /** Searches waiting for one thread, at most. */
   readonly threadPendingMax?: number
+  /** Bytes of records files that one thread keeps in memory for the mapped forms in it. */
+  readonly blockCacheBytes?: number
+  /** Records from which a snapshot has a sketch. */
+  readonly sketchFrom?: number
   /** Megabytes of V8's heap in one thread (ids, metadata and its index; vectors and graphs are not in it); V8 chooses where there is none. */
   readonly threadHeapMegabytes?: number
   /** The module that a thread runs, where it is another one. */
@@ -146,16 +166,17 @@ export class VectorIndex extends Context.Service<
   {
     /**
      * Opens a partition in the thread that holds least; closed, and its memory given back, with the scope. Fails over to
-     * no other state: an unreadable snapshot is the caller's to handle.
+     * no other state: an unreadable snapshot is the caller's to handle. In the full form, but for a quantised collection's
+     * snapshot with a sketch, which is opened in the mapped one.
      */
     readonly open: (
       spec: IndexSpec,
       snapshot: SnapshotFiles | undefined
     ) => Effect.Effect<PartitionIndex, IndexLost | SnapshotUnreadable, Scope.Scope>
-    /** Opens the mapped form, otherwise as `open` does. */
+    /** Opens a snapshot in the mapped form, within milliseconds. The records file is held open until the scope closes. */
     readonly openMapped: (
       spec: IndexSpec,
-      files: { readonly records: string; readonly sketch: string }
+      snapshot: { readonly records: string; readonly sketch: string }
     ) => Effect.Effect<PartitionIndex, IndexLost | SnapshotUnreadable, Scope.Scope>
     readonly threads: Effect.Effect<ReadonlyArray<VectorThreadState>>
   }
@@ -174,7 +195,12 @@ export class VectorIndex extends Context.Service<
                 new ThreadClient({
                   name: `vector-${i}`,
                   entry: options.entry ?? new URL("./vectorThread.ts", import.meta.url),
-                  thread: { insertSliceMillis: options.insertSliceMillis ?? 4, graphFrom: options.graphFrom },
+                  thread: {
+                    insertSliceMillis: options.insertSliceMillis ?? 4,
+                    graphFrom: options.graphFrom,
+                    blockCacheBytes: options.blockCacheBytes ?? defaultSettings.blockCacheBytes,
+                    sketchFrom: options.sketchFrom
+                  },
                   pendingMax: options.threadPendingMax ?? 4_096,
                   heapMegabytes: options.threadHeapMegabytes,
                   onDeath: (detail, delayMillis) => {
@@ -190,12 +216,11 @@ export class VectorIndex extends Context.Service<
           ),
           (threads) => Effect.promise(() => Promise.all(threads.map((thread) => thread.stop())))
         )
+        const leastLoaded = () => threads.reduce((least, thread) => (thread.load < least.load ? thread : least))
         return VectorIndex.of({
-          open: (spec, snapshot) =>
-            Effect.suspend(() =>
-              threads.reduce((least, thread) => (thread.load < least.load ? thread : least)).open(spec, snapshot)
-            ),
-          openMapped: () => Effect.fail(new SnapshotUnreadable({ detail: "" })),
+          open: (spec, snapshot) => Effect.suspend(() => leastLoaded().open(spec, snapshot && { ...snapshot })),
+          openMapped: (spec, { records, sketch }) =>
+            Effect.suspend(() => leastLoaded().open(spec, { records, graph: undefined, sketch })),
           threads: Effect.sync(() =>
             threads.map(({ partitions, bytes, restarts }) => ({ partitions, bytes, restarts }))
           )

@@ -41,6 +41,9 @@ export interface WarmState {
   readonly errors: number
   /** Bytes held, where they are in this process. */
   readonly bytes: number
+  /** Calls of Redis since the start, and the milliseconds that all of them took. */
+  readonly calls: number
+  readonly callMillis: number
 }
 
 export class WarmStore extends Context.Service<
@@ -67,10 +70,14 @@ export class WarmStore extends Context.Service<
     readonly release: (partition: string, claim: Claim) => Effect.Effect<void>
     /** The owner was lost, or something was committed that it has not applied: nothing of it is given any more. */
     readonly distrust: (partition: string) => Effect.Effect<void>
+    /** Of a search. The key begins with its collection's uid and a slash. */
     readonly getResult: (key: string) => Effect.Effect<Uint8Array | undefined>
     readonly putResult: (key: string, bytes: Uint8Array, ttlMillis: number) => Effect.Effect<void>
     /** A deleted collection is gone from here. */
     readonly drop: (collectionUid: string) => Effect.Effect<void>
+    /** Bytes held in this process, and how to have fewer of them. */
+    readonly bytes: () => number
+    readonly shrink: (bytes: number) => void
     readonly state: Effect.Effect<WarmState>
   }
 >()("ruvector/tiers/WarmStore") {
@@ -155,6 +162,7 @@ export class WarmStore extends Context.Service<
         invalidate: (partition, ids) =>
           Effect.sync(() => {
             ledger.invalidate(partition, ids)
+            if (entries.size === 0) return
             for (const id of ids) remove(recordKey(partition, id))
           }),
         fence: (partition, claim) =>
@@ -190,9 +198,18 @@ export class WarmStore extends Context.Service<
               if (partitionAddressOf(partition).uid === uid) fences.delete(partition)
             }
             for (const key of [...entries.keys()]) {
-              if (key.startsWith("r\n") && partitionAddressOf(key.split("\n")[1] as string).uid === uid) remove(key)
+              const [kind, of] = key.split("\n") as [string, string]
+              if ((kind === "r" ? partitionAddressOf(of).uid : uidOfResult(of)) === uid) remove(key)
             }
           }),
+        bytes: () => bytes,
+        shrink: (given) => {
+          const keep = Math.max(0, bytes - given)
+          for (const oldest of entries.keys()) {
+            if (bytes <= keep) break
+            remove(oldest)
+          }
+        },
         state: Effect.sync(() => ({
           kind: "memory",
           level: options.bytesMax === 0 ? "off" : "up",
@@ -200,7 +217,9 @@ export class WarmStore extends Context.Service<
           hits,
           misses,
           errors: 0,
-          bytes
+          bytes,
+          calls: 0,
+          callMillis: 0
         }))
       })
     })
@@ -225,6 +244,8 @@ export const warmMetrics = (state: WarmState): void => {
   gauges.misses.updateUnsafe(state.misses, context)
   gauges.errors.updateUnsafe(state.errors, context)
   gauges.bytes.updateUnsafe(state.bytes, context)
+  gauges.calls.updateUnsafe(state.calls, context)
+  gauges.callMillis.updateUnsafe(state.callMillis, context)
 }
 
 const context = Context.empty()
@@ -239,7 +260,9 @@ const gauges = {
   errors: Metric.gauge("ruvector_warm_errors", {
     description: "Calls of the warm tier that failed, and damaged entries"
   }),
-  bytes: Metric.gauge("ruvector_warm_bytes", { description: "Bytes of the warm tier in this process" })
+  bytes: Metric.gauge("ruvector_warm_bytes", { description: "Bytes of the warm tier in this process" }),
+  calls: Metric.gauge("ruvector_redis_calls", { description: "Calls of Redis" }),
+  callMillis: Metric.gauge("ruvector_redis_call_ms_sum", { description: "Milliseconds that all calls of Redis took" })
 }
 
 interface MemoryEntry {
@@ -259,3 +282,6 @@ const memoryEntryBytes = 500
 
 const recordKey = (partition: string, id: string): string => `r\n${partition}\n${id}`
 const resultKey = (key: string): string => `q\n${key}`
+
+/** The collection that a result is of. */
+export const uidOfResult = (key: string): string => key.slice(0, Math.max(0, key.indexOf("/")))

@@ -7,13 +7,10 @@
  * work has had its share of the time. While searches never cease, work keeps that share: of those that wait, a look
  * answers as many as fit into the rest, and all that have waited for too long.
  */
-import { mkdir, writeFile } from "node:fs/promises"
-import { join } from "node:path"
 import { parentPort, receiveMessageOnPort, workerData } from "node:worker_threads"
-import { Graph } from "./index/Graph.ts"
-import { checkGraphFile, noGraph } from "./index/GraphFile.ts"
-import { Partition } from "./index/Partition.ts"
-import { readRecords, writeRecords } from "./index/RecordsFile.ts"
+import { BlockCache } from "./index/BlockCache.ts"
+import { FileFault } from "./index/RecordsFile.ts"
+import { type Hits, Resident } from "./index/Resident.ts"
 import {
   type Answer,
   type Command,
@@ -21,14 +18,14 @@ import {
   hitWords,
   isBusy,
   mustStop,
+  type OpenFiles,
   searchWords,
   type ThreadOptions,
   type ToThread,
   withMetadata,
   withVector
 } from "./index/ThreadMessages.ts"
-import { settled, type Work } from "./index/Work.ts"
-import type { IndexSpec, SnapshotFiles } from "./VectorIndex.ts"
+import type { Work } from "./index/Work.ts"
 
 /** Share of the thread's time that work has while searches never cease. */
 const workShare = 0.8
@@ -67,7 +64,7 @@ interface Job {
 /** A partition in this thread. */
 interface Seat {
   readonly number: number
-  readonly partition: Partition
+  readonly partition: Resident
   /** Done in order, the first is under way. */
   readonly jobs: Array<Job>
   /** Whether the first job waits for a promise; nothing of the partition changes meanwhile. */
@@ -78,7 +75,8 @@ interface Seat {
 }
 
 const port = parentPort!
-const { insertSliceMillis, graphFrom, shared } = workerData as ThreadOptions
+const { insertSliceMillis, graphFrom, blockCacheBytes, sketchFrom, shared } = workerData as ThreadOptions
+const cache = new BlockCache(blockCacheBytes)
 
 const seats = new Map<number, Seat>()
 /** Seats with a step to do, taken in turn, a slice each. */
@@ -141,7 +139,7 @@ const flush = (): void => {
   if (bytesDue) {
     bytesDue = false
     bytesSaidAt = performance.now()
-    message.bytes = 0
+    message.bytes = cache.bytes
     for (const seat of seats.values()) message.bytes += seat.partition.bytes
   }
   port.postMessage(message)
@@ -162,30 +160,30 @@ const concatenated = (parts: ReadonlyArray<Float32Array>, length: number): Float
 
 const search = ({ request, seat, vector, k, ef, filter, flags }: Search): void => {
   const { partition } = seat
-  const { table, arena, spec } = partition
-  if (vector.length !== spec.dimensions) {
+  const { dimensions } = partition.spec
+  if (vector.length !== dimensions) {
     answer({ kind: "failed", request, reason: "refused", detail: `a query of ${vector.length} components` })
     return
   }
-  let found: ReturnType<Partition["find"]>
+  let hits: Hits
   try {
-    found = partition.find(vector, k, ef, filter)
+    hits = partition.search(vector, k, ef, filter, (flags & withMetadata) !== 0, (flags & withVector) !== 0)
   } catch (error) {
-    answer({ kind: "failed", request, reason: "refused", detail: messageOf(error) })
+    const detail = messageOf(error)
+    if (error instanceof FileFault) lose(seat, detail)
+    answer({ kind: "failed", request, reason: error instanceof FileFault ? "lost" : "refused", detail })
     return
   }
   // A search may find that the graph needs work.
   makeReady(seat)
-  const { slots, scores } = found
+  const { ids, scores, metadata, vectors } = hits
   if (hitHead.length === 0) waitingSince = performance.now()
-  hitHead.push(request, slots.length, flags, spec.dimensions)
-  for (let i = 0; i < slots.length; i++) hitIds.push(table.ids[slots[i]!]!)
+  hitHead.push(request, ids.length, flags, dimensions)
+  for (const id of ids) hitIds.push(id)
   hitScores.push(scores)
-  hitResults += slots.length
-  if ((flags & withMetadata) !== 0) for (const slot of slots) hitMetadata.push(table.metadata[slot]!)
-  if ((flags & withVector) !== 0) {
-    const vectors = new Float32Array(slots.length * spec.dimensions)
-    for (let i = 0; i < slots.length; i++) vectors.set(arena.row(slots[i]!), i * spec.dimensions)
+  hitResults += ids.length
+  if (metadata !== undefined) for (const text of metadata) hitMetadata.push(text)
+  if (vectors !== undefined) {
     hitVectors.push(vectors)
     hitComponents += vectors.length
   }
@@ -198,34 +196,14 @@ const read = (command: Command & { readonly kind: "get" | "stats" }): void => {
     answer({ kind: "failed", request, reason: "lost", detail: "the partition is closed" })
     return
   }
-  const { table, arena, graph, spec, bytes } = seat.partition
-  if (command.kind === "stats") {
-    const { count, tombstones, maxTime, counters } = table
-    answer({ kind: "stats", request, count, tombstones, graphSlots: graph?.nodes ?? 0, bytes, maxTime, counters })
-    return
+  try {
+    if (command.kind === "stats") answer({ kind: "stats", request, stats: seat.partition.stats })
+    else answer(seat.partition.read(request, command.ids))
+  } catch (error) {
+    // What cannot be read of a snapshot's files is not served by guess.
+    lose(seat, messageOf(error))
+    answer({ kind: "failed", request, reason: "lost", detail: messageOf(error) })
   }
-  const slots: Array<number> = []
-  const there = command.ids.map((id) => {
-    const slot = table.slots.get(id)
-    if (slot !== undefined) slots.push(slot)
-    return slot !== undefined
-  })
-  const times = new BigUint64Array(slots.length)
-  const counters = new Float64Array(slots.length)
-  const regions: Array<string> = []
-  const metadata: Array<string> = []
-  const vectors = new Float32Array(slots.length * spec.dimensions)
-  for (let i = 0; i < slots.length; i++) {
-    const slot = slots[i]!
-    // A visible record's metadata is never older than its vector.
-    const version = table.metadataVersion(slot)
-    times[i] = version.time
-    counters[i] = version.counter
-    regions.push(version.region)
-    metadata.push(table.metadata[slot]!)
-    vectors.set(arena.row(slot), i * spec.dimensions)
-  }
-  answer({ kind: "records", request, there, times, counters, regions, metadata, vectors })
 }
 
 /** Answers all that arrives while there is no work; beside work, what is overdue or within its share. */
@@ -240,8 +218,9 @@ const runSearches = (): void => {
       if (isBesideWork && owedMillis >= insertSliceMillis && last - one.arrivedAt < overdueMillis) return
       searches.delete(request)
       if (one.seat.closed) continue
-      if (one.filter !== undefined && !one.seat.partition.filtersReady) {
+      if (one.filter !== undefined && !one.seat.partition.filtersReady()) {
         one.seat.parked.set(request, one)
+        makeReady(one.seat)
         continue
       }
       search(one)
@@ -272,7 +251,7 @@ const runSlice = (): void => {
   running = seat
   while (hasStep(seat)) {
     if (seat.jobs.length > 0) jobStep(seat)
-    else seat.partition.backgroundStep()
+    else if (!backgroundStep(seat)) break
     const millis = performance.now() - began
     if (millis >= insertSliceMillis || Atomics.load(shared, mustStop) !== 0) break
     receive()
@@ -281,9 +260,20 @@ const runSlice = (): void => {
   running = undefined
   owedMillis = Math.max(0, owedMillis - (performance.now() - began))
   makeReady(seat)
-  if (seat.parked.size > 0 && seat.partition.filtersReady) {
+  if (seat.parked.size > 0 && seat.partition.filtersReady()) {
     for (const [request, one] of seat.parked) searches.set(request, one)
     seat.parked.clear()
+  }
+}
+
+/** False where the partition is lost by it. */
+const backgroundStep = (seat: Seat): boolean => {
+  try {
+    seat.partition.backgroundStep()
+    return true
+  } catch (error) {
+    lose(seat, messageOf(error))
+    return false
   }
 }
 
@@ -363,61 +353,27 @@ const vacate = (seat: Seat): void => {
   seat.partition.dispose()
 }
 
-function* openJob(request: number, partition: Partition, snapshot: SnapshotFiles | undefined): Work<Answer> {
-  if (snapshot === undefined) return { kind: "opened", request }
+function* openJob(request: number, partition: Resident, files: OpenFiles | undefined): Work<Answer> {
   try {
-    const { spec, table, arena } = partition
-    const nodes = yield* checkGraphFile(snapshot.graph, spec)
-    // The graph is read in another thread of the process, while this one reads the records.
-    const loading = nodes === 0 ? undefined : Graph.load(spec, snapshot.graph)
-    loading?.catch(() => {})
-    let graph: Graph | undefined
-    try {
-      const { graphNodes, nodeOfSlot } = yield* readRecords(snapshot.records, spec, table, arena)
-      if (graphNodes !== nodes) throw new Error(`a graph of ${nodes} nodes, the records name ${graphNodes}`)
-      graph = loading && (yield* settled(loading))
-      graph?.assign(nodeOfSlot)
-    } catch (error) {
-      loading?.then(
-        (loaded) => loaded.dispose(),
-        () => {}
-      )
-      throw error
-    }
-    partition.restored(graph)
-    return { kind: "opened", request }
+    if (files !== undefined) yield* partition.open(files)
+    return { kind: "opened", request, form: partition.form }
   } catch (error) {
     return { kind: "failed", request, reason: "unreadable", detail: messageOf(error) }
   }
 }
 
-function* applyJob(request: number, partition: Partition, segment: Uint8Array): Work<Answer> {
+function* applyJob(request: number, partition: Resident, segment: Uint8Array): Work<Answer> {
   // A segment that cannot be applied throws: without it, the partition is not what its log says.
   return { kind: "applied", request, effects: yield* partition.apply(segment) }
 }
 
-function* snapshotJob(request: number, partition: Partition, directory: string): Work<Answer> {
-  const files = { records: join(directory, "records.bin"), graph: join(directory, "graph.bin") }
+function* snapshotJob(request: number, partition: Resident, directory: string): Work<Answer> {
   try {
-    const { spec, table, arena, graph } = partition
-    yield* settled(mkdir(directory, { recursive: true }))
-    yield* writeRecords(files.records, spec, table, arena, graph)
-    yield* graph === undefined ? writeNoGraph(files.graph) : writeGraph(files.graph, spec, graph)
-    return { kind: "written", request, files }
+    const files = yield* partition.snapshot(directory)
+    return { kind: "written", request, files, form: partition.form }
   } catch (error) {
     return { kind: "failed", request, reason: "unreadable", detail: messageOf(error) }
   }
-}
-
-function* writeGraph(file: string, spec: IndexSpec, graph: Graph): Work<void> {
-  yield* settled(graph.write(file))
-  // hnswlib does not look whether its writes succeed.
-  const written = yield* checkGraphFile(file, spec)
-  if (written !== graph.nodes) throw new Error(`a graph of ${graph.nodes} nodes was written with ${written}`)
-}
-
-function* writeNoGraph(file: string): Work<void> {
-  yield* settled(writeFile(file, noGraph, { flag: "wx" }))
 }
 
 // --- Messages ----------------------------------------------------------------------------------------------------------
@@ -472,7 +428,7 @@ const take = (message: ToThread): void => {
 
 const obey = (command: Command): void => {
   if (command.kind === "open") {
-    const partition = new Partition(command.spec, { graphFrom })
+    const partition = new Resident(command.spec, { graphFrom, cache, sketchFrom })
     const seat: Seat = {
       number: command.partition,
       partition,

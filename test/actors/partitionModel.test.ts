@@ -75,7 +75,10 @@ const upsert = async (router: Node, model: Model, source: Random) => {
     vector: new Float32Array(vector),
     metadata: Object.keys(metadata).length === 0 ? "" : JSON.stringify(metadata)
   }))
-  assert.strictEqual(await Effect.runPromise(router.upsert("c", records)), batch.length)
+  assert.strictEqual(
+    await Effect.runPromise(router.upsert("c", records, source.pick(["memory", "warm", "cold"] as const))),
+    batch.length
+  )
   for (const { id, vector, metadata } of batch) model.set(id, { vector, metadata })
 }
 

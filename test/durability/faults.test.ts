@@ -119,7 +119,7 @@ class Run {
 
   async #start(flags: ReadonlyArray<string>): Promise<ServerProcess> {
     const warm = this.#redis === undefined ? [] : ["--redis-url", this.#redis.url, "--redis-timeout-millis", "50"]
-    this.#server = await startServer(this.#data, [...flags, ...warm, ...moreFlags], entry)
+    this.#server = await startServer(this.#data, [...flags, ...warm, ...moreFlags], {}, entry)
     return this.#server
   }
 

@@ -180,6 +180,53 @@ describe("bad input is named", () => {
       400,
       ""
     ],
+    ["warming of nothing", "POST", "/api/v1/warm", "{}", 400, "ids"],
+    ["warming of no ids", "POST", "/api/v1/warm", '{"collection":"c","ids":[]}', 400, "ids"],
+    [
+      "warming of a list and a window",
+      "POST",
+      "/api/v1/warm",
+      '{"collection":"c","ids":["a"],"window":{"last_minutes":5}}',
+      400,
+      "ids"
+    ],
+    ["warming of an id that is none", "POST", "/api/v1/warm", '{"collection":"c","ids":["a",7]}', 400, "ids[1]"],
+    ["warming of a window without an end", "POST", "/api/v1/warm", '{"window":{"from_ms":1}}', 400, "window"],
+    [
+      "warming of a window that ends before it begins",
+      "POST",
+      "/api/v1/warm",
+      '{"window":{"from_ms":2,"to_ms":1}}',
+      400,
+      "window.to_ms"
+    ],
+    [
+      "warming of two windows",
+      "POST",
+      "/api/v1/warm",
+      '{"window":{"from_ms":1,"to_ms":2,"last_minutes":1}}',
+      400,
+      "window"
+    ],
+    [
+      "warming of a window without measure",
+      "POST",
+      "/api/v1/warm",
+      '{"window":{"last_minutes":1e9}}',
+      400,
+      "window.last_minutes"
+    ],
+    ["warming beyond its limit", "POST", "/api/v1/warm", '{"window":{"last_minutes":5},"limit":100001}', 400, "limit"],
+    [
+      "warming of an unknown collection",
+      "POST",
+      "/api/v1/warm",
+      '{"collection":"nope","ids":["a"]}',
+      404,
+      "collection"
+    ],
+    ["tier events from nowhere", "GET", "/api/v1/tiers/events?after=-1", undefined, 400, "after"],
+    ["tier events with another parameter", "GET", "/api/v1/tiers/events?before=1", undefined, 400, "before"],
     ["bad collection name", "PUT", "/api/v1/collections/.hidden", '{"dimensions":3}', 400, "name"],
     ["dimensions 0", "PUT", "/api/v1/collections/n", '{"dimensions":0}', 400, "dimensions"],
     ["dimensions 4097", "PUT", "/api/v1/collections/n", '{"dimensions":4097}', 400, "dimensions"],

@@ -5,9 +5,10 @@
 import * as Http from "node:http"
 import type { AddressInfo } from "node:net"
 import { NodeHttpServer } from "@effect/platform-node"
-import { Effect, Exit, Layer, Logger, Scope } from "effect"
+import { Effect, Exit, Layer, Logger, Scope, Stream } from "effect"
 import { HttpRouter } from "effect/http"
 import { defaultSettings, Settings, type SettingValues } from "../../src/config.ts"
+import { Promoter } from "../../src/gateway/Promoter.ts"
 import * as RpcGateway from "../../src/gateway/RpcGateway.ts"
 import { Sessions } from "../../src/gateway/Sessions.ts"
 import type { Collection } from "../../src/protocol/Collection.ts"
@@ -66,7 +67,8 @@ export const startRpcServer = Effect.fnUntraced(function* (given: Partial<Settin
     Logger.layer([Logger.map(Logger.formatJson, (line) => void logged.push(line))]),
     Layer.succeed(Settings, settings),
     Layer.succeed(Router, router),
-    Layer.succeed(Sessions, countedSessions(router, seen))
+    Layer.succeed(Sessions, countedSessions(router, seen)),
+    Layer.succeed(Promoter, noPromoter)
   )
   return yield* Effect.gen(function* () {
     const scope = yield* Effect.scope
@@ -183,6 +185,16 @@ const mapRouter = (seen: Seen): Router["Service"] => {
       records.set(id, { ...record, metadata, version })
       return { metadata, version }
     }),
+    searchByUrl: (query) =>
+      Effect.map(Effect.zip(search(query), find(query.collection)), ([answer, { collection }]) => ({
+        answer,
+        collection,
+        revision: undefined,
+        cached: false
+      })),
+    revision: () => undefined,
+    invalidate: (name, { scope }) =>
+      Effect.map(find(name), () => ({ collection: name, scope, generation: 0, effective_ms: 0, tags: [] })),
     remove: (name, ids) => Effect.map(find(name), ({ records }) => ids.filter((id) => records.delete(id)).length),
     search: (query) =>
       Effect.suspend(() => {
@@ -214,6 +226,14 @@ const countedSessions = (router: Router["Service"], seen: Seen): Sessions["Servi
     answer: () => Effect.succeed(undefined),
     count: () => seen.sessionsOpen
   })
+
+/** The tiers' own calls are tested against a whole node, `tiers.test.ts`. */
+const untiered = new Overloaded({ bound: "warmsMax", retryAfterMillis: 1_000 })
+const noPromoter: Promoter["Service"] = {
+  state: Effect.fail(untiered),
+  warm: () => Effect.fail(untiered),
+  events: () => Stream.fail(untiered)
+}
 
 const product = (a: Float32Array, b: Float32Array): number =>
   a.reduce((sum, value, i) => sum + value * (b[i] as number), 0)

@@ -51,6 +51,27 @@ describe("serve", () => {
     })
   )
 
+  it(
+    "snapshots what it holds when it is told to stop, so that the next start replays nothing",
+    { timeout: 60_000 },
+    () =>
+      withDirectory(async (data) => {
+        const server = await startServer(data, ["--snapshot-idle-millis", "3600000"])
+        const vectors = Array.from({ length: 50 }, (_, i) => ({ id: `v${i}`, vector: [1, i] }))
+        const inserted = await fetch(`${server.base}/api/v1/insert`, {
+          method: "POST",
+          headers: { "content-type": "application/json" },
+          body: JSON.stringify({ vectors })
+        })
+        assert.strictEqual(inserted.status, 200)
+        assert.strictEqual(await server.stop("SIGTERM"), 0)
+        const again = await startServer(data)
+        await ready(again.base)
+        assert.match(again.output(), /"records":50,"replayed":0/)
+        assert.strictEqual(await again.stop("SIGTERM"), 0)
+      })
+  )
+
   it("answers a request that had begun to arrive before it was told to stop", { timeout: 60_000 }, () =>
     withDirectory(async (directory) => {
       const server = await startServer(directory)

@@ -26,6 +26,8 @@ export type Fault =
   | "truncate"
   /** A bit of the answer's body is flipped. */
   | "flip"
+  /** The answer says nothing of a checksum. */
+  | "unsummed"
   /** Nothing is answered, ever. */
   | "stall"
   /** Of a piece of an upload, half arrives before the connection ends. Else as `dropBefore`. */
@@ -41,6 +43,8 @@ export interface FlakyProxy {
   readonly url: string
   /** Requests so far. */
   readonly seen: Array<SeenRequest>
+  /** Most requests that were under way at one time. */
+  readonly mostAtOnce: () => number
   decide: (request: SeenRequest) => Fault
   /** What was late has arrived. */
   readonly settled: () => Promise<void>
@@ -89,7 +93,8 @@ export const startFlakyProxy = async (target: string, random: () => number): Pro
       const at = Math.floor(random() * whole.length)
       whole[at] = (whole[at] as number) ^ (1 << Math.floor(random() * 8))
     }
-    response.writeHead(answer.status, answer.headers)
+    const { "x-goog-hash": sum, ...others } = answer.headers
+    response.writeHead(answer.status, fault === "unsummed" || sum === undefined ? others : answer.headers)
     if (fault === "truncate" && whole.length > 0) {
       response.write(whole.subarray(0, Math.floor(whole.length / 2)), cut)
       return
@@ -144,7 +149,12 @@ export const startFlakyProxy = async (target: string, random: () => number): Pro
       client.end(body)
     })
 
+  let underWay = 0
+  let mostAtOnce = 0
   const server = http.createServer((request, response) => {
+    underWay += 1
+    mostAtOnce = Math.max(mostAtOnce, underWay)
+    response.once("close", () => (underWay -= 1))
     handle(request, response).catch(() => response.destroy())
   })
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve))
@@ -152,6 +162,7 @@ export const startFlakyProxy = async (target: string, random: () => number): Pro
   const proxy: FlakyProxy = {
     url: `http://127.0.0.1:${port}`,
     seen,
+    mostAtOnce: () => mostAtOnce,
     decide: () => "pass",
     settled: async () => {
       await Promise.allSettled([...late])

@@ -24,8 +24,8 @@ const main = new URL("../../src/main.ts", import.meta.url).pathname
 export const startServer = (
   data: string,
   flags: ReadonlyArray<string> = [],
-  entry?: string,
-  environment: Record<string, string> = {}
+  environment: Record<string, string> = {},
+  entry?: string
 ): Promise<ServerProcess> =>
   new Promise((resolve, reject) => {
     const child = spawnServe(["--port", "0", "--data", data, ...flags], environment, entry)

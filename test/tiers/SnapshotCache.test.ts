@@ -24,13 +24,14 @@ const setUp = Effect.gen(function* () {
   const memory = Context.get(yield* Layer.build(Layer.fresh(ObjectStore.layerMemory)), ObjectStore)
   const downloads: Array<string> = []
   let before: Effect.Effect<void, StoreFailure> = Effect.void
+  let after: Effect.Effect<void> = Effect.void
   const localPath: ObjectStore["Service"]["localPath"] = (key) =>
     Effect.andThen(
       Effect.suspend(() => {
         downloads.push(key)
         return before
       }),
-      memory.localPath(key)
+      Effect.tap(memory.localPath(key), () => after)
     )
   const far = ObjectStore.of({ ...memory, localPath, withFile: withFileOf(localPath) })
   /** A cache as a process has it, until the scope closes. */
@@ -47,7 +48,10 @@ const setUp = Effect.gen(function* () {
   const beforeDownload = (effect: Effect.Effect<void, StoreFailure>) => {
     before = effect
   }
-  return { memory, downloads, open, files, aside, beforeDownload }
+  const afterDownload = (effect: Effect.Effect<void>) => {
+    after = effect
+  }
+  return { memory, downloads, open, files, aside, beforeDownload, afterDownload }
 })
 
 const contentOf = (store: ObjectStore["Service"], key: string) =>
@@ -175,6 +179,21 @@ describe("disk cache", () => {
     ]
   ]
   for (const [title, damage] of damages) {
+    it.effect(`finds ${title} of its own before the next use`, () =>
+      Effect.gen(function* () {
+        const { memory, downloads, open, files } = yield* setUp
+        yield* memory.create("s/a", bytesOf("0123456789"))
+        const store = yield* open()
+        for (let round = 1; round <= 2; round++) {
+          for (const _ of range(2)) assert.strictEqual(yield* contentOf(store, "s/a"), "0123456789")
+          const [file] = yield* files
+          yield* Effect.promise(() => damage(file as string))
+          assert.strictEqual(yield* contentOf(store, "s/a"), "0123456789")
+          assert.strictEqual(downloads.length, round + 1)
+        }
+      }).pipe(Effect.provide(Logger.layer([])), Effect.scoped)
+    )
+
     it.effect(`finds ${title} before its first use, says so, and fetches it anew`, () =>
       Effect.gen(function* () {
         const { memory, downloads, open, files } = yield* setUp
@@ -220,7 +239,7 @@ describe("disk cache", () => {
 
   it.effect("forgets what is deleted, also where it is just being fetched", () =>
     Effect.gen(function* () {
-      const { memory, open, files, beforeDownload } = yield* setUp
+      const { memory, open, files, afterDownload } = yield* setUp
       yield* memory.create("s/a", bytesOf("one"))
       yield* memory.create("s/b", bytesOf("two"))
       const store = yield* open()
@@ -230,11 +249,11 @@ describe("disk cache", () => {
       assert.strictEqual((yield* Effect.flip(contentOf(store, "s/a")))._tag, "ObjectMissing")
       const held = yield* Deferred.make<void>()
       const gate = yield* Deferred.make<void>()
-      beforeDownload(Effect.andThen(Deferred.succeed(held, undefined), Deferred.await(gate)))
+      afterDownload(Effect.andThen(Deferred.succeed(held, undefined), Deferred.await(gate)))
       const fiber = yield* Effect.forkChild(Effect.exit(contentOf(store, "s/b")))
       yield* Deferred.await(held)
       yield* store.delete("s/b")
-      beforeDownload(Effect.void)
+      afterDownload(Effect.void)
       yield* Deferred.succeed(gate, undefined)
       assert.isTrue(Exit.isFailure(yield* Fiber.join(fiber)))
       assert.deepStrictEqual(yield* files, [])

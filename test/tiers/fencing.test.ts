@@ -39,7 +39,7 @@ describe("owners of one partition", () => {
       late: 0.1,
       recovered: 0.05,
       reborn: 0.005,
-      pruned: 0.3,
+      pruned: 0.2,
       snapshots: 0.2,
       killed: 0.2,
       slept: 0.3,

@@ -53,6 +53,8 @@ class Partition {
       mappedBytes: () => this.mapped,
       usedAt: () => this.usedAt,
       changedAt: () => this.changedAt,
+      changing: () => false,
+      hasFull: true,
       inFlight: () => this.inFlight,
       measure: Effect.void,
       promote: Effect.succeed(false),

@@ -7,6 +7,15 @@ export class Bitset {
     this.words = new Uint32Array((slots + 31) >>> 5)
   }
 
+  /** The slots before `slots`. */
+  static full(slots: number): Bitset {
+    const full = new Bitset(slots)
+    full.words.fill(0xffffffff)
+    if ((slots & 31) !== 0) full.words[full.words.length - 1] = 2 ** (slots & 31) - 1
+    full.count = slots
+    return full
+  }
+
   has(slot: number): boolean {
     const at = slot >>> 5
     return at < this.words.length && ((this.words[at]! >>> (slot & 31)) & 1) === 1

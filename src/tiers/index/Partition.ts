@@ -8,6 +8,7 @@ import type { Bitset } from "./Bitset.ts"
 import { FilterCache } from "./FilterCache.ts"
 import { Graph } from "./Graph.ts"
 import { type Metadata, MetadataIndex, parseMetadata } from "./MetadataIndex.ts"
+import type { StoredRecord } from "./RecordsView.ts"
 import { effect, RecordTable } from "./RecordTable.ts"
 import { SegmentCursor } from "./SegmentCursor.ts"
 import { TopK } from "./TopK.ts"
@@ -65,12 +66,18 @@ export class Partition {
     this.#considerBuild()
   }
 
-  /** Applies a segment, an operation or a piece of a graph a step. Returns what each operation did. */
-  *apply(segment: Uint8Array): Work<Uint8Array<ArrayBuffer>> {
+  /**
+   * Applies a segment, an operation or a piece of a graph a step. Returns what each operation did. An operation of which
+   * `isStale` says so is taken note of and does nothing else.
+   */
+  *apply(segment: Uint8Array, isStale?: (op: SegmentCursor) => boolean): Work<Uint8Array<ArrayBuffer>> {
     const cursor = new SegmentCursor(segment, this.spec.dimensions)
     const effects = new Uint8Array(cursor.header.count)
     for (let i = 0; cursor.next(); i++) {
-      effects[i] = this.#apply(cursor)
+      if (isStale?.(cursor) === true) {
+        this.table.observe(cursor.version)
+        effects[i] = effect.none
+      } else effects[i] = this.#apply(cursor)
       yield
       for (let step = 0; step < buildStepsPerOperation && this.#build !== undefined; step++) {
         this.#buildStep()
@@ -78,6 +85,19 @@ export class Partition {
       }
     }
     return effects
+  }
+
+  /** Takes a record over as it is elsewhere, its id being of none here. */
+  adopt(id: string, record: StoredRecord, vector: Float32Array): void {
+    const { table, arena } = this
+    const slot = table.add(id, record.vectorVersion)
+    if (record.metadata !== "" || record.metadataVersion !== undefined) {
+      table.restoreMetadata(slot, record.metadata, record.metadataVersion)
+    }
+    arena.set(slot, vector)
+    this.#toGraphs(slot)
+    this.#metadataChanged(slot, "", true)
+    this.#considerBuild()
   }
 
   /** Whether there is work to do while nothing is asked. */
@@ -108,16 +128,19 @@ export class Partition {
     return found
   }
 
+  /** Bytes of the graph, one under construction included. */
+  get graphBytes(): number {
+    return (this.#graph?.bytes ?? 0) + (this.#build?.graph.bytes ?? 0)
+  }
+
+  /** Bytes of what filters are answered from. */
+  get filterBytes(): number {
+    return this.#index.bytes + this.#filters.bytes
+  }
+
   /** Bytes held, V8's own estimated. */
   get bytes(): number {
-    return (
-      this.table.bytes +
-      this.arena.bytes +
-      (this.#graph?.bytes ?? 0) +
-      (this.#build?.graph.bytes ?? 0) +
-      this.#index.bytes +
-      this.#filters.bytes
-    )
+    return this.table.bytes + this.arena.bytes + this.graphBytes + this.filterBytes
   }
 
   /** Gives the graphs' memory back. */
@@ -159,15 +182,18 @@ export class Partition {
     const slot = table.upsert(id, version, metadata)
     if (known === undefined || !arena.equals(slot, vector)) {
       arena.set(slot, vector)
-      if (this.#graph !== undefined || this.#build !== undefined) {
-        arena.toPoint(slot, this.#point)
-        this.#graph?.set(slot, this.#point)
-        if (this.#build !== undefined && slot < this.#build.next) this.#build.graph.set(slot, this.#point)
-      }
+      this.#toGraphs(slot)
     }
     this.#metadataChanged(slot, before, known === undefined)
     this.#considerBuild()
     return known === undefined ? effect.added : effect.changed
+  }
+
+  #toGraphs(slot: number): void {
+    if (this.#graph === undefined && this.#build === undefined) return
+    this.arena.toPoint(slot, this.#point)
+    this.#graph?.set(slot, this.#point)
+    if (this.#build !== undefined && slot < this.#build.next) this.#build.graph.set(slot, this.#point)
   }
 
   #metadataChanged(slot: number, before: string, isNew: boolean): void {

@@ -110,8 +110,7 @@ export class RecordTable {
     }
     const orphan = this.hidden.get(id)?.orphan
     this.#dropHidden(id)
-    const slot = this.#free.pop() ?? this.ids.length
-    this.place(slot, id, version)
+    const slot = this.add(id, version)
     if (orphan !== undefined && isNewer(orphan.version, version)) {
       this.metadataVersions.set(slot, orphan.version)
       this.#setMetadata(slot, orphan.metadata)
@@ -169,6 +168,13 @@ export class RecordTable {
     this.hidden.set(id, hidden)
     this.#textChars += id.length + (hidden.orphan?.metadata.length ?? 0)
     if (hidden.deleted !== undefined) this.#tombstones += 1
+  }
+
+  /** Puts a visible record with no metadata at a slot of its own, which is returned; its id is of none here. */
+  add(id: string, version: Version): number {
+    const slot = this.#free.pop() ?? this.ids.length
+    this.place(slot, id, version)
+    return slot
   }
 
   /** Puts a visible record with no metadata at a slot that is free or the next new one. */
@@ -259,7 +265,7 @@ export class RecordTable {
 }
 
 /** Whether `a` is the later one: the order of `compareVersions`, whose module would bring Effect into the thread. */
-const isNewer = (a: Version, b: Version): boolean => {
+export const isNewer = (a: Version, b: Version): boolean => {
   if (a.time !== b.time) return a.time > b.time
   if (a.region !== b.region) return a.region > b.region
   return a.counter > b.counter

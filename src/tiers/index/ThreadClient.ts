@@ -6,12 +6,12 @@ import { Worker } from "node:worker_threads"
 import { Effect, type Scope } from "effect"
 import {
   IndexBusy,
+  type IndexForm,
   type IndexHits,
   IndexLost,
   type IndexQuery,
   type IndexRecord,
   type IndexSpec,
-  type IndexStats,
   type PartitionIndex,
   type SnapshotFiles,
   SnapshotUnreadable
@@ -24,6 +24,7 @@ import {
   hitWords,
   isBusy,
   mustStop,
+  type OpenFiles,
   type ThreadOptions,
   type ToThread,
   withMetadata,
@@ -55,6 +56,7 @@ interface Waiting {
 interface Seat {
   readonly number: number
   readonly spec: IndexSpec
+  form: IndexForm
   lost: IndexLost | undefined
 }
 
@@ -115,7 +117,7 @@ export class ThreadClient {
 
   open(
     spec: IndexSpec,
-    snapshot: SnapshotFiles | undefined
+    snapshot: OpenFiles | undefined
   ): Effect.Effect<PartitionIndex, IndexLost | SnapshotUnreadable, Scope.Scope> {
     return Effect.flatMap(
       Effect.acquireRelease(
@@ -127,7 +129,7 @@ export class ThreadClient {
           this.#ask<void, SnapshotUnreadable>(
             seat,
             (request) => ({ kind: "open", request, partition: seat.number, spec, snapshot }),
-            () => Effect.void
+            (answer) => (answer.kind === "opened" ? Effect.void : unexpected(answer))
           ),
           this.#partitionIndex(seat)
         )
@@ -162,7 +164,7 @@ export class ThreadClient {
   #partitionIndex(seat: Seat): PartitionIndex {
     const partition = seat.number
     return {
-      form: () => "full",
+      form: () => seat.form,
       lost: () => seat.lost !== undefined,
       search: (query) => this.#search(seat, query),
       apply: (segment) =>
@@ -187,12 +189,7 @@ export class ThreadClient {
       stats: this.#ask(
         seat,
         (request) => ({ kind: "stats", request, partition }),
-        (answer) => {
-          if (answer.kind !== "stats") return unexpected(answer)
-          const { count, tombstones, graphSlots, bytes, maxTime, counters } = answer
-          const stats: IndexStats = { count, tombstones, graphSlots, bytes, maxTime, counters }
-          return Effect.succeed(stats)
-        }
+        (answer) => (answer.kind === "stats" ? Effect.succeed(answer.stats) : unexpected(answer))
       ),
       snapshot: (directory) =>
         this.#ask<SnapshotFiles, SnapshotUnreadable>(
@@ -260,6 +257,7 @@ export class ThreadClient {
     const seat: Seat = {
       number: this.#nextSeat++,
       spec,
+      form: "full",
       lost: this.#stopped ? new IndexLost({ detail: "the vector threads are stopped" }) : undefined
     }
     if (!this.#stopped) this.#seats.set(seat.number, seat)
@@ -433,6 +431,7 @@ export class ThreadClient {
       waiting.seat.lost ??= new IndexLost({ detail: answer.detail })
     }
     if (waiting === undefined) return
+    if (answer.kind === "opened" || answer.kind === "written") waiting.seat.form = answer.form
     this.#settle(answer.request, waiting)
     waiting.answer(answer)
   }

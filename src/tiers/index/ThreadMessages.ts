@@ -1,10 +1,12 @@
 /** What the main thread and a vector thread say to each other. Everything asked in one turn goes in one message. */
-import type { IndexSpec, SnapshotFiles } from "../VectorIndex.ts"
+import type { IndexForm, IndexSpec, IndexStats, SnapshotFiles } from "../VectorIndex.ts"
 
 /** What a thread is started with. */
 export interface ThreadOptions {
   readonly insertSliceMillis: number
   readonly graphFrom: number | undefined
+  readonly blockCacheBytes: number
+  readonly sketchFrom: number | undefined
   /** Two words shared by both sides, see {@link isBusy} and {@link mustStop}. */
   readonly shared: Int32Array<SharedArrayBuffer>
 }
@@ -38,13 +40,20 @@ export const searchWords = 7
 export const withMetadata = 1
 export const withVector = 2
 
+/** A snapshot to open: without a graph in the mapped form. */
+export interface OpenFiles {
+  readonly records: string
+  readonly graph: string | undefined
+  readonly sketch?: string | undefined
+}
+
 export type Command =
   | {
       readonly kind: "open"
       readonly request: number
       readonly partition: number
       readonly spec: IndexSpec
-      readonly snapshot: SnapshotFiles | undefined
+      readonly snapshot: OpenFiles | undefined
     }
   | { readonly kind: "apply"; readonly request: number; readonly partition: number; readonly segment: Uint8Array }
   | { readonly kind: "get"; readonly request: number; readonly partition: number; readonly ids: ReadonlyArray<string> }
@@ -74,7 +83,7 @@ export interface Hits {
 export const hitWords = 4
 
 export type Answer =
-  | { readonly kind: "opened"; readonly request: number }
+  | { readonly kind: "opened"; readonly request: number; readonly form: IndexForm }
   | { readonly kind: "applied"; readonly request: number; readonly effects: Uint8Array }
   | {
       readonly kind: "records"
@@ -90,14 +99,14 @@ export type Answer =
   | {
       readonly kind: "stats"
       readonly request: number
-      readonly count: number
-      readonly tombstones: number
-      readonly graphSlots: number
-      readonly bytes: number
-      readonly maxTime: bigint
-      readonly counters: ReadonlyMap<string, number>
+      readonly stats: IndexStats
     }
-  | { readonly kind: "written"; readonly request: number; readonly files: SnapshotFiles }
+  | {
+      readonly kind: "written"
+      readonly request: number
+      readonly files: SnapshotFiles
+      readonly form: IndexForm
+    }
   | {
       readonly kind: "failed"
       readonly request: number

@@ -6,8 +6,9 @@
  * norm is kept beside each row.
  */
 import type { Metric } from "../../protocol/Fields.ts"
+import { type Memory, memoryOf, pageBytes } from "./Assembler.ts"
 import type { Bitset } from "./Bitset.ts"
-import { pageBytes, type RowKernel, type RowMemory, rowKernelOf, rowMemory } from "./RowKernel.ts"
+import { type RowKernel, rowKernelOf } from "./RowKernel.ts"
 import type { TopK } from "./TopK.ts"
 
 export class VectorArena {
@@ -82,16 +83,8 @@ export class VectorArena {
 
   /** The score of a query against a row: higher is nearer. `factor` is {@link factorOf} the query. */
   score(query: Float32Array, factor: number, slot: number): number {
-    const { floats } = this.#bankOf(slot)
-    const offset = this.#offset(slot)
-    switch (this.metric) {
-      case "cosine":
-        return product(floats, offset, query) * this.#inverseNorms[slot]! * factor
-      case "ip":
-        return product(floats, offset, query)
-      case "l2":
-        return -Math.sqrt(squaredDistance(floats, offset, query))
-    }
+    const inverse = this.metric === "cosine" ? this.#inverseNorms[slot]! : 1
+    return scoreOf(this.metric, this.#bankOf(slot).floats, this.#offset(slot), query, inverse * factor)
   }
 
   /** What the scores of a query are multiplied by. */
@@ -168,7 +161,7 @@ export class VectorArena {
 
 /** One memory: the query, the list of rows to look at and their sums, then the rows. */
 class Bank {
-  readonly #memory: RowMemory
+  readonly #memory: Memory
   readonly #kernel: RowKernel
   readonly #stride: number
   floats: Float32Array
@@ -177,7 +170,7 @@ class Bank {
 
   constructor(stride: number) {
     this.#stride = stride
-    this.#memory = rowMemory(pagesOf(scratchBytes(stride)))
+    this.#memory = memoryOf(pagesOf(scratchBytes(stride)))
     this.#kernel = rowKernelOf(this.#memory)
     this.floats = nothing
     this.list = new Int32Array(0)
@@ -232,6 +225,24 @@ const memoryBytesMax = bankBytesMax + 2 ** 20
 /** By what a memory grows at least; what is not touched of it is not there. */
 const growthFactor = 1.25
 
+/** The score of a query against a row that begins at `offset`, times `factor` for the cosine: what normalises both. */
+export const scoreOf = (
+  metric: Metric,
+  rows: Float32Array,
+  offset: number,
+  query: Float32Array,
+  factor: number
+): number => {
+  switch (metric) {
+    case "cosine":
+      return product(rows, offset, query) * factor
+    case "ip":
+      return product(rows, offset, query)
+    case "l2":
+      return -Math.sqrt(squaredDistance(rows, offset, query))
+  }
+}
+
 const product = (rows: Float32Array, offset: number, query: Float32Array): number => {
   let a = 0
   let b = 0
@@ -258,7 +269,7 @@ const squaredDistance = (rows: Float32Array, offset: number, query: Float32Array
   return sum
 }
 
-const inverseNorm = (rows: Float32Array, offset: number, dimensions: number): number => {
+export const inverseNorm = (rows: Float32Array, offset: number, dimensions: number): number => {
   let sum = 0
   for (let i = 0; i < dimensions; i++) sum += rows[offset + i]! * rows[offset + i]!
   return sum > 0 ? 1 / Math.sqrt(sum) : 0

@@ -1,0 +1,307 @@
+/**
+ * The codes of many vectors in inverted lists, and the search over them: the lists nearest to a query are scanned, and the
+ * vectors whose codes are nearest are the candidates, to be scored again by who has the vectors themselves.
+ */
+import { memoryOf } from "./Assembler.ts"
+import type { Bitset } from "./Bitset.ts"
+import { Layout, prepare, type Quantiser, setHalfNorms, strideOf, subspacesOf } from "./Quantiser.ts"
+import { type RowKernel, rowKernelOf } from "./RowKernel.ts"
+import { blockStride, blockVectors, codebookBytes, type SketchKernel, sketchKernelOf } from "./SketchKernel.ts"
+import { TopK } from "./TopK.ts"
+
+/** What a sketch file holds of the lists. */
+export interface Lists {
+  /** Vectors of each list. */
+  readonly sizes: Uint32Array
+  /** Of each place in the lists' blocks the slot of the vector there, -1 where there is none. */
+  readonly slots: Int32Array
+}
+
+/** Bytes of all codes, by the lists' sizes. */
+export const codesBytesOf = (sizes: Uint32Array, dimensions: number): number => {
+  let blocks = 0
+  for (const size of sizes) blocks += Math.ceil(size / blockVectors)
+  return blocks * blockStride * subspacesOf(dimensions)
+}
+
+export class Sketch {
+  readonly quantiser: Quantiser
+  readonly lists: Lists
+  /** To be filled by whoever reads or makes them. */
+  readonly codes: Uint8Array<ArrayBuffer>
+  readonly #memory
+  readonly #kernel: SketchKernel
+  readonly #rows: RowKernel
+  readonly #floats: Float32Array
+  readonly #ints: Int32Array
+  readonly #listCount: number
+  readonly #stride: number
+  readonly #subspaces: number
+  /** Where each list's blocks begin, in blocks. */
+  readonly #firstBlock: Uint32Array
+  readonly #cap: number
+  readonly #at: {
+    readonly query: number
+    readonly residual: number
+    readonly centroids: number
+    readonly halfNorms: number
+    readonly list: number
+    readonly listScores: number
+    readonly codebook: number
+    readonly entries: number
+    readonly leasts: number
+    readonly tables: number
+    readonly sums: number
+    readonly out: number
+    readonly codes: number
+  }
+  readonly #nearest = new TopK()
+  #nearestLists = new Int32Array(0)
+  #nearestScores = new Float32Array(0)
+  /** Candidates gathered: those from 0 to `#gathered`. */
+  #values = new Int32Array(0)
+  #slots = new Int32Array(0)
+  #gathered = 0
+
+  constructor(quantiser: Quantiser, lists: Lists) {
+    this.quantiser = quantiser
+    this.lists = lists
+    const stride = strideOf(quantiser.dimensions)
+    const subspaces = subspacesOf(quantiser.dimensions)
+    const count = quantiser.centroids.length / stride
+    this.#stride = stride
+    this.#subspaces = subspaces
+    this.#listCount = count
+    this.#cap = Math.min(255, Math.floor(sumMax / subspaces))
+    const codesBytes = codesBytesOf(lists.sizes, quantiser.dimensions)
+    const layout = new Layout()
+    this.#at = {
+      query: layout.take(stride * 4),
+      residual: layout.take(stride * 4),
+      centroids: layout.take(count * stride * 4),
+      halfNorms: layout.take(count * 4),
+      list: layout.take(count * 4),
+      listScores: layout.take(count * 4),
+      codebook: layout.take(subspaces * codebookBytes),
+      entries: layout.take(subspaces * 64),
+      leasts: layout.take(subspaces * 16),
+      tables: layout.take(subspaces * 16),
+      sums: layout.take(64),
+      out: layout.take(outVectors * 8),
+      codes: layout.take(codesBytes)
+    }
+    this.#memory = memoryOf(layout.pages)
+    const { buffer } = this.#memory
+    this.#kernel = sketchKernelOf(this.#memory)
+    this.#rows = rowKernelOf(this.#memory)
+    this.#floats = new Float32Array(buffer)
+    this.#ints = new Int32Array(buffer)
+    this.codes = new Uint8Array(buffer, this.#at.codes, codesBytes)
+    this.#floats.set(quantiser.centroids, this.#at.centroids / 4)
+    this.#floats.set(quantiser.codebook, this.#at.codebook / 4)
+    setHalfNorms(this.#floats, this.#at.centroids / 4, this.#at.halfNorms / 4, count, count, stride)
+    this.#firstBlock = new Uint32Array(count + 1)
+    for (let list = 0; list < count; list++) {
+      this.#ints[this.#at.list / 4 + list] = list
+      this.#firstBlock[list + 1] = this.#firstBlock[list]! + Math.ceil(lists.sizes[list]! / blockVectors)
+    }
+  }
+
+  get listCount(): number {
+    return this.#listCount
+  }
+
+  /**
+   * Finds the `depth` slots of `allowed` whose codes are nearest to the query, in no order, among those of the `probes` nearest
+   * lists; of more lists where these hold fewer. Returned is a view that the next call overwrites.
+   */
+  candidates(query: Float32Array, depth: number, probes: number, allowed: Bitset): Int32Array {
+    this.#gathered = 0
+    const room = 2 * depth + outVectors
+    if (this.#values.length < room) {
+      this.#values = new Int32Array(room)
+      this.#slots = new Int32Array(room)
+    }
+    const at = this.#at
+    const queryFloats = this.#floats
+    queryFloats.fill(0, at.query / 4, at.query / 4 + this.#stride)
+    prepare(this.quantiser, query, 0, queryFloats, at.query / 4)
+    const isEuclidean = this.quantiser.metric === "l2"
+    if (!isEuclidean) this.#makeTables(at.query)
+    const leasts = isEuclidean ? 0 : this.#sumOfLeasts()
+    let scale = isEuclidean ? 0 : this.#scaleOf()
+    if (!isEuclidean) this.#quantise(scale)
+    let begun = false
+    let firstBias = 0
+    let limit = noLimit
+    const wanted = Math.min(depth, allowed.count)
+    const order = this.#orderLists(Math.min(probes, this.#listCount))
+    for (let i = 0; i < this.#listCount; i++) {
+      if (i >= order.length) {
+        if (this.#gathered >= wanted) break
+        // Too few by far: all lists are put into order, and the search goes on where it was.
+        this.#orderLists(this.#listCount)
+      }
+      const list = this.#nearestLists[i]!
+      const size = this.lists.sizes[list]!
+      if (size === 0) continue
+      let bias: number
+      if (isEuclidean) {
+        this.#toResidual(list)
+        this.#makeTables(at.residual)
+        bias = this.#sumOfLeasts()
+        if (!begun) scale = this.#scaleOf()
+        this.#quantise(scale)
+      } else bias = leasts - this.#floats[at.listScores / 4 + list]!
+      if (!begun) firstBias = bias
+      begun = true
+      const steps = Math.round((bias - firstBias) * scale)
+      const above = Number.isNaN(steps) ? 0 : Math.max(-biasMax, Math.min(biasMax, steps))
+      limit = this.#scanList(list, above, limit, depth, allowed)
+    }
+    if (this.#gathered > depth) this.#keepBest(depth)
+    return this.#slots.subarray(0, this.#gathered)
+  }
+
+  get bytes(): number {
+    return (
+      this.#memory.buffer.byteLength +
+      this.lists.slots.byteLength +
+      this.lists.sizes.byteLength +
+      this.quantiser.centroids.byteLength +
+      this.quantiser.codebook.byteLength +
+      this.#values.byteLength * 2
+    )
+  }
+
+  /** Gathers what is below the limit, of one list; returns the limit from then on. */
+  #scanList(list: number, bias: number, limit: number, depth: number, allowed: Bitset): number {
+    const at = this.#at
+    const blockBytes = this.#subspaces * blockStride
+    const last = this.#firstBlock[list + 1]!
+    const { slots } = this.lists
+    const { words } = allowed
+    const ints = this.#ints
+    const tablesEnd = at.tables + this.#subspaces * 16
+    for (let block = this.#firstBlock[list]!; block < last; block += outBlocks) {
+      const threshold = limit - bias
+      if (threshold <= 0) break
+      const codes = at.codes + block * blockBytes
+      const codesEnd = at.codes + Math.min(last, block + outBlocks) * blockBytes
+      const below = Math.min(threshold, sumMax + 1)
+      const end = this.#kernel.scan(codes, codesEnd, at.tables, tablesEnd, below, block * blockVectors, at.sums, at.out)
+      let gathered = this.#gathered
+      for (let i = at.out >>> 2; i < end >>> 2; i += 2) {
+        const slot = slots[ints[i]!]!
+        if (slot < 0 || ((words[slot >>> 5]! >>> (slot & 31)) & 1) === 0) continue
+        this.#values[gathered] = ints[i + 1]! + bias
+        this.#slots[gathered++] = slot
+      }
+      this.#gathered = gathered
+      if (gathered >= 2 * depth) limit = this.#keepBest(depth)
+    }
+    return limit
+  }
+
+  /** The lists nearest to the query, best first. */
+  #orderLists(count: number): Int32Array {
+    if (this.#nearestLists.length < count) {
+      this.#nearestLists = new Int32Array(count)
+      this.#nearestScores = new Float32Array(count)
+    }
+    const { list, centroids, listScores, halfNorms, query } = this.#at
+    const rowBytes = this.#stride * 4
+    this.#rows.products(list, this.#listCount, centroids, rowBytes, query, query + rowBytes, listScores)
+    const isEuclidean = this.quantiser.metric === "l2"
+    this.#nearest.reset(count)
+    for (let i = 0; i < this.#listCount; i++) {
+      const product = this.#floats[listScores / 4 + i]!
+      const score = isEuclidean ? product - this.#floats[halfNorms / 4 + i]! : product
+      if (score >= this.#nearest.least) this.#nearest.offer(score, i)
+      else if (Number.isNaN(score)) this.#nearest.offer(Number.NEGATIVE_INFINITY, i)
+    }
+    const order = this.#nearestLists.subarray(0, count)
+    this.#nearest.drain(this.#nearestScores, order)
+    return order
+  }
+
+  #toResidual(list: number): void {
+    const { query, residual, centroids } = this.#at
+    const floats = this.#floats
+    const centroid = centroids / 4 + list * this.#stride
+    for (let d = 0; d < this.#stride; d++) {
+      floats[residual / 4 + d] = floats[query / 4 + d]! - floats[centroid + d]!
+    }
+  }
+
+  #makeTables(of: number): void {
+    const { codebook, entries } = this.#at
+    const make = this.quantiser.metric === "l2" ? this.#kernel.distances : this.#kernel.products
+    make(of, codebook, codebook + this.#subspaces * codebookBytes, entries)
+  }
+
+  #sumOfLeasts(): number {
+    const { entries, leasts } = this.#at
+    this.#widest = this.#kernel.range(entries, entries + this.#subspaces * 64, leasts)
+    let sum = 0
+    for (let m = 0; m < this.#subspaces; m++) sum += this.#floats[leasts / 4 + m * 4]!
+    return sum
+  }
+
+  /** Greatest difference within a table, of the tables made last. */
+  #widest = 0
+
+  #scaleOf(): number {
+    const scale = this.#cap / this.#widest
+    return Number.isFinite(scale) ? scale : 0
+  }
+
+  #quantise(scale: number): void {
+    const { entries, leasts, tables } = this.#at
+    this.#kernel.quantise(entries, entries + this.#subspaces * 64, leasts, scale, this.#cap, tables)
+  }
+
+  /** Keeps the `depth` least values, in no order; returns the greatest of them. */
+  #keepBest(depth: number): number {
+    const values = this.#values
+    const slots = this.#slots
+    let from = 0
+    let to = this.#gathered - 1
+    const at = depth - 1
+    // Hoare's selection.
+    while (from < to) {
+      const pivot = values[(from + to) >>> 1]!
+      let i = from
+      let j = to
+      while (i <= j) {
+        while (values[i]! < pivot) i++
+        while (values[j]! > pivot) j--
+        if (i > j) break
+        const value = values[i]!
+        values[i] = values[j]!
+        values[j] = value
+        const slot = slots[i]!
+        slots[i] = slots[j]!
+        slots[j] = slot
+        i++
+        j--
+      }
+      if (at <= j) to = j
+      else if (at >= i) from = i
+      else break
+    }
+    this.#gathered = depth
+    return values[at]!
+  }
+}
+
+/** Sums of 16 bits; below the greatest, since a threshold is one above. */
+const sumMax = 65_534
+
+/** How far a list may be from the nearest, in steps of sums; beyond that it makes no difference. */
+const biasMax = 2 ** 29
+const noLimit = 2 ** 30
+
+/** Blocks scanned at once, and so the vectors that may be found in them. */
+const outBlocks = 64
+const outVectors = outBlocks * blockVectors
