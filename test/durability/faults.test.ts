@@ -205,14 +205,15 @@ class Run {
     if (stopping.length === 0) return planted
     const server = await this.#start(inspectionFlags)
     for (const { uid, partition, object, kind, outcome } of stopping) {
-      await this.#named(server, object, kind)
       const collection = this.#uids.get(uid) as string
       const id = this.#load.idIn(collection, partition)
+      // Opens the partition, where the start has stopped at another's damage before.
+      const answer = await fetch(`${server.base}/api/v1/embed/${id}?collection=${collection}`)
+      await this.#named(server, object, kind)
       if (outcome === "cut") {
         assert.include(server.output(), "was cut off")
         continue
       }
-      const answer = await fetch(`${server.base}/api/v1/embed/${id}?collection=${collection}`)
       const body = (await answer.json()) as { code: string; detail: string }
       assert.strictEqual(body.code, "partition_corrupt", `${kind} ${object}: ${JSON.stringify(body)}`)
       assert.include(body.detail, object)
