@@ -8,6 +8,7 @@
 import { mkdirSync, mkdtempSync, rmSync, statSync } from "node:fs"
 import { join } from "node:path"
 import { parseArgs } from "node:util"
+import { defaultSettings } from "../src/config.ts"
 import type { Quantization } from "../src/protocol/Fields.ts"
 import { BlockCache } from "../src/tiers/index/BlockCache.ts"
 import { Resident } from "../src/tiers/index/Resident.ts"
@@ -22,7 +23,7 @@ import { type Data, dimensions, loadWords, vectorOf } from "./words.ts"
 const specOf = (quantization: Quantization) =>
   ({ dimensions, metric: "cosine", m: 16, efConstruction: 200, quantization }) as const
 
-const cacheBytes = 16 << 20
+const cacheBytes = defaultSettings.blockCacheBytes
 
 interface Form {
   readonly name: string

@@ -123,7 +123,7 @@ export const settings = {
   blockCacheBytes: integer(
     "bytes of snapshot files kept in memory for partitions in the mapped form, a vector thread",
     "bytes",
-    16 * mebibyte,
+    32 * mebibyte,
     mebibyte,
     65_536 * mebibyte
   ),

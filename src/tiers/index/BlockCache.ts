@@ -7,73 +7,74 @@
 /** Bytes of a block; a checksum is kept of each. */
 export const blockBytes = 4_096
 
+/** Room for one block, and the same as float32s. */
+export interface Frame {
+  readonly bytes: Buffer
+  readonly floats: Float32Array
+}
+
 export class BlockCache {
   readonly #framesMax: number
-  readonly #slabs: Array<Buffer> = []
-  readonly #frameOf = new Map<number, number>()
-  /** Of each frame the key of its block, and whether it was read since the hand passed. */
-  readonly #keys: Float64Array
+  readonly #frames: Array<Frame> = []
+  /** Of each frame the file and the block that is in it, and whether it was read since the hand passed. */
+  readonly #files: Array<CachedFile | undefined> = []
+  readonly #blocks: Uint32Array
   readonly #read: Uint8Array
-  #frames = 0
   #hand = 0
-  #nextFile = 0
+  #fileBytes = 0
   hits = 0
   misses = 0
 
   constructor(bytesMax: number) {
     this.#framesMax = Math.max(framesMin, Math.floor(bytesMax / blockBytes))
-    this.#keys = new Float64Array(this.#framesMax).fill(-1)
+    this.#blocks = new Uint32Array(this.#framesMax)
     this.#read = new Uint8Array(this.#framesMax)
   }
 
-  /** A number for a file, to name its blocks by. */
-  file(): number {
-    return this.#nextFile++
+  /** A file of so many blocks, none of which is here. */
+  file(blocks: number): CachedFile {
+    const file = new CachedFile(blocks)
+    this.#fileBytes += file.frames.byteLength
+    return file
   }
 
   /** The block, filled by `fill` where it is not there; valid until the next is asked for. `fill` may throw. */
-  block(file: number, block: number, fill: (frame: Buffer) => void): Buffer {
-    const key = file * blocksMax + block
-    const known = this.#frameOf.get(key)
-    if (known !== undefined) {
+  block(file: CachedFile, block: number, fill: (frame: Frame) => void): Frame {
+    const known = file.frames[block]!
+    if (known !== 0) {
       this.hits += 1
-      this.#read[known] = 1
-      return this.#frame(known)
+      this.#read[known - 1] = 1
+      return this.#frames[known - 1]!
     }
     this.misses += 1
     const index = this.#free()
-    const frame = this.#frame(index)
-    this.#keys[index] = -1
+    const frame = this.#frames[index]!
     fill(frame)
-    this.#keys[index] = key
-    this.#frameOf.set(key, index)
+    this.#files[index] = file
+    this.#blocks[index] = block
+    file.frames[block] = index + 1
     return frame
   }
 
-  /** Lets go of a file's blocks. */
-  forget(file: number): void {
-    for (let i = 0; i < this.#frames; i++) {
-      const key = this.#keys[i]!
-      if (Math.floor(key / blocksMax) !== file) continue
-      this.#frameOf.delete(key)
-      this.#keys[i] = -1
+  /** Lets go of a file and its blocks. */
+  forget(file: CachedFile): void {
+    for (let i = 0; i < this.#frames.length; i++) {
+      if (this.#files[i] !== file) continue
+      this.#files[i] = undefined
       this.#read[i] = 0
     }
+    this.#fileBytes -= file.frames.byteLength
   }
 
   get bytes(): number {
-    return this.#slabs.length * slabFrames * blockBytes + this.#keys.byteLength + this.#frameOf.size * mapEntryBytes
-  }
-
-  #frame(index: number): Buffer {
-    const at = (index % slabFrames) * blockBytes
-    return this.#slabs[Math.floor(index / slabFrames)]!.subarray(at, at + blockBytes)
+    return this.#frames.length * (blockBytes + frameBytes) + this.#blocks.byteLength + this.#fileBytes
   }
 
   #free(): number {
-    if (this.#frames < this.#framesMax) {
-      if (this.#frames % slabFrames === 0) this.#slabs.push(Buffer.allocUnsafeSlow(slabFrames * blockBytes))
-      return this.#frames++
+    if (this.#frames.length < this.#framesMax) {
+      const bytes = Buffer.from(new ArrayBuffer(blockBytes))
+      this.#files.push(undefined)
+      return this.#frames.push({ bytes, floats: new Float32Array(bytes.buffer) }) - 1
     }
     for (;;) {
       const index = this.#hand
@@ -82,19 +83,27 @@ export class BlockCache {
         this.#read[index] = 0
         continue
       }
-      if (this.#keys[index] !== -1) this.#frameOf.delete(this.#keys[index]!)
+      const file = this.#files[index]
+      if (file !== undefined) file.frames[this.#blocks[index]!] = 0
+      this.#files[index] = undefined
       return index
     }
   }
 }
 
-/** Blocks of a file; its number and the block's are one whole number below 2^53. */
-const blocksMax = 2 ** 31
+/** Where each block of a file is: one more than its frame's number, 0 where it is in none. */
+class CachedFile {
+  readonly frames: Uint32Array
+
+  constructor(blocks: number) {
+    this.frames = new Uint32Array(blocks)
+  }
+}
+
+export type { CachedFile }
 
 /** Frames that there are whatever the bound: what one record needs at once. */
 const framesMin = 16
 
-/** Frames allocated at once. */
-const slabFrames = 64
-
-const mapEntryBytes = 40
+/** V8's own for the objects of a frame, estimated. */
+const frameBytes = 300

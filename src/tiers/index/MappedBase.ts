@@ -12,7 +12,7 @@ import { hashOf, type IdTable } from "./IdTable.ts"
 import { MetadataIndex, parseMetadata } from "./MetadataIndex.ts"
 import { type Narrow, NarrowRows } from "./NarrowRows.ts"
 import type { Found } from "./Partition.ts"
-import type { Quantiser } from "./Quantiser.ts"
+import { type Quantiser, subspacesOf } from "./Quantiser.ts"
 import { FileFault } from "./RecordsFile.ts"
 import { RecordsView } from "./RecordsView.ts"
 import type { Sketch } from "./Sketch.ts"
@@ -40,7 +40,6 @@ export class MappedBase {
   #indexed = 0
   readonly #filters = new FilterCache()
   readonly #top = new TopK()
-  readonly #vector: Float32Array
   #values = new Float32Array(0)
   readonly #nearest = new TopK()
 
@@ -71,7 +70,6 @@ export class MappedBase {
     this.#hashSeed = read.hashSeed
     this.#tombstones = read.tombstones
     this.live = Bitset.full(read.count)
-    this.#vector = new Float32Array(spec.dimensions)
     const { quantization } = spec
     if (
       (quantization === "bf16" || quantization === "i8") &&
@@ -130,12 +128,12 @@ export class MappedBase {
     if (this.rowsReady && this.#rows !== undefined) candidates = this.#narrowed(query, wanted, candidates)
     const { metric, dimensions } = this.spec
     const factor = metric === "cosine" ? inverseNorm(query, 0, dimensions) : 1
-    const vector = this.#vector
+    const { view } = this
     this.#top.reset(wanted)
     for (const slot of candidates) {
-      this.view.vector(slot, vector)
-      const inverse = metric === "cosine" ? inverseNorm(vector, 0, dimensions) : 1
-      this.#top.offer(Math.fround(scoreOf(metric, vector, 0, query, inverse * factor)), slot)
+      const at = view.locate(slot)
+      const inverse = metric === "cosine" ? inverseNorm(view.floats, at, dimensions) : 1
+      this.#top.offer(Math.fround(scoreOf(metric, view.floats, at, query, inverse * factor)), slot)
     }
     const found = { slots: new Int32Array(this.#top.size), scores: new Float32Array(this.#top.size) }
     this.#top.drain(found.scores, found.slots)
@@ -202,7 +200,9 @@ export class MappedBase {
 
   #candidates(query: Float32Array, k: number, ef: number, allowed: Bitset): Int32Array {
     const beam = Math.max(ef, k)
-    const depth = Math.min(allowed.count, Math.ceil(beam * depthPerBeam + k * depthPerResult))
+    // A code of few bits puts many vectors in one place, whichever of them is nearest.
+    const coarseness = Math.max(1, subspacesFine / subspacesOf(this.spec.dimensions))
+    const depth = Math.min(allowed.count, Math.ceil((beam * depthPerBeam + k * depthPerResult) * coarseness))
     const direct = this.rowsReady && this.#rows !== undefined ? Math.max(depth, narrowDirectMax) : depth
     if (allowed.count <= direct) {
       const all = new Int32Array(allowed.count)
@@ -214,8 +214,8 @@ export class MappedBase {
     }
     // A filter's records are thinner in each list, so more lists are looked at.
     const thinness = this.live.count / allowed.count
-    const probes = Math.ceil(this.#sketch.listCount * probesShare * (beam / beamMeasured) * thinness)
-    return this.#sketch.candidates(query, depth, probes, allowed)
+    const probed = Math.ceil(this.view.count * probedShare * (beam / beamMeasured) * thinness)
+    return this.#sketch.candidates(query, depth, probed, allowed)
   }
 
   /** Of the candidates those that may be among the `wanted` nearest, by their narrow rows. */
@@ -269,17 +269,20 @@ export class MappedBase {
 }
 
 /**
- * As measured on word vectors: with a beam of so many, candidates are taken from this share of the lists; and so many of
- * them for the beam and for each result wanted.
+ * As measured on word vectors: with a beam of so many, candidates are taken from this share of the vectors; and so many
+ * of them for the beam and for each result wanted.
  */
 const beamMeasured = 128
-const probesShare = 0.14
+const probedShare = 0.12
 const depthPerBeam = 0.5
 const depthPerResult = 8
 
+/** With fewer subspaces than these, candidates are as many times more. */
+const subspacesFine = 16
+
 /** Candidates beyond those wanted that are scored exactly after they were put into order by narrow rows, and their share. */
-const narrowMarginMin = 6
-const narrowMargin = 0.25
+const narrowMarginMin = 4
+const narrowMargin = 0.2
 
 /** Records of a filter up to which all are looked at, where there are narrow rows. */
 const narrowDirectMax = 4_096

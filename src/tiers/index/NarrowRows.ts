@@ -56,6 +56,10 @@ export class NarrowRows {
   readonly #queryEnd: number
   readonly #memory
   readonly #kernel: NarrowKernel
+  readonly #list: Int32Array
+  readonly #out: Float32Array
+  readonly #queryShorts: Int16Array
+  readonly #queryFloats: Float32Array
   readonly #middle: Float32Array
   readonly #prepared: Float32Array
   readonly #scales: Float32Array
@@ -75,6 +79,11 @@ export class NarrowRows {
     this.#rowsAt = layout.take(count * this.#rowBytes)
     this.#memory = memoryOf(layout.pages)
     this.#kernel = kernel.on(this.#memory)
+    const { buffer } = this.#memory
+    this.#list = new Int32Array(buffer, this.#listAt, listRows)
+    this.#out = new Float32Array(buffer, this.#outAt, listRows)
+    this.#queryShorts = new Int16Array(buffer, 0, this.#queryEnd / 2)
+    this.#queryFloats = new Float32Array(buffer, 0, this.#queryEnd / 4)
     this.#middle = middleOf(quantiser, sizes)
     this.#prepared = new Float32Array(Math.max(components, strideOf(quantiser.dimensions)))
     this.#scales = new Float32Array(kind === "i8" ? count : 0)
@@ -99,12 +108,13 @@ export class NarrowRows {
 
   /** Writes of each slot a value that is less the nearer it is to the query. */
   values(query: Float32Array, slots: Int32Array, into: Float32Array): void {
-    const { buffer } = this.#memory
     const isEuclidean = this.#norms !== undefined
     const row = isEuclidean ? this.#centred(query, 0) : this.#uncentred(query)
     const scale = this.kind === "i8" ? this.#queryBytes(row) : this.#queryHalves(row)
-    const list = new Int32Array(buffer, this.#listAt, listRows)
-    const out = new Float32Array(buffer, this.#outAt, listRows)
+    const list = this.#list
+    const out = this.#out
+    const scales = this.kind === "i8" ? this.#scales : undefined
+    const norms = this.#norms
     const products = this.kind === "i8" ? this.#kernel.bytes : this.#kernel.halves
     const factor = isEuclidean ? 2 * scale : scale
     for (let from = 0; from < slots.length; from += listRows) {
@@ -113,8 +123,8 @@ export class NarrowRows {
       products(this.#listAt, count, this.#rowsAt, this.#rowBytes, 0, this.#queryEnd, this.#outAt)
       for (let i = 0; i < count; i++) {
         const slot = list[i]!
-        const product = out[i]! * factor * (this.kind === "i8" ? this.#scales[slot]! : 1)
-        into[from + i] = (this.#norms === undefined ? 0 : this.#norms[slot]!) - product
+        const product = out[i]! * factor * (scales === undefined ? 1 : scales[slot]!)
+        into[from + i] = (norms === undefined ? 0 : norms[slot]!) - product
       }
     }
   }
@@ -170,7 +180,7 @@ export class NarrowRows {
   /** The query as int16s of twelve bits, so that sums of products stay within 32; returns what one of them stands for. */
   #queryBytes(row: Float32Array): number {
     const { dimensions } = this.#quantiser
-    const shorts = new Int16Array(this.#memory.buffer, 0, this.#queryEnd / 2)
+    const shorts = this.#queryShorts
     const greatest = greatestOf(row, dimensions)
     const inverse = greatest > 0 && Number.isFinite(greatest) ? queryMax / greatest : 0
     for (let i = 0; i < dimensions; i++) shorts[i] = Math.round(row[i]! * inverse)
@@ -180,7 +190,7 @@ export class NarrowRows {
   /** The query as float32s: of each eight components the even ones, then the odd ones. */
   #queryHalves(row: Float32Array): number {
     const { dimensions } = this.#quantiser
-    const floats = new Float32Array(this.#memory.buffer, 0, this.#queryEnd / 4)
+    const floats = this.#queryFloats
     for (let i = 0; i < dimensions; i++) floats[(i & ~7) + ((i & 1) << 2) + ((i & 7) >>> 1)] = row[i]!
     return 1
   }

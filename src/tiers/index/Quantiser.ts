@@ -115,6 +115,8 @@ export class Encoder {
   readonly codes: Uint8Array
   /** Sum of the squared distances from what the codes say, over all vectors encoded. */
   squaredErrors = 0
+  /** Of each list the sum of its vectors' squared distances from the centroid. */
+  readonly squaredSpreads: Float64Array
 
   constructor(quantiser: Quantiser) {
     const { dimensions, centroids } = quantiser
@@ -136,6 +138,7 @@ export class Encoder {
     this.#kernel = sketchKernelOf(this.#memory)
     this.#raw = new Float32Array(this.chunk * dimensions)
     this.listOf = new Uint32Array(this.chunk)
+    this.squaredSpreads = new Float64Array(this.#lists)
     this.codes = new Uint8Array(this.#memory.buffer, this.#codesAt, this.chunk * this.#subspaces)
     const floats = new Float32Array(this.#memory.buffer)
     floats.set(centroids, this.#centroidsAt / 4)
@@ -168,6 +171,9 @@ export class Encoder {
       const list = nearestOf(floats, ints, this.#nearestAt / 4 + i * 8)
       this.listOf[i] = list
       takeAway(floats, rows + i * stride, this.#centroidsAt / 4 + list * stride, stride)
+      let squares = 0
+      for (let d = 0; d < stride; d++) squares += floats[rows + i * stride + d]! ** 2
+      this.squaredSpreads[list]! += squares
     }
     for (let m = 0; m < this.#subspaces; m++) {
       this.#kernel.encode(
@@ -445,7 +451,7 @@ const seed = 100
 const flatMax = 8_192
 
 /** Lists for each root of the number of vectors, and at most. */
-const listsPerRoot = 0.8
+const listsPerRoot = 1.2
 const listsMax = 4_096
 
 /** Vectors that training looks at: for each list, and in all. */

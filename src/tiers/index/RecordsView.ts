@@ -7,7 +7,7 @@ import { closeSync, fstatSync, openSync, readSync } from "node:fs"
 import { crc32 } from "node:zlib"
 import type { Version } from "../../protocol/Version.ts"
 import type { IndexSpec } from "../VectorIndex.ts"
-import { type BlockCache, blockBytes } from "./BlockCache.ts"
+import { type BlockCache, blockBytes, type CachedFile, type Frame } from "./BlockCache.ts"
 import {
   decodeRecordsHeader,
   FileFault,
@@ -37,6 +37,13 @@ export interface StoredRecord {
   readonly metadata: string
 }
 
+/** An entry's bytes, and what of them is its id and its metadata. */
+export interface StoredEntry {
+  readonly bytes: Buffer
+  readonly id: Buffer
+  readonly metadata: Buffer
+}
+
 export class RecordsView {
   readonly header: RecordsHeader
   /** CRC-32 of the header's bytes. */
@@ -47,10 +54,21 @@ export class RecordsView {
   readonly #path: string
   readonly #map: RecordsMap
   readonly #cache: BlockCache
-  readonly #file: number
+  readonly #file: CachedFile
   readonly #dimensions: number
   readonly #fd: number
   #scratch = Buffer.allocUnsafeSlow(blockBytes)
+  #scratchFloats = new Float32Array(this.#scratch.buffer)
+  /** Where the last read put what it read: the bytes from `#at` on. */
+  #bytes: Buffer = this.#scratch
+  #at = 0
+  /** Of the entry looked at last where it begins and ends, and its id, among `#bytes`. */
+  #entryAt = 0
+  #entryEnd = 0
+  #idAt = 0
+  #idEnd = 0
+  /** Where the vector is that was looked at last. */
+  floats: Float32Array = this.#scratchFloats
   #isClosed = false
 
   /** Opens the file; throws {@link FileFault} where it is not what the map says. */
@@ -59,13 +77,14 @@ export class RecordsView {
     this.#map = map
     this.#cache = cache
     this.#dimensions = spec.dimensions
-    this.#file = cache.file()
+    this.#file = cache.file(map.blocks.length)
     this.#fd = openSync(path, "r")
     try {
       const { size } = fstatSync(this.#fd)
       if (size !== map.recordsBytes) throw new FileFault(`${path}: ${size} bytes, expected ${map.recordsBytes}`)
       if (size < headerBytes) throw new FileFault(`${path}: ${size} bytes, a header has ${headerBytes}`)
-      const bytes = Buffer.from(this.#read(0, headerBytes))
+      this.#read(0, headerBytes)
+      const bytes = Buffer.from(this.#bytes.subarray(this.#at, this.#at + headerBytes))
       this.header = decodeRecordsHeader(bytes, size, spec)
       this.headerCrc = crc32(bytes)
       const entries = this.header.count + this.header.hiddenCount
@@ -91,69 +110,89 @@ export class RecordsView {
 
   /** Whether an entry's id is this one. */
   hasId(entry: number, id: Buffer): boolean {
-    const { bytes, idAt, idEnd } = this.#entry(entry)
-    return idEnd - idAt === id.length && id.compare(bytes, idAt, idEnd) === 0
+    this.#lookAt(entry)
+    return this.#idEnd - this.#idAt === id.length && id.compare(this.#bytes, this.#idAt, this.#idEnd) === 0
   }
 
   id(entry: number): string {
-    const { bytes, idAt, idEnd } = this.#entry(entry)
-    return bytes.toString("utf8", idAt, idEnd)
+    this.#lookAt(entry)
+    return this.#bytes.toString("utf8", this.#idAt, this.#idEnd)
   }
 
   metadata(entry: number): string {
-    const { bytes, idEnd } = this.#entry(entry)
-    return idEnd === bytes.length ? "" : bytes.toString("utf8", idEnd)
+    this.#lookAt(entry)
+    return this.#metadata()
   }
 
   record(entry: number): StoredRecord {
-    const { bytes, idEnd } = this.#entry(entry)
-    const hasOwn = (bytes.readUInt16LE(18) & hasMetadataVersion) !== 0
+    this.#lookAt(entry)
+    const hasOwn = (this.#bytes.readUInt16LE(this.#entryAt + 18) & hasMetadataVersion) !== 0
     return {
-      vectorVersion: this.#version(bytes, 0),
-      metadataVersion: hasOwn ? this.#version(bytes, recordFixedBytes) : undefined,
-      metadata: idEnd === bytes.length ? "" : bytes.toString("utf8", idEnd)
+      vectorVersion: this.#version(0),
+      metadataVersion: hasOwn ? this.#version(recordFixedBytes) : undefined,
+      metadata: this.#metadata()
     }
   }
 
   hidden(entry: number): Hidden {
-    const { bytes, idEnd } = this.#entry(entry)
-    const flags = bytes.readUInt16LE(0)
-    const deleted = (flags & hasDeletion) === 0 ? undefined : this.#version(bytes, hiddenFixedBytes)
+    this.#lookAt(entry)
+    const flags = this.#bytes.readUInt16LE(this.#entryAt)
+    const deleted = (flags & hasDeletion) === 0 ? undefined : this.#version(hiddenFixedBytes)
     if ((flags & hasOrphan) === 0) return { deleted, orphan: undefined }
-    const version = this.#version(bytes, hiddenFixedBytes + (deleted === undefined ? 0 : versionBytes))
-    return { deleted, orphan: { version, metadata: idEnd === bytes.length ? "" : bytes.toString("utf8", idEnd) } }
+    const version = this.#version(hiddenFixedBytes + (deleted === undefined ? 0 : versionBytes))
+    return { deleted, orphan: { version, metadata: this.#metadata() } }
   }
 
   /** Copies a record's vector to the beginning of `into`. */
   vector(entry: number, into: Float32Array): void {
+    const from = this.locate(entry)
+    into.set(this.floats.subarray(from, from + this.#dimensions))
+  }
+
+  /** Where among {@link floats} a record's vector begins, until the next read. */
+  locate(entry: number): number {
     const bytes = this.#dimensions * 4
-    const from = this.#read(this.header.vectorsAt + entry * bytes, bytes)
-    new Uint8Array(into.buffer, into.byteOffset, bytes).set(from)
+    const position = this.header.vectorsAt + entry * bytes
+    const block = Math.floor(position / blockBytes)
+    const at = position - block * blockBytes
+    if (at + bytes <= blockBytes) {
+      this.floats = this.#block(block).floats
+      return at >>> 2
+    }
+    // Vectors begin at a multiple of four bytes, blocks too.
+    this.#read(position, bytes)
+    this.floats = this.#scratchFloats
+    return this.#at >>> 2
   }
 
   /** Copies vectors from `entry` on, one after another, until `into` is full; past the cache. */
   vectors(entry: number, into: Float32Array): void {
     const at = this.header.vectorsAt + entry * this.#dimensions * 4
-    new Uint8Array(into.buffer, into.byteOffset, into.byteLength).set(this.#readPast(at, into.byteLength))
+    this.#readPast(at, into.byteLength)
+    const bytes = new Uint8Array(into.buffer, into.byteOffset, into.byteLength)
+    bytes.set(this.#bytes.subarray(this.#at, this.#at + into.byteLength))
   }
 
   /**
    * The bytes of entries from `from` to before `to`, past the cache, valid until the next read, and what of each is its id.
    * As many of them as fit together, one at least.
    */
-  entries(
-    from: number,
-    to: number
-  ): ReadonlyArray<{ readonly bytes: Buffer; readonly id: Buffer; readonly metadata: Buffer }> {
+  entries(from: number, to: number): ReadonlyArray<StoredEntry> {
     const at = this.#offset(from)
     let last = from
     while (last + 1 < to && this.#end(last + 1) - at <= passBytes) last += 1
-    const bytes = this.#readPast(at, this.#end(last) - at)
-    const entries: Array<{ readonly bytes: Buffer; readonly id: Buffer; readonly metadata: Buffer }> = []
+    const length = this.#end(last) - at
+    this.#readPast(at, length)
+    const bytes = this.#bytes
+    const began = this.#at
+    const entries: Array<StoredEntry> = []
     for (let entry = from; entry <= last; entry++) {
-      const one = bytes.subarray(this.#offset(entry) - at, this.#end(entry) - at)
-      const { idAt, idEnd } = this.#parse(entry, one)
-      entries.push({ bytes: one, id: one.subarray(idAt, idEnd), metadata: one.subarray(idEnd) })
+      this.#parse(entry, began + this.#offset(entry) - at, began + this.#end(entry) - at)
+      entries.push({
+        bytes: bytes.subarray(this.#entryAt, this.#entryEnd),
+        id: bytes.subarray(this.#idAt, this.#idEnd),
+        metadata: bytes.subarray(this.#idEnd, this.#entryEnd)
+      })
     }
     return entries
   }
@@ -178,38 +217,51 @@ export class RecordsView {
     return entry + 1 === this.#map.offsets.length ? this.header.textEnd : this.#offset(entry + 1)
   }
 
-  #entry(entry: number): { readonly bytes: Buffer; readonly idAt: number; readonly idEnd: number } {
+  /** Reads an entry, and finds what is where in it. */
+  #lookAt(entry: number): void {
     const at = this.#offset(entry)
-    const bytes = this.#read(at, this.#end(entry) - at)
-    return { bytes, ...this.#parse(entry, bytes) }
+    const length = this.#end(entry) - at
+    this.#read(at, length)
+    this.#parse(entry, this.#at, this.#at + length)
   }
 
-  #parse(entry: number, bytes: Buffer): { readonly idAt: number; readonly idEnd: number } {
+  #parse(entry: number, at: number, end: number): void {
+    const bytes = this.#bytes
     const isRecord = entry < this.header.count
     const fixed = isRecord ? recordFixedBytes : hiddenFixedBytes
-    if (bytes.length < fixed) throw new FileFault(`${this.#path}: entry ${entry} ends early`)
-    let idAt = fixed
+    if (end - at < fixed) throw new FileFault(`${this.#path}: entry ${entry} ends early`)
+    let idAt = at + fixed
     if (isRecord) {
-      if ((bytes.readUInt16LE(18) & hasMetadataVersion) !== 0) idAt += versionBytes
+      if ((bytes.readUInt16LE(at + 18) & hasMetadataVersion) !== 0) idAt += versionBytes
     } else {
-      const flags = bytes.readUInt16LE(0)
+      const flags = bytes.readUInt16LE(at)
       idAt += ((flags & hasDeletion) === 0 ? 0 : versionBytes) + ((flags & hasOrphan) === 0 ? 0 : versionBytes)
     }
-    const idEnd = idAt + bytes.readUInt16LE(fixed - 6)
-    if (idEnd + bytes.readUInt32LE(fixed - 4) !== bytes.length) {
+    const idEnd = idAt + bytes.readUInt16LE(at + fixed - 6)
+    if (idEnd + bytes.readUInt32LE(at + fixed - 4) !== end) {
       throw new FileFault(`${this.#path}: the lengths of entry ${entry} are not what is there`)
     }
-    return { idAt, idEnd }
+    this.#entryAt = at
+    this.#entryEnd = end
+    this.#idAt = idAt
+    this.#idEnd = idEnd
   }
 
-  #version(bytes: Buffer, at: number): Version {
-    const region = this.#regionNames[bytes.readUInt16LE(at + 16)]
+  #metadata(): string {
+    return this.#idEnd === this.#entryEnd ? "" : this.#bytes.toString("utf8", this.#idEnd, this.#entryEnd)
+  }
+
+  /** A version of the entry looked at last, so many bytes from its beginning. */
+  #version(offset: number): Version {
+    const at = this.#entryAt + offset
+    const region = this.#regionNames[this.#bytes.readUInt16LE(at + 16)]
     if (region === undefined) throw new FileFault(`${this.#path}: a version of no known region`)
-    return { time: bytes.readBigUInt64LE(at), region, counter: bytes.readDoubleLE(at + 8) }
+    return { time: this.#bytes.readBigUInt64LE(at), region, counter: this.#bytes.readDoubleLE(at + 8) }
   }
 
   #readRegions(end: number): Map<string, number> {
-    const bytes = this.#readPast(headerBytes, end - headerBytes)
+    this.#readPast(headerBytes, end - headerBytes)
+    const bytes = this.#bytes.subarray(this.#at, this.#at + end - headerBytes)
     const regions = new Map<string, number>()
     let at = 0
     for (let i = 0; i < this.header.regions; i++) {
@@ -226,39 +278,44 @@ export class RecordsView {
     return regions
   }
 
-  /** Bytes of the file, verified; valid until the next read. */
-  #read(position: number, length: number): Buffer {
+  /** Reads and verifies bytes of the file; they are where `#bytes` and `#at` say until the next read. */
+  #read(position: number, length: number): void {
     const first = Math.floor(position / blockBytes)
     const at = position - first * blockBytes
-    if (at + length <= blockBytes) return this.#block(first).subarray(at, at + length)
+    if (at + length <= blockBytes) {
+      this.#bytes = this.#block(first).bytes
+      this.#at = at
+      return
+    }
     if (length > passBytes) return this.#readPast(position, length)
     const bytes = this.#scratchOf(length)
     let done = 0
     for (let block = first; done < length; block++) {
       const from = block === first ? at : 0
       const part = Math.min(length - done, blockBytes - from)
-      this.#block(block).copy(bytes, done, from, from + part)
+      this.#block(block).bytes.copy(bytes, done, from, from + part)
       done += part
     }
-    return bytes.subarray(0, length)
+    this.#bytes = bytes
+    this.#at = 0
   }
 
-  #block(block: number): Buffer {
+  #block(block: number): Frame {
     return this.#cache.block(this.#file, block, (frame) => {
       const length = Math.min(blockBytes, this.#map.recordsBytes - block * blockBytes)
-      this.#fill(frame.subarray(0, Math.max(0, length)), block)
+      this.#fill(frame.bytes.subarray(0, Math.max(0, length)), block)
     })
   }
 
   /** The same in one read that leaves the cache as it is. */
-  #readPast(position: number, length: number): Buffer {
-    if (length === 0) return nothing
+  #readPast(position: number, length: number): void {
     const first = Math.floor(position / blockBytes)
     const from = first * blockBytes
     const end = Math.min(this.#map.recordsBytes, Math.ceil((position + length) / blockBytes) * blockBytes)
-    const bytes = this.#scratchOf(end - from)
-    this.#fill(bytes, first)
-    return bytes.subarray(position - from, position - from + length)
+    const bytes = this.#scratchOf(Math.max(0, end - from))
+    if (length > 0) this.#fill(bytes.subarray(0, end - from), first)
+    this.#bytes = bytes
+    this.#at = position - from
   }
 
   /** Reads whole blocks from `first` on and looks at their checksums. */
@@ -278,12 +335,13 @@ export class RecordsView {
   }
 
   #scratchOf(length: number): Buffer {
-    if (this.#scratch.length < length) this.#scratch = Buffer.allocUnsafeSlow(length)
-    return this.#scratch.subarray(0, length)
+    if (this.#scratch.length < length) {
+      this.#scratch = Buffer.allocUnsafeSlow(Math.ceil(length / blockBytes) * blockBytes)
+      this.#scratchFloats = new Float32Array(this.#scratch.buffer)
+    }
+    return this.#scratch
   }
 }
-
-const nothing = Buffer.alloc(0)
 
 const versionBytes = 18
 

@@ -13,6 +13,8 @@ import { TopK } from "./TopK.ts"
 export interface Lists {
   /** Vectors of each list. */
   readonly sizes: Uint32Array
+  /** Root mean squared distance of each list's vectors from its centroid. */
+  readonly spreads: Float32Array
   /** Of each place in the lists' blocks the slot of the vector there, -1 where there is none. */
   readonly slots: Int32Array
 }
@@ -112,10 +114,11 @@ export class Sketch {
   }
 
   /**
-   * Finds the `depth` slots of `allowed` whose codes are nearest to the query, in no order, among those of the `probes` nearest
-   * lists; of more lists where these hold fewer. Returned is a view that the next call overwrites.
+   * Finds the `depth` slots of `allowed` whose codes are nearest to the query, in no order, among those of the nearest lists
+   * that hold `probed` vectors together; of more lists where too few of these are allowed. Returned is a view that the next
+   * call overwrites.
    */
-  candidates(query: Float32Array, depth: number, probes: number, allowed: Bitset): Int32Array {
+  candidates(query: Float32Array, depth: number, probed: number, allowed: Bitset): Int32Array {
     this.#gathered = 0
     const room = 2 * depth + outVectors
     if (this.#values.length < room) {
@@ -135,16 +138,23 @@ export class Sketch {
     let firstBias = 0
     let limit = noLimit
     const wanted = Math.min(depth, allowed.count)
-    const order = this.#orderLists(Math.min(probes, this.#listCount))
+    let ordered = Math.min(
+      this.#listCount,
+      Math.ceil((probed / this.lists.slots.length) * this.#listCount * orderedShare)
+    )
+    this.#orderLists(ordered)
+    let seen = 0
     for (let i = 0; i < this.#listCount; i++) {
-      if (i >= order.length) {
-        if (this.#gathered >= wanted) break
-        // Too few by far: all lists are put into order, and the search goes on where it was.
-        this.#orderLists(this.#listCount)
+      if (seen >= probed && this.#gathered >= wanted) break
+      if (i >= ordered) {
+        // The lists were smaller than they are mostly: all are put into order, and the search goes on where it was.
+        ordered = this.#listCount
+        this.#orderLists(ordered)
       }
       const list = this.#nearestLists[i]!
       const size = this.lists.sizes[list]!
       if (size === 0) continue
+      seen += size
       let bias: number
       if (isEuclidean) {
         this.#toResidual(list)
@@ -183,11 +193,13 @@ export class Sketch {
     const { words } = allowed
     const ints = this.#ints
     const tablesEnd = at.tables + this.#subspaces * 16
-    for (let block = this.#firstBlock[list]!; block < last; block += outBlocks) {
+    for (let block = this.#firstBlock[list]!, blocks = 0; block < last; block += blocks) {
       const threshold = limit - bias
       if (threshold <= 0) break
+      // While there is no limit everything is gathered: only as much as makes one.
+      blocks = limit === noLimit ? Math.min(outBlocks, Math.ceil((2 * depth) / blockVectors)) : outBlocks
       const codes = at.codes + block * blockBytes
-      const codesEnd = at.codes + Math.min(last, block + outBlocks) * blockBytes
+      const codesEnd = at.codes + Math.min(last, block + blocks) * blockBytes
       const below = Math.min(threshold, sumMax + 1)
       const end = this.#kernel.scan(codes, codesEnd, at.tables, tablesEnd, below, block * blockVectors, at.sums, at.out)
       let gathered = this.#gathered
@@ -203,8 +215,11 @@ export class Sketch {
     return limit
   }
 
-  /** The lists nearest to the query, best first. */
-  #orderLists(count: number): Int32Array {
+  /**
+   * Puts the lists into order that are likeliest to hold what is nearest to the query, best first. Where scores are inner
+   * products a list is as good as its best vector may be, which is the better the further they are spread.
+   */
+  #orderLists(count: number): void {
     if (this.#nearestLists.length < count) {
       this.#nearestLists = new Int32Array(count)
       this.#nearestScores = new Float32Array(count)
@@ -213,16 +228,18 @@ export class Sketch {
     const rowBytes = this.#stride * 4
     this.#rows.products(list, this.#listCount, centroids, rowBytes, query, query + rowBytes, listScores)
     const isEuclidean = this.quantiser.metric === "l2"
+    let squares = 0
+    for (let d = 0; d < this.#stride; d++) squares += this.#floats[query / 4 + d]! ** 2
+    const reach = spreadReach * Math.sqrt(squares / this.quantiser.dimensions)
+    const { spreads } = this.lists
     this.#nearest.reset(count)
     for (let i = 0; i < this.#listCount; i++) {
       const product = this.#floats[listScores / 4 + i]!
-      const score = isEuclidean ? product - this.#floats[halfNorms / 4 + i]! : product
+      const score = isEuclidean ? product - this.#floats[halfNorms / 4 + i]! : product + reach * spreads[i]!
       if (score >= this.#nearest.least) this.#nearest.offer(score, i)
       else if (Number.isNaN(score)) this.#nearest.offer(Number.NEGATIVE_INFINITY, i)
     }
-    const order = this.#nearestLists.subarray(0, count)
-    this.#nearest.drain(this.#nearestScores, order)
-    return order
+    this.#nearest.drain(this.#nearestScores, this.#nearestLists)
   }
 
   #toResidual(list: number): void {
@@ -301,6 +318,12 @@ const sumMax = 65_534
 /** How far a list may be from the nearest, in steps of sums; beyond that it makes no difference. */
 const biasMax = 2 ** 29
 const noLimit = 2 ** 30
+
+/** How far the best vector of a list reaches, in standard deviations along one direction; as measured. */
+const spreadReach = 5
+
+/** Lists put into order, in those that hold what is looked at on average. */
+const orderedShare = 1.5
 
 /** Blocks scanned at once, and so the vectors that may be found in them. */
 const outBlocks = 64

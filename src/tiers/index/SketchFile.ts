@@ -76,10 +76,14 @@ function* writeAllTo(
   const { groups, offsets } = offsetsOf(records.offsets)
   const ids = IdTable.of(records.hashes)
   yield
+  const spreads = Float32Array.from(sizes, (size, list) =>
+    size === 0 ? 0 : Math.sqrt(encoded.squaredSpreads[list]! / size)
+  )
   const sections: ReadonlyArray<Section> = [
     quantiser.centroids,
     quantiser.codebook,
     sizes,
+    spreads,
     slots,
     groups,
     offsets,
@@ -129,6 +133,7 @@ interface Encoded {
   readonly listOf: Uint32Array
   readonly packed: Uint8Array
   readonly error: number
+  readonly squaredSpreads: Float64Array
 }
 
 function* encodeAll(quantiser: Quantiser, source: RowSource): Work<Encoded> {
@@ -150,7 +155,8 @@ function* encodeAll(quantiser: Quantiser, source: RowSource): Work<Encoded> {
     from += count
     yield
   }
-  return { listOf, packed, error: source.count === 0 ? 0 : encoder.squaredErrors / source.count }
+  const error = source.count === 0 ? 0 : encoder.squaredErrors / source.count
+  return { listOf, packed, error, squaredSpreads: encoder.squaredSpreads }
 }
 
 /** Codes and slots in blocks, list by list. */
@@ -230,11 +236,13 @@ function* readAllOf(handle: FileHandle, spec: IndexSpec): Work<SketchRead> {
   front.add(listCount * stride * 4)
   front.add(subspacesOf(spec.dimensions) * codebookBytes)
   front.add(listCount * 4)
+  front.add(listCount * 4)
   yield* front.read(handle, size)
   const centroids = front.floats(0)
   const codebook = front.floats(1)
   const sizes = front.words(2)
-  for (const floats of [centroids, codebook]) {
+  const spreads = front.floats(3)
+  for (const floats of [centroids, codebook, spreads]) {
     for (let i = 0; i < floats.length; i++) {
       if (!Number.isFinite(floats[i]!)) throw new FileFault("a sketch with a centroid that is nowhere")
     }
@@ -247,7 +255,7 @@ function* readAllOf(handle: FileHandle, spec: IndexSpec): Work<SketchRead> {
   }
   expectSame("the vectors in the sketch's lists", sum, count)
 
-  const middle = new Sections(header, front.end, 3)
+  const middle = new Sections(header, front.end, 4)
   middle.add(blocks * blockVectors * 4)
   middle.add(Math.ceil(entries / offsetGroup) * 8)
   middle.add(entries * 4)
@@ -276,9 +284,9 @@ function* readAllOf(handle: FileHandle, spec: IndexSpec): Work<SketchRead> {
     error: header.readDoubleLE(56)
   }
   expectSame("the sketch's size by its counts", size, middle.end + align(codesBytesOf(sizes, spec.dimensions)))
-  const sketch = new Sketch(quantiser, { sizes: sizes.slice(), slots })
+  const sketch = new Sketch(quantiser, { sizes: sizes.slice(), spreads: spreads.slice(), slots })
   yield* settled(readAll(handle, sketch.codes, middle.end))
-  expectSame("the checksum of the sketch's codes", crc32(sketch.codes), header.readUInt32LE(checksumsAt + 10 * 4))
+  expectSame("the checksum of the sketch's codes", crc32(sketch.codes), header.readUInt32LE(checksumsAt + 11 * 4))
   return {
     sketch,
     ids,
