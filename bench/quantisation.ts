@@ -3,7 +3,7 @@
  * collections, and a float32 snapshot served in the mapped form. One thread, no server and no messages in between. The forms
  * take turns in every round; medians of the rounds are shown.
  *
- *   npm --prefix bench run quantisation -- [--count 100000] [--queries 1000] [--rounds 5] [--ef 128] [--seed 1]
+ *   npm run bench:quantisation -- [--count 100000] [--queries 1000] [--rounds 5] [--ef 128] [--seed 1]
  */
 import { mkdirSync, mkdtempSync, rmSync, statSync } from "node:fs"
 import { join } from "node:path"

@@ -2,7 +2,7 @@
  * Measures the tiers: memory held under pressure, cold starts, filters, durable inserts on the object store, warming.
  * Real word vectors, a server process of its own, answers checked. One row a figure, beside what is asked of it.
  *
- *   npm run bench:tiers -- [--only pressure,cold,filters,inserts,warming,records] [--count 100000] [--minutes 10]
+ *   npm run bench:tiers -- [--only cold,filters,inserts,warming,pressure] [--count 100000] [--minutes 10]
  *                          [--budget 268435456] [--seed 1] [--json FILE]
  */
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs"
@@ -285,7 +285,6 @@ const inserts = async (data: Data, directory: string): Promise<void> => {
   try {
     await gcs.createBucket("tiers")
     const rates: Record<string, Array<number>> = { files: [], objects: [] }
-    const groups: Record<string, Array<number>> = { files: [], objects: [] }
     for (let round = 0; round < 3; round++) {
       for (const place of ["files", "objects"] as const) {
         const isLocal = place === "files"
@@ -296,8 +295,6 @@ const inserts = async (data: Data, directory: string): Promise<void> => {
         )
         const to = Math.min(20_000, data.base.words.length)
         rates[place]!.push(await load(server, data.base, { collection: "default", lanes: 8, to }))
-        const [stats] = (await statsOf(server)) as [{ readonly last_seq: number }]
-        groups[place]!.push(to / batchSize / stats.last_seq)
         await server.stop()
       }
     }
@@ -306,17 +303,9 @@ const inserts = async (data: Data, directory: string): Promise<void> => {
     row("inserts", "directory, 8 in flight, batches of 100", files, "vectors/s")
     row("inserts", "object store, the same", objects, "vectors/s")
     row("inserts", "object store beside directory", objects / files, "x", ">= 0.8")
-    row("inserts", "inserts in one log object, directory", quantile(groups["files"]!, 0.5), "inserts")
-    row("inserts", "inserts in one log object, object store", quantile(groups["objects"]!, 0.5), "inserts")
   } finally {
     await gcs.stop()
   }
-}
-
-/** Of the default collection's partitions. */
-const statsOf = async (server: Server): Promise<ReadonlyArray<{ readonly last_seq: number }>> => {
-  const answer = await fetch(`${server.url}/api/v1/tiers?collection=default`)
-  return ((await answer.json()) as { partitions: ReadonlyArray<{ readonly last_seq: number }> }).partitions
 }
 
 // --- Warming -------------------------------------------------------------------------------------------------------------
