@@ -12,6 +12,7 @@ import {
   InvalidInput,
   PartitionUnavailable,
   StorageUnavailable,
+  toProblem,
   VectorNotFound
 } from "../protocol/Errors.ts"
 import {
@@ -178,7 +179,7 @@ const makePartition = Effect.gen(function* () {
           failure = { error, until: Date.now() + retryMillis }
           if (error._tag !== "CollectionNotFound") {
             yield* Metric.update(activationFailures, 1)
-            yield* annotate(Effect.logError("Partition could not be opened", exit.cause))
+            yield* annotate(Effect.logError("Partition could not be opened", toProblem(error).detail, exit.cause))
           }
           yield* Deferred.fail(started, error)
           return
