@@ -219,7 +219,11 @@ class Run {
       assert.include(body.detail, object)
     }
     const passedOver = planted.filter(({ outcome }) => outcome === "passed over")
-    for (const { object, kind } of passedOver) await this.#named(server, object, kind)
+    for (const { uid, partition, object, kind } of passedOver) {
+      const collection = this.#uids.get(uid) as string
+      await fetch(`${server.base}/api/v1/embed/${this.#load.idIn(collection, partition)}?collection=${collection}`)
+      await this.#named(server, object, kind)
+    }
     await server.stop("SIGKILL")
     for (const { restore } of stopping) await restore()
     return []
