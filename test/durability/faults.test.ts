@@ -8,10 +8,10 @@ import { join } from "node:path"
 import { assert, describe, it } from "@effect/vitest"
 import { type RedisServer, skipRedis, startRedis } from "../support/RedisServer.ts"
 import { type Random, seeded, seedOf } from "../support/Seeded.ts"
-import { ready, type ServerProcess, startServer, withDirectory } from "../support/ServerProcess.ts"
+import { ready, type ServerProcess, withDirectory } from "../support/ServerProcess.ts"
 import { type Damage, type DamageKind, damage, damageKinds, leaveGarbage, leaveLock } from "./damageAtRest.ts"
+import { startFailingServer, tell } from "./failingServer.ts"
 import { type CollectionSpec, FaultyLoad } from "./faultyLoad.ts"
-import type { FaultMessage } from "./faultyServer.ts"
 
 const faults = Number(process.env["RUVECTOR_FAULTS"] ?? (process.env["RUVECTOR_CI"] === undefined ? 40 : 200))
 const moreFlags = (process.env["RUVECTOR_FAULTS_FLAGS"] ?? "").split(" ").filter((word) => word !== "")
@@ -21,8 +21,6 @@ const collections: ReadonlyArray<CollectionSpec> = [
   { name: "beta", dimensions: 12, metric: "l2", partitions: 2, records: 40 },
   { name: "gamma", dimensions: 6, metric: "ip", partitions: 3, records: 60 }
 ]
-
-const entry = new URL("./faultyServer.ts", import.meta.url).pathname
 
 /** Snapshots as often as they can be; the log after them is short, and often empty. */
 const loadFlags = ["--snapshot-ops", "100", "--snapshot-share-percent", "1", "--snapshot-idle-millis", "700"]
@@ -119,7 +117,7 @@ class Run {
 
   async #start(flags: ReadonlyArray<string>): Promise<ServerProcess> {
     const warm = this.#redis === undefined ? [] : ["--redis-url", this.#redis.url, "--redis-timeout-millis", "50"]
-    this.#server = await startServer(this.#data, [...flags, ...warm, ...moreFlags], {}, entry)
+    this.#server = await startFailingServer(this.#data, [...flags, ...warm, ...moreFlags])
     return this.#server
   }
 
@@ -173,12 +171,11 @@ class Run {
   async #stop(server: ServerProcess): Promise<void> {
     const kill = this.#source.next() < 0.7
     this.#meet(kill ? "kill -9" : "SIGTERM")
-    if (kill) {
-      await server.stop("SIGKILL")
-    } else {
-      assert.strictEqual(await server.stop("SIGTERM"), 0, server.output().slice(-2_000))
-    }
+    const ended = server.stop(kill ? "SIGKILL" : "SIGTERM")
+    // What is under way meets it; a moment later nobody would be there to be asked.
+    if (!kill) await pause(this.#source.below(30))
     this.#load.close()
+    assert.strictEqual(await ended, kill ? "SIGKILL" : 0, server.output().slice(-2_000))
     await this.#load.quiet()
     this.#fail()
   }
@@ -258,16 +255,5 @@ class Run {
     )
   }
 }
-
-const tell = (server: ServerProcess, message: FaultMessage): Promise<void> =>
-  new Promise((resolve) => {
-    const gone = () => resolve()
-    server.process.once("exit", gone)
-    server.process.once("message", () => {
-      server.process.off("exit", gone)
-      resolve()
-    })
-    server.process.send(message, () => {})
-  })
 
 const pause = (millis: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, millis))
