@@ -4,8 +4,11 @@ import type { FaultMessage } from "./faultyServer.ts"
 
 const entry = new URL("./faultyServer.ts", import.meta.url).pathname
 
-export const startFailingServer = (data: string, flags: ReadonlyArray<string>): Promise<ServerProcess> =>
-  startServer(data, flags, {}, entry)
+export const startFailingServer = (
+  data: string,
+  flags: ReadonlyArray<string>,
+  environment: Record<string, string> = {}
+): Promise<ServerProcess> => startServer(data, flags, environment, entry)
 
 /** Until it holds, or the server is gone. */
 export const tell = (server: ServerProcess, message: FaultMessage): Promise<void> =>

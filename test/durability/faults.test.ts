@@ -3,17 +3,32 @@
  * damage is detected and named. `RUVECTOR_FAULTS` sets how many, `RUVECTOR_SEED` which, `RUVECTOR_FAULTS_FLAGS` with which
  * flags of the server beside those of the test.
  */
-import { readdir } from "node:fs/promises"
+import { mkdir, readdir } from "node:fs/promises"
 import { join } from "node:path"
 import { assert, describe, it } from "@effect/vitest"
+import * as FileObjectStore from "../../src/tiers/FileObjectStore.ts"
+import * as GcsObjectStore from "../../src/tiers/GcsObjectStore.ts"
+import { startFakeGcs, withoutFakeGcs } from "../support/FakeGcs.ts"
+import { type FlakyProxy, startFlakyProxy } from "../support/FlakyProxy.ts"
 import { type RedisServer, skipRedis, startRedis } from "../support/RedisServer.ts"
 import { type Random, seeded, seedOf } from "../support/Seeded.ts"
 import { ready, type ServerProcess, withDirectory } from "../support/ServerProcess.ts"
-import { type Damage, type DamageKind, damage, damageKinds, leaveGarbage, leaveLock } from "./damageAtRest.ts"
+import {
+  cacheDamageKinds,
+  type Damage,
+  type DamageKind,
+  damage,
+  damageKinds,
+  leaveGarbage,
+  leaveLock,
+  type Place
+} from "./damageAtRest.ts"
 import { startFailingServer, tell } from "./failingServer.ts"
 import { type CollectionSpec, FaultyLoad } from "./faultyLoad.ts"
 
 const faults = Number(process.env["RUVECTOR_FAULTS"] ?? (process.env["RUVECTOR_CI"] === undefined ? 40 : 200))
+/** Each costs more where every object is a request. */
+const bucketFaults = Math.ceil(faults / 4)
 const moreFlags = (process.env["RUVECTOR_FAULTS_FLAGS"] ?? "").split(" ").filter((word) => word !== "")
 
 const collections: ReadonlyArray<CollectionSpec> = [
@@ -27,50 +42,116 @@ const loadFlags = ["--snapshot-ops", "100", "--snapshot-share-percent", "1", "--
 /** Looks at the damage and makes no snapshot of what is there meanwhile. */
 const inspectionFlags = ["--snapshot-ops", "10000000", "--snapshot-idle-millis", "3600000"]
 
-type OnlineFault = "disk full" | "failing fsync" | "unreadable disk" | "lost answers" | "clock" | "thread" | RedisFault
-type RedisFault = "redis killed" | "redis stalled"
+/** Faults of the bucket's requests, a moment of which is one fault. */
+const networkFaults = ["dropBefore", "dropAfter", "late", "refuse", "refuseAfter", "truncate", "flip"] as const
+
+type DiskFault = "disk full" | "failing fsync" | "unreadable disk" | "lost answers"
+type OnlineFault = DiskFault | "network" | "clock" | "thread" | "redis killed" | "redis stalled"
 type Fault = OnlineFault | DamageKind | "kill -9" | "SIGTERM" | "garbage" | "lock left"
+
+/** What a run is made of. */
+interface Setting {
+  readonly place: Place
+  readonly faults: number
+  readonly flags: ReadonlyArray<string>
+  readonly environment: Record<string, string>
+  /** Between the server and its bucket. */
+  readonly network: FlakyProxy | undefined
+  readonly redis: RedisServer | undefined
+}
+
+const withRedis = async (use: (redis: RedisServer | undefined) => Promise<void>): Promise<void> => {
+  const redis = skipRedis ? undefined : await startRedis()
+  try {
+    await use(redis)
+  } finally {
+    await redis?.stop()
+  }
+}
+
+const runWith = async (setting: Setting, source: Random): Promise<void> => {
+  const run = new Run(setting, source)
+  try {
+    await run.go()
+  } finally {
+    await run.end()
+  }
+}
 
 describe("a load on a server that fails", () => {
   it(
-    `${faults} faults: nothing acknowledged is lost, nothing wrong is returned, damage is named`,
+    `on a directory, ${faults} faults: nothing acknowledged is lost, nothing wrong is returned, damage is named`,
     {
       timeout: 900_000
     },
     () =>
-      withDirectory((data) =>
-        seeded(seedOf(20_261_125), async (source) => {
-          const redis = skipRedis ? undefined : await startRedis()
-          const run = new Run(data, source, redis)
+      withDirectory((local) =>
+        seeded(seedOf(20_261_125), (source) =>
+          withRedis((redis) => {
+            const store = FileObjectStore.layer({ directory: join(local, "objects") })
+            const place = { data: local, local, store, inFiles: true }
+            return runWith({ place, faults, flags: [], environment: {}, network: undefined, redis }, source)
+          })
+        )
+      )
+  )
+
+  it.skipIf(withoutFakeGcs())(`on a bucket, ${bucketFaults} faults: the same`, { timeout: 900_000 }, () =>
+    withDirectory((local) =>
+      seeded(seedOf(20_261_126), (source) =>
+        withRedis(async (redis) => {
+          const gcs = await startFakeGcs()
+          const network = await startFlakyProxy(gcs.url, source.next)
           try {
-            await run.go()
+            await gcs.createBucket("faults")
+            const data = "gs://faults/run"
+            const scratch = join(local, "aside")
+            await mkdir(scratch)
+            const store = GcsObjectStore.layer({ url: data, endpoint: gcs.url, scratch, ...directly })
+            const cache = join(local, "cache")
+            const place = { data, local: cache, store, inFiles: false }
+            const flags = ["--cache-dir", cache, ...impatient]
+            const environment = { STORAGE_EMULATOR_HOST: network.url }
+            await runWith({ place, faults: bucketFaults, flags, environment, network, redis }, source)
           } finally {
-            await run.end()
-            await redis?.stop()
+            await network.stop()
+            await gcs.stop()
           }
         })
       )
+    )
   )
 })
 
+/** How the test itself reaches the bucket. */
+const directly = {
+  connectionsMax: 16,
+  requestMillis: 10_000,
+  attemptsMax: 4,
+  retryMillis: 10_000,
+  resumableBytes: 16_777_216,
+  downloadBytes: 8_388_608
+}
+/** A server that gives up soon, so that writes are left in doubt. */
+const impatient = ["--store-request-millis", "500", "--store-attempts-max", "2", "--store-retry-millis", "500"]
+
 class Run {
-  readonly #data: string
+  readonly #setting: Setting
   readonly #source: Random
-  readonly #redis: RedisServer | undefined
   readonly #load: FaultyLoad
   readonly #met = new Map<Fault, number>()
   #server: ServerProcess | undefined
   #uids = new Map<string, string>()
 
-  constructor(data: string, source: Random, redis: RedisServer | undefined) {
-    this.#data = data
+  constructor(setting: Setting, source: Random) {
+    this.#setting = setting
     this.#source = source
-    this.#redis = redis
     this.#load = new FaultyLoad(collections, source)
   }
 
   async go(): Promise<void> {
     const load = this.#load
+    const { faults } = this.#setting
     let server = await this.#start(loadFlags)
     const { ended } = await load.begin(server.base)
     const { collections: made } = (await (await fetch(`${server.base}/api/v1/collections`)).json()) as {
@@ -115,9 +196,10 @@ class Run {
     this.#met.set(fault, (this.#met.get(fault) ?? 0) + 1)
   }
 
-  async #start(flags: ReadonlyArray<string>): Promise<ServerProcess> {
-    const warm = this.#redis === undefined ? [] : ["--redis-url", this.#redis.url, "--redis-timeout-millis", "50"]
-    this.#server = await startFailingServer(this.#data, [...flags, ...warm, ...moreFlags])
+  async #start(given: ReadonlyArray<string>): Promise<ServerProcess> {
+    const { place, flags, environment, redis } = this.#setting
+    const warm = redis === undefined ? [] : ["--redis-url", redis.url, "--redis-timeout-millis", "50"]
+    this.#server = await startFailingServer(place.data, [...given, ...flags, ...warm, ...moreFlags], environment)
     return this.#server
   }
 
@@ -130,15 +212,11 @@ class Run {
       "unreadable disk": "read",
       "lost answers": "answers"
     } as const
-    const kinds: Array<OnlineFault> = [
-      "disk full",
-      "failing fsync",
-      "unreadable disk",
-      "lost answers",
-      "clock",
-      "thread"
-    ]
-    if (this.#redis !== undefined) kinds.push("redis killed", "redis stalled")
+    const { network, redis } = this.#setting
+    const kinds: Array<OnlineFault> = ["clock", "thread"]
+    if (network === undefined) kinds.push("disk full", "failing fsync", "unreadable disk", "lost answers")
+    else kinds.push("network", "network", "network")
+    if (redis !== undefined) kinds.push("redis killed", "redis stalled")
     const kind = source.pick(kinds)
     this.#meet(kind)
     const moment = () => pause(30 + source.below(90))
@@ -149,15 +227,23 @@ class Run {
       case "thread":
         await tell(server, { killThread: true })
         break
-      case "redis killed":
-        await this.#redis?.kill()
+      case "network": {
+        if (network === undefined) break
+        const share = 0.2 + source.next() * 0.8
+        network.decide = () => (source.next() < share ? source.pick(networkFaults) : "pass")
         await moment()
-        await this.#redis?.start()
+        network.decide = () => "pass"
+        break
+      }
+      case "redis killed":
+        await redis?.kill()
+        await moment()
+        await redis?.start()
         break
       case "redis stalled":
-        this.#redis?.suspend()
+        redis?.suspend()
         await moment()
-        this.#redis?.resume()
+        redis?.resume()
         break
       default:
         await tell(server, { disk: disks[kind], share: 0.2 + source.next() * 0.8 })
@@ -177,22 +263,25 @@ class Run {
     this.#load.close()
     assert.strictEqual(await ended, kill ? "SIGKILL" : 0, server.output().slice(-2_000))
     await this.#load.quiet()
+    await this.#setting.network?.settled()
     this.#fail()
   }
 
   /** Damage while the server is down. What stops a partition is looked at, and put back. */
   async #atRest(): Promise<ReadonlyArray<Damage>> {
     const source = this.#source
+    const { place, faults } = this.#setting
     const planted: Array<Damage> = []
     const untouched = (uid: string, partition: number) =>
       this.#uids.has(uid) && !planted.some((other) => other.uid === uid && other.partition === partition)
     const wanted = source.below(4)
     for (let i = 0; i < wanted && this.#count() < faults; i++) {
-      const kind = source.pick(["garbage", "lock left", ...damageKinds, ...damageKinds] as const)
-      if (kind === "garbage") await leaveGarbage(this.#data, source)
-      else if (kind === "lock left") await leaveLock(this.#data)
+      const ofCache = place.inFiles ? [] : [...cacheDamageKinds, ...cacheDamageKinds, ...cacheDamageKinds]
+      const kind = source.pick(["garbage", "lock left", ...damageKinds, ...damageKinds, ...ofCache] as const)
+      if (kind === "garbage") await leaveGarbage(place, source)
+      else if (kind === "lock left") await leaveLock(place)
       else {
-        const done = await damage(this.#data, kind, untouched, source)
+        const done = await damage(place, kind, untouched, source)
         if (done === undefined) continue
         planted.push(done)
       }
@@ -241,7 +330,9 @@ class Run {
     await this.#load.quiet()
     await this.#load.verify(server.base)
     for (const { object, kind } of planted) await this.#named(server, object, kind)
-    const left = (await readdir(join(this.#data, "scratch"))).filter((name) => name.startsWith("garbage"))
+    const left = (await readdir(join(this.#setting.place.local, "scratch"))).filter((name) =>
+      name.startsWith("garbage")
+    )
     assert.deepStrictEqual(left, [], "scratch files of an earlier life")
     this.#fail()
   }
