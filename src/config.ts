@@ -159,13 +159,7 @@ export const settings = {
     100,
     3_600_000
   ),
-  changeBufferMax: integer(
-    "newest changes kept in memory for followers, a partition",
-    "changes",
-    16_384,
-    16,
-    1_000_000
-  ),
+  changeBufferMax: integer("newest changes kept in memory for followers, a partition", "changes", 1_024, 16, 1_000_000),
 
   // Backups
   backupTo: text("where the node backs itself up to; empty: nowhere", "", "a path, or empty", /^[^\0]{0,4096}$/),

@@ -13,6 +13,7 @@
 import { Context, Effect, Layer, Metric, type Scope, Semaphore } from "effect"
 import { Settings } from "../config.ts"
 import { Overloaded } from "../protocol/Errors.ts"
+import { collectGarbage } from "./collectGarbage.ts"
 import type { IndexForm } from "./VectorIndex.ts"
 
 /** A resident partition, as the budget sees it. Everything is cheap to ask; `measure` asks its thread. */
@@ -95,6 +96,8 @@ export interface MemoryBudgetOptions {
   readonly budgetBytes: number
   /** The process's resident memory; the kernel's count where none is given. */
   readonly residentBytes?: () => number
+  /** Collects the process's garbage; V8's own where none is given. */
+  readonly collect?: () => void
 }
 
 /** Share of the container's memory, or of the machine's, where no budget is set. */
@@ -124,6 +127,9 @@ const changeMillis = 2_000
 /** Times that room is made for one reservation. */
 const evictionsMax = 256
 
+/** While the process holds more than it may, its garbage is collected; not more often than this, since that takes its time. */
+const collectEveryMillis = 5_000
+
 /** Over the budget by so much, writes wait. */
 const exhaustedFactor = 1.05
 
@@ -135,6 +141,8 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
   const gate = yield* Semaphore.make(1)
   const samples: Array<{ readonly at: number; readonly bytes: number }> = []
   let reservedBytes = 0
+  const collect = options.collect ?? collectGarbage
+  let collectedAt = 0
   let stuck = false
 
   const partitionBytes = (): number => {
@@ -243,6 +251,10 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
         (one) => one.measure,
         { concurrency: 8, discard: true }
       )
+      if (residentBytes() > budgetBytes && Date.now() - collectedAt >= collectEveryMillis) {
+        collect()
+        collectedAt = Date.now()
+      }
       sample()
       stuck = room() < 0 && !(yield* makeRoom(0))
     }

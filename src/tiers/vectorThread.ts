@@ -8,6 +8,7 @@
  * answers as many as fit into the rest, and all that have waited for too long.
  */
 import { parentPort, receiveMessageOnPort, workerData } from "node:worker_threads"
+import { collectGarbage } from "./collectGarbage.ts"
 import { BlockCache } from "./index/BlockCache.ts"
 import { FileFault } from "./index/RecordsFile.ts"
 import { type Hits, Resident } from "./index/Resident.ts"
@@ -43,6 +44,9 @@ const answerDelayMillis = 0.3
 
 /** How often the thread says how much memory it holds. */
 const bytesEveryMillis = 250
+
+/** Garbage is collected when partitions that held so much have been closed and there is nothing else to do. */
+const collectBytes = 32 * 1_048_576
 
 interface Search {
   readonly request: number
@@ -348,7 +352,11 @@ const close = (seat: Seat): void => {
   else vacate(seat)
 }
 
+/** What closed partitions held since garbage was last collected here. */
+let closedBytes = 0
+
 const vacate = (seat: Seat): void => {
+  closedBytes += seat.partition.bytes
   for (const { work } of seat.jobs.splice(0)) work.return(undefined as never)
   seat.partition.dispose()
 }
@@ -500,6 +508,12 @@ const turn = (): void => {
     schedule()
   } else {
     owedMillis = 0
+    // V8 does not see that WebAssembly's memories of closed partitions are of no use any more.
+    if (closedBytes >= collectBytes) {
+      flush()
+      closedBytes = 0
+      collectGarbage()
+    }
   }
   flush()
   leave()
