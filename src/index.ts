@@ -67,6 +67,7 @@ const budgetedCaches = Layer.effectDiscard(
     yield* budget.joinCache(yield* ResultCache)
     yield* budget.joinCache(yield* RecordCache)
     yield* budget.joinCache(yield* WarmStore)
+    yield* budget.joinCollector((yield* VectorIndex).collect)
   })
 )
 

@@ -2,8 +2,9 @@
  * The hot tier's budget: what the process may hold in memory, shared by the resident partitions and the caches.
  *
  * **Measured.** `runtime` is what the process takes beside them: its resident memory less what partitions and caches say
- * they hold, the least of the last {@link runtimeWindowMillis}, since memory that was just given up comes back with a
- * delay. Partitions and caches share what the budget leaves beside that.
+ * they hold, the mean of the last {@link runtimeWindowMillis}, since garbage comes and goes and memory that was just given up
+ * comes back with a delay. Partitions and caches share what the budget leaves beside that. While the process holds more than
+ * its budget, garbage is collected again and again.
  *
  * **Kept.** Who opens a partition, or changes it to its full form, reserves what that will take. Where there is no room,
  * room is made: first caches give way, then full forms become mapped ones, then mapped partitions are let go; the longest
@@ -76,6 +77,8 @@ export class MemoryBudget extends Context.Service<
     readonly exhausted: () => boolean
     readonly join: (resident: ResidentPartition) => Effect.Effect<void, never, Scope.Scope>
     readonly joinCache: (cache: BudgetedCache) => Effect.Effect<void, never, Scope.Scope>
+    /** Called when the process holds too much: other threads' garbage is collected. */
+    readonly joinCollector: (collect: () => void) => Effect.Effect<void, never, Scope.Scope>
     readonly residents: () => ReadonlyArray<ResidentPartition>
     readonly state: () => BudgetState
   }
@@ -96,7 +99,7 @@ export interface MemoryBudgetOptions {
   readonly budgetBytes: number
   /** The process's resident memory; the kernel's count where none is given. */
   readonly residentBytes?: () => number
-  /** Collects the process's garbage; V8's own where none is given. */
+  /** Collects the main thread's garbage; V8's own where none is given. */
   readonly collect?: () => void
 }
 
@@ -112,7 +115,7 @@ const defaultBudgetBytes = (): number => {
 /** Between two looks at how much is held. */
 const lookMillis = 250
 
-/** Over so long the least of what the process takes beside partitions and caches is what counts. */
+/** Over so long the mean of what the process takes beside partitions and caches is what counts. */
 const runtimeWindowMillis = 10_000
 
 /** Share of the budget that partitions and caches have whatever the rest of the process takes. */
@@ -128,7 +131,7 @@ const changeMillis = 2_000
 const evictionsMax = 256
 
 /** While the process holds more than it may, its garbage is collected; not more often than this, since that takes its time. */
-const collectEveryMillis = 5_000
+const collectEveryMillis = 2_000
 
 /** Over the budget by so much, writes wait. */
 const exhaustedFactor = 1.05
@@ -142,6 +145,7 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
   const samples: Array<{ readonly at: number; readonly bytes: number }> = []
   let reservedBytes = 0
   const collect = options.collect ?? collectGarbage
+  const collectors = new Set<() => void>()
   let collectedAt = 0
   let stuck = false
 
@@ -165,9 +169,9 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
 
   const runtimeBytes = (): number => {
     if (samples.length === 0) sample()
-    let least = Number.POSITIVE_INFINITY
-    for (const { bytes } of samples) least = Math.min(least, bytes)
-    return least
+    let sum = 0
+    for (const { bytes } of samples) sum += bytes
+    return sum / samples.length
   }
 
   /** What partitions and caches may hold together. */
@@ -253,6 +257,7 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
       )
       if (residentBytes() > budgetBytes && Date.now() - collectedAt >= collectEveryMillis) {
         collect()
+        for (const one of collectors) one()
         collectedAt = Date.now()
       }
       sample()
@@ -281,6 +286,13 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
           caches.add(cache)
         }),
         () => Effect.sync(() => caches.delete(cache))
+      ),
+    joinCollector: (one) =>
+      Effect.acquireRelease(
+        Effect.sync(() => {
+          collectors.add(one)
+        }),
+        () => Effect.sync(() => collectors.delete(one))
       ),
     residents: () => [...residents.values()],
     state: () => ({

@@ -178,6 +178,8 @@ export class VectorIndex extends Context.Service<
       spec: IndexSpec,
       snapshot: { readonly records: string; readonly sketch: string }
     ) => Effect.Effect<PartitionIndex, IndexLost | SnapshotUnreadable, Scope.Scope>
+    /** Has every thread collect its garbage, when it has nothing else to do. */
+    readonly collect: () => void
     readonly threads: Effect.Effect<ReadonlyArray<VectorThreadState>>
   }
 >()("ruvector/tiers/VectorIndex") {
@@ -221,6 +223,9 @@ export class VectorIndex extends Context.Service<
           open: (spec, snapshot) => Effect.suspend(() => leastLoaded().open(spec, snapshot && { ...snapshot })),
           openMapped: (spec, { records, sketch }) =>
             Effect.suspend(() => leastLoaded().open(spec, { records, graph: undefined, sketch })),
+          collect: () => {
+            for (const thread of threads) thread.collect()
+          },
           threads: Effect.sync(() =>
             threads.map(({ partitions, bytes, restarts }) => ({ partitions, bytes, restarts }))
           )

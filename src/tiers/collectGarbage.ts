@@ -10,7 +10,9 @@ import { runInNewContext } from "node:vm"
 export const collectGarbage = (): void => {
   if (collect === undefined) {
     setFlagsFromString("--expose-gc")
-    collect = runInNewContext("gc") as () => void
+    const gc = runInNewContext("gc") as (options: object) => void
+    // The last resort also gives back the pages that V8 keeps for later: measured, two thirds of the process.
+    collect = () => gc({ type: "major", execution: "sync", flavor: "last-resort" })
     setFlagsFromString("--no-expose-gc")
   }
   collect()

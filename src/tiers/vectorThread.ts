@@ -427,6 +427,7 @@ const take = (message: ToThread): void => {
       for (const seat of seats.values()) seat.parked.delete(request)
     }
   }
+  if (message.collect === true) closedBytes = collectBytes
   if (message.stop === true) {
     isStopping = true
     for (const seat of [...seats.values()]) close(seat)

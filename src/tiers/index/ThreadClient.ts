@@ -136,6 +136,10 @@ export class ThreadClient {
     )
   }
 
+  collect(): void {
+    this.#worker?.postMessage({ collect: true } satisfies ToThread)
+  }
+
   /** Ends the thread; everything asked of it fails. */
   async stop(): Promise<void> {
     this.#stopped = true
