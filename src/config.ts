@@ -162,7 +162,12 @@ export const settings = {
   changeBufferMax: integer("newest changes kept in memory for followers, a partition", "changes", 1_024, 16, 1_000_000),
 
   // Backups
-  backupTo: text("where the node backs itself up to; empty: nowhere", "", "a path, or empty", /^[^\0]{0,4096}$/),
+  backupTo: text(
+    "where the node backs itself up to; empty: nowhere",
+    "",
+    "a path, gs://bucket/prefix, or empty",
+    /^[^\0]{0,4096}$/
+  ),
   backupIntervalMillis: integer("between two backups: the most that is lost", "ms", 900_000, 100, 3_600_000),
   backupKeepDays: integer("any time within which can be restored", "days", 30, 1, 3_650),
   backupLagMillisMax: integer(
