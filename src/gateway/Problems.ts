@@ -25,12 +25,17 @@ export const problemResponse = (error: ApiError): HttpServerResponse.HttpServerR
   })
 }
 
-/** Beside the content type: never cached, when to come again, and an end to a connection whose body was not read. */
-export const problemHeaders = (error: ApiError, problem: Problem): Record<string, string> => ({
+/**
+ * Beside the content type: never cached, when to come again, and an end to a connection whose body was not read (in HTTP/2
+ * the port ends the stream instead).
+ */
+export const problemHeaders = (error: ApiError, problem: Problem, httpVersion = 1): Record<string, string> => ({
   "cache-control": "no-store",
   ...(problem.retry_after_ms === undefined ? {} : { "retry-after": String(Math.ceil(problem.retry_after_ms / 1_000)) }),
   ...(error._tag === "MethodNotAllowed" ? { allow: error.allowed.join(", ") } : {}),
-  ...(error._tag === "TooLarge" || error._tag === "UnsupportedMediaType" ? { connection: "close" } : {})
+  ...(httpVersion === 1 && (error._tag === "TooLarge" || error._tag === "UnsupportedMediaType")
+    ? { connection: "close" }
+    : {})
 })
 
 /** Methods each path of ours answers; `undefined` for a path that is not ours. */

@@ -92,15 +92,17 @@ export class Sse extends Context.Service<
           if (link !== undefined) run(link.close)
         }
         const fiber = run(program)
+        let gone = false
         const onGone = () => {
+          gone = true
           fiber.interruptUnsafe()
         }
         response.once("close", onGone)
         fiber.addObserver((exit) => {
           response.off("close", onGone)
+          if (gone) return close()
           if (Exit.isFailure(exit)) {
             close()
-            if (response.destroyed) return
             const error = Exit.findErrorOption(exit)
             if (error._tag === "Some") return refuse(response, error.value, requestId)
             countDefect()
