@@ -57,6 +57,8 @@ export const closeCodes = {
   restart: 1012,
   /** A bound of the node is reached. Connect again after some seconds. */
   tryAgainLater: 1013,
+  /** The credential was revoked, or is past its end. Get another, then connect again. */
+  unauthenticated: 4001,
   /** The client read too slowly and `outboundBytesMax` was reached. Connect again and read faster, or ask for less. */
   slowReader: 4008,
   /** Nothing came for `idleTimeoutMillis`, not even answers to pings. Connect again. */
