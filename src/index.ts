@@ -21,6 +21,7 @@ import { LocalActors } from "./shards/LocalActors.ts"
 import { ResultCache } from "./shards/ResultCache.ts"
 import { ResultStore } from "./shards/ResultStore.ts"
 import { Router } from "./shards/Router.ts"
+import { StandingQueries } from "./shards/StandingQueries.ts"
 import { AccessLog } from "./tiers/AccessLog.ts"
 import * as Bucket from "./tiers/Bucket.ts"
 import * as Caches from "./tiers/Caches.ts"
@@ -42,6 +43,7 @@ export { RuvectorRpcs } from "./protocol/Rpcs.ts"
 export { CacheEvents, type CacheInvalidated } from "./shards/CacheEvents.ts"
 export { ResultStore } from "./shards/ResultStore.ts"
 export { Router } from "./shards/Router.ts"
+export { StandingQueries } from "./shards/StandingQueries.ts"
 
 /** The wires over the actors, on one port. Closed first: it drains before the actors below it stop. */
 const wires = HttpGateway.layer.pipe(
@@ -79,6 +81,7 @@ export const actors = Layer.mergeAll(
   StreamSessionActor.layer,
   TierPromoterActor.layer
 ).pipe(
+  Layer.provideMerge(StandingQueries.layer),
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
   Layer.provideMerge(Layer.mergeAll(LocalActors.layer, CacheEvents.layer)),
   Layer.provideMerge(Cluster.layerSingle),

@@ -9,6 +9,9 @@ export const dimensionsMax = 4_096
 /** Results of one search. */
 export const kMax = 10_000
 
+/** Members of a standing query's answer. */
+export const standingMembersMax = 256
+
 /** Width of the search beam (`ef`), candidates. */
 export const efMax = 10_000
 

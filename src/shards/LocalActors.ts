@@ -6,6 +6,7 @@
 import { Context, Effect, Layer, type Scope } from "effect"
 import type { ApiError } from "../protocol/Errors.ts"
 import type { PartitionError, PartitionHits, PartitionQuery, PartitionRecord } from "../protocol/IndexPartition.ts"
+import type { PartitionWatch, WatchChange } from "../protocol/StandingQuery.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 
 export interface LocalPartition {
@@ -16,6 +17,31 @@ export interface LocalPartition {
    * answered; `undefined` while one is being applied.
    */
   readonly revision: () => string | undefined
+  /**
+   * Registers a standing query; the listener has the partition's share of its answer when this succeeds. It ends with the
+   * partition's residence, which the listener is told.
+   */
+  readonly watch: (query: PartitionWatch, listener: WatchListener) => Effect.Effect<WatchHandle, PartitionError>
+  /** The log position that its standing queries are exact to, but for those that hold back. */
+  readonly position: () => number
+}
+
+/** Called in order, in the turn in which it is known. */
+export interface WatchListener {
+  readonly onChange: (change: WatchChange) => void
+  readonly onLost: () => void
+}
+
+export interface WatchHandle {
+  readonly close: () => void
+}
+
+/** Told what becomes of a partition of this process. */
+export interface PartitionFollower {
+  /** It is resident from now on; nothing has been asked of it. */
+  readonly onResident: (partition: LocalPartition) => void
+  /** It is deleted, with its collection. */
+  readonly onRemoved: () => void
 }
 
 export interface LocalSession {
@@ -29,6 +55,9 @@ export class LocalActors extends Context.Service<
     readonly partitions: ReadonlyMap<string, LocalPartition>
     readonly sessions: ReadonlyMap<string, LocalSession>
     readonly registerPartition: (entityId: string, partition: LocalPartition) => Effect.Effect<void, never, Scope.Scope>
+    readonly partitionRemoved: (entityId: string) => void
+    /** Follows a partition until the returned function is called. */
+    readonly followPartition: (entityId: string, follower: PartitionFollower) => () => void
     readonly registerSession: (entityId: string, session: LocalSession) => Effect.Effect<void, never, Scope.Scope>
   }
 >()("ruvector/shards/LocalActors") {
@@ -44,10 +73,28 @@ export class LocalActors extends Context.Service<
           }),
           () => Effect.sync(() => (map.get(entityId) === actor ? map.delete(entityId) : false))
         )
+    const followers = new Map<string, Set<PartitionFollower>>()
+    const registerPartition = register(partitions)
     return LocalActors.of({
       partitions,
       sessions,
-      registerPartition: register(partitions),
+      registerPartition: (entityId, partition) =>
+        Effect.tap(registerPartition(entityId, partition), () =>
+          Effect.sync(() => {
+            for (const follower of [...(followers.get(entityId) ?? [])]) follower.onResident(partition)
+          })
+        ),
+      partitionRemoved: (entityId) => {
+        for (const follower of [...(followers.get(entityId) ?? [])]) follower.onRemoved()
+      },
+      followPartition: (entityId, follower) => {
+        const all = followers.get(entityId) ?? new Set()
+        followers.set(entityId, all.add(follower))
+        return () => {
+          all.delete(follower)
+          if (all.size === 0 && followers.get(entityId) === all) followers.delete(entityId)
+        }
+      },
       registerSession: register(sessions)
     })
   })
