@@ -280,6 +280,12 @@ export const settings = {
   warmWriteMillis: integer("and the time Redis keeps them", "ms", 86_400_000, 60_000, 604_800_000),
 
   // Wires
+  corsOrigins: text(
+    "origins of web pages that may call, beside the server's own: those of this machine, all, or a list",
+    "loopback",
+    "loopback, *, or https://a.example,https://b.example",
+    /^(?:loopback|\*|https?:\/\/[^\s,/]{1,255}(?:,https?:\/\/[^\s,/]{1,255}){0,255})$/
+  ),
   maxBodyBytes: integer("bytes of a request body", "bytes", 32 * mebibyte, 1_024, 1_024 * mebibyte),
   maxFrameBytes: integer("bytes of a WebSocket frame", "bytes", 16 * mebibyte, 1_024, 256 * mebibyte),
   maxHeaderBytes: integer("bytes of a request's headers", "bytes", 16_384, 1_024, mebibyte),

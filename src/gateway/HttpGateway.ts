@@ -17,6 +17,7 @@ import { GrpcHandler, grpcStatus, refuseGrpc } from "./GrpcHandler.ts"
 import { countRequest } from "./Instruments.ts"
 import { OnePort } from "./OnePort.ts"
 import * as Operations from "./Operations.ts"
+import { Origins, refuseUpgrade } from "./Origins.ts"
 import { responseOfCause } from "./Problems.ts"
 import { instance } from "./Queries.ts"
 import { Readiness } from "./Readiness.ts"
@@ -67,9 +68,11 @@ export class HttpGateway extends Context.Service<
 
       let requests = 0
       const nextRequestId = () => `req_${instance}${(requests++).toString(36)}_${settings.region}_${instance}`
+      const origins = new Origins(settings.corsOrigins, settings.host)
       const port = new OnePort(settings, {
         onRequest: (request, response) => {
           const id = nextRequestId()
+          if (origins.answered(request, response, id)) return countRequest("http", "origin", response.statusCode, 0)
           const path = pathOf(request.url as string)
           if (path === Sse.path) return sse.handle(request, response, id)
           if (path === SearchEndpoint.path && request.method === "POST") return search.handle(request, response, id)
@@ -79,6 +82,8 @@ export class HttpGateway extends Context.Service<
         },
         onUpgrade: (request, socket, head) => {
           socket.on("error", () => {})
+          const refused = origins.refusal(request)
+          if (refused !== undefined) return refuseUpgrade(socket, refused)
           if (pathOf(request.url as string) === WebSocketGateway.path) {
             return webSockets.handleUpgrade(request, socket, head)
           }
