@@ -16,7 +16,7 @@ export interface Http2Handlers {
   readonly onRequest: (request: IncomingMessage, response: ServerResponse) => void
   readonly onGrpc: GrpcHandler["Service"]["handleStream"]
   /** A request or session was refused or cut, and why. */
-  readonly onRefused: (reason: string, status: number) => void
+  readonly onRefused: (reason: string) => void
 }
 
 export class Http2Wire {
@@ -93,7 +93,7 @@ export class Http2Wire {
     session.opened(stream)
     if (session.streams === this.#settings.requestsPerConnectionMax) session.session.close()
     if (headerBytes(rawHeaders) > this.#settings.maxHeaderBytes) {
-      this.#handlers.onRefused("headers", rawProblems.headersTooLarge.status)
+      this.#handlers.onRefused("maxHeaderBytes")
       return refuseStream(stream, rawProblems.headersTooLarge)
     }
     if (isGrpc(headers)) return this.#handlers.onGrpc(stream, headers)
@@ -106,9 +106,9 @@ export class Http2Wire {
     const now = Date.now()
     for (const session of this.#sessions.values()) {
       const fault = session.lookAfter(now, this.#settings)
-      if (fault !== undefined) this.#handlers.onRefused(fault, 0)
+      if (fault !== undefined) this.#handlers.onRefused(fault)
       for (const stream of session.late(now - this.#settings.requestTimeoutMillis)) {
-        this.#handlers.onRefused("request_timeout", rawProblems.requestTimeout.status)
+        this.#handlers.onRefused("requestTimeoutMillis")
         refuseStream(stream, rawProblems.requestTimeout)
       }
     }
@@ -206,7 +206,7 @@ class Session {
     const allowed = settings.h2OverheadBytesPerSecond + streams * settings.maxHeaderBytes + written / 2
     if (!receiving && read > allowed) {
       this.#cut(Http2.constants.NGHTTP2_ENHANCE_YOUR_CALM)
-      return "frame_flood"
+      return "h2OverheadBytesPerSecond"
     }
     if (this.#open === 0) {
       const bound = this.streams === 0 ? settings.headersTimeoutMillis : settings.keepAliveTimeoutMillis
@@ -215,7 +215,7 @@ class Session {
       // What is on its way to us may still be refused by its number; a peer that does not hang up is cut a while after.
       if (!session.closed) session.close()
       if (now - since >= bound + goodbyeMillis) this.#cut(Http2.constants.NGHTTP2_NO_ERROR)
-      return this.streams === 0 ? "headers_timeout" : undefined
+      return this.streams === 0 ? "headersTimeoutMillis" : undefined
     }
     if (read > 0) {
       this.#heardAt = now
