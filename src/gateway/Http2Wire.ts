@@ -90,6 +90,10 @@ export class Http2Wire {
     stream.on("error", () => {})
     const session = this.#sessions.get(stream.session as Http2.ServerHttp2Session)
     if (session === undefined) return stream.close(Http2.constants.NGHTTP2_REFUSED_STREAM)
+    if (session.waitingBytes() > this.#settings.outboundBytesMax) {
+      this.#handlers.onRefused("outboundBytesMax")
+      return stream.close(Http2.constants.NGHTTP2_REFUSED_STREAM)
+    }
     session.opened(stream)
     if (session.streams === this.#settings.requestsPerConnectionMax) session.session.close()
     if (headerBytes(rawHeaders) > this.#settings.maxHeaderBytes) {
@@ -141,7 +145,7 @@ class Session {
   streams = 0
   readonly #socket: Socket
   readonly #openedAt = Date.now()
-  #open = 0
+  readonly #open = new Set<Http2.ServerHttp2Stream>()
   #quietSince = Date.now()
   /** Streams whose body is not whole yet, and since when, oldest first. */
   #receiving: Map<Http2.ServerHttp2Stream, number> | undefined
@@ -151,6 +155,9 @@ class Session {
   #seenRead = 0
   #seenWritten = 0
   #seenStreams = 0
+  /** When the peer last took something of what waits for it, and what had been written until then. */
+  #readSince = Date.now()
+  #writtenThen = 0
 
   constructor(session: Http2.ServerHttp2Session, socket: Socket) {
     this.session = session
@@ -159,11 +166,18 @@ class Session {
 
   opened(stream: Http2.ServerHttp2Stream): void {
     this.streams += 1
-    this.#open += 1
+    this.#open.add(stream)
     stream.once("close", () => {
-      this.#open -= 1
-      if (this.#open === 0) this.#quietSince = Date.now()
+      this.#open.delete(stream)
+      if (this.#open.size === 0) this.#quietSince = Date.now()
     })
+  }
+
+  /** Bytes of answers that the peer has not taken. */
+  waitingBytes(): number {
+    let bytes = 0
+    for (const stream of this.#open) bytes += stream.writableLength
+    return bytes
   }
 
   receives(stream: Http2.ServerHttp2Stream): void {
@@ -208,7 +222,7 @@ class Session {
       this.#cut(Http2.constants.NGHTTP2_ENHANCE_YOUR_CALM)
       return "h2OverheadBytesPerSecond"
     }
-    if (this.#open === 0) {
+    if (this.#open.size === 0) {
       const bound = this.streams === 0 ? settings.headersTimeoutMillis : settings.keepAliveTimeoutMillis
       const since = this.streams === 0 ? this.#openedAt : this.#quietSince
       if (now - since < bound) return undefined
@@ -216,6 +230,13 @@ class Session {
       if (!session.closed) session.close()
       if (now - since >= bound + goodbyeMillis) this.#cut(Http2.constants.NGHTTP2_NO_ERROR)
       return this.streams === 0 ? "headersTimeoutMillis" : undefined
+    }
+    if (this.waitingBytes() === 0 || this.#seenWritten - this.#writtenThen >= readBytesMin) {
+      this.#readSince = now
+      this.#writtenThen = this.#seenWritten
+    } else if (now - this.#readSince >= settings.idleTimeoutMillis + slowReaderGraceMillis) {
+      this.#cut(Http2.constants.NGHTTP2_ENHANCE_YOUR_CALM)
+      return "slow_reader"
     }
     if (read > 0) {
       this.#heardAt = now
@@ -239,6 +260,12 @@ class Session {
     setImmediate(() => this.#socket.destroy())
   }
 }
+
+/** Bytes that a peer takes at the least in the time for it, or it is not reading: answers to its pings are some too. */
+const readBytesMin = 16_384
+
+/** Milliseconds more than the streams have that close a slow reader in their own words. */
+export const slowReaderGraceMillis = 5_000
 
 /** Milliseconds that a session which was told to go has for it. */
 const goodbyeMillis = 2_000

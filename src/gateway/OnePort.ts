@@ -12,7 +12,7 @@ import { Data, Effect } from "effect"
 import type { SettingValues } from "../config.ts"
 import { type ClientAddresses, networkOf, plainAddress } from "./ClientAddresses.ts"
 import type { GrpcHandler } from "./GrpcHandler.ts"
-import { Http2Wire } from "./Http2Wire.ts"
+import { Http2Wire, slowReaderGraceMillis } from "./Http2Wire.ts"
 import { malformed, type RawProblem, rawProblems } from "./RawProblems.ts"
 import * as TlsWire from "./TlsWire.ts"
 
@@ -301,9 +301,6 @@ const refusedMax = 64
 
 /** Milliseconds for a peer to read why it was refused. */
 const lingerMillis = 1_000
-
-/** Milliseconds more than the streams have that close a slow reader in their own words. */
-const slowReaderGraceMillis = 5_000
 
 const listenFault = (error: NodeJS.ErrnoException, port: number, host: string): string => {
   switch (error.code) {
