@@ -13,6 +13,7 @@ import { HttpRouter, HttpServerRequest, HttpServerResponse } from "effect/http"
 import { OpenApi } from "effect/http-api"
 import { Settings } from "../config.ts"
 import { RuvectorApi } from "../protocol/HttpApi.ts"
+import { Shedding } from "../shards/Shedding.ts"
 import { GrpcHandler, grpcStatus, refuseGrpc } from "./GrpcHandler.ts"
 import { countRequest } from "./Instruments.ts"
 import { OnePort } from "./OnePort.ts"
@@ -20,6 +21,8 @@ import * as Operations from "./Operations.ts"
 import { responseOfCause } from "./Problems.ts"
 import { instance } from "./Queries.ts"
 import { Readiness } from "./Readiness.ts"
+import { askerOf, refuseRequest, refuseUpgrade } from "./Refusals.ts"
+import { RejectedConnections } from "./RejectedConnections.ts"
 import * as RestApi from "./RestApi.ts"
 import * as RpcGateway from "./RpcGateway.ts"
 import * as SearchEndpoint from "./SearchEndpoint.ts"
@@ -39,6 +42,7 @@ export class HttpGateway extends Context.Service<
     Effect.gen(function* () {
       const settings = yield* Settings
       const readiness = yield* Readiness
+      const shedding = yield* Shedding
       const sse = yield* Sse.Sse
       const search = yield* SearchEndpoint.SearchEndpoint
       const webSockets = yield* WebSocketGateway.WebSocketGateway
@@ -67,18 +71,38 @@ export class HttpGateway extends Context.Service<
 
       let requests = 0
       const nextRequestId = () => `req_${instance}${(requests++).toString(36)}_${settings.region}_${instance}`
+      const rejected = new RejectedConnections(shedding)
       const port = new OnePort(settings, {
+        onConnection: (socket) => rejected.opened(socket),
         onRequest: (request, response) => {
           const id = nextRequestId()
           const path = pathOf(request.url as string)
+          const isOperators = operatorPaths.has(path)
+          const refusal = isOperators ? undefined : rejected.refusal(request.socket)
+          if (refusal !== undefined) {
+            countRequest("http", "connection", 503, 0)
+            return refuseRequest(request, response, id, refusal, 503)
+          }
           if (path === Sse.path) return sse.handle(request, response, id)
           if (path === SearchEndpoint.path && request.method === "POST") return search.handle(request, response, id)
+          // Calls of RPC are refused one by one.
+          const shed =
+            isOperators || rpcPaths.has(path) ? undefined : shedding.refusal(askerOf(request.socket.remoteAddress))
+          if (shed !== undefined) {
+            countRequest("http", routeOf(path), 429, 0)
+            return refuseRequest(request, response, id, shed)
+          }
           // Handed on in the request, where the Effect side reads it; a client's own is not taken over.
           request.headers[requestIdHeader] = id
           handler(request, response)
         },
         onUpgrade: (request, socket, head) => {
           socket.on("error", () => {})
+          const refusal = rejected.refusal(request.socket)
+          if (refusal !== undefined) {
+            countRequest("http", "connection", 503, 0)
+            return refuseUpgrade(socket, refusal)
+          }
           if (pathOf(request.url as string) === WebSocketGateway.path) {
             return webSockets.handleUpgrade(request, socket, head)
           }
@@ -87,9 +111,21 @@ export class HttpGateway extends Context.Service<
         },
         onGrpc: Option.match(grpc, {
           onNone: () => (stream) => refuseGrpc(stream, grpcStatus.unimplemented, "This server has no gRPC."),
-          onSome: ({ handleStream }) => handleStream
+          onSome:
+            ({ handleStream }) =>
+            (stream, headers) => {
+              const refusal = rejected.refusal(stream.session?.socket ?? {})
+              if (refusal === undefined) return handleStream(stream, headers)
+              countRequest("grpc", "connection", 503, 0)
+              refuseGrpc(stream, grpcStatus.unavailable, "New connections are rejected while the node is overloaded.")
+            }
         }),
         onRefused: (reason, status) => countRequest("http", reason, status, 0)
+      })
+      yield* shedding.joinConnections({
+        count: () => port.connections,
+        closeIdle: (olderThanMillis, max, retryAfterMillis) =>
+          webSockets.closeIdle?.(olderThanMillis, max, retryAfterMillis) ?? 0
       })
       const address = yield* port.listen(settings.port, settings.host)
 
@@ -117,6 +153,11 @@ export class HttpGateway extends Context.Service<
   )
 }
 
+/** Answered whatever the load: a load balancer, and whoever looks into it, has to know. */
+const operatorPaths = new Set(["/health/live", "/health/ready", "/metrics", Operations.loadPath])
+
+const rpcPaths = new Set<string>(RpcGateway.paths)
+
 const requestIdHeader = "x-ruvector-request-id"
 
 const pathOf = (url: string): string => {
@@ -135,9 +176,17 @@ const patterns: ReadonlyArray<{
     pattern: new RegExp(`^${path.replace(/\{[^}]+\}/g, "[^/]+")}$`),
     methods: Object.keys(operations).map((method) => method.toUpperCase())
   })),
-  ...["/", "/docs", "/openapi.json", "/metrics", "/health/live", "/health/ready", Sse.path, WebSocketGateway.path].map(
-    (path) => ({ route: path.replace("/api/v1/", ""), pattern: new RegExp(`^${path}$`), methods: ["GET"] })
-  ),
+  ...[
+    "/",
+    "/docs",
+    "/openapi.json",
+    "/metrics",
+    "/health/live",
+    "/health/ready",
+    Operations.loadPath,
+    Sse.path,
+    WebSocketGateway.path
+  ].map((path) => ({ route: path.replace("/api/v1/", ""), pattern: new RegExp(`^${path}$`), methods: ["GET"] })),
   ...RpcGateway.paths.map((path) => ({
     route: path.replace("/api/v1/", ""),
     pattern: new RegExp(`^${path}$`),

@@ -19,6 +19,8 @@ export class ListenError extends Data.TaggedError("ListenError")<{ readonly mess
 
 export interface PortHandlers {
   readonly onRequest: (request: Http.IncomingMessage, response: Http.ServerResponse) => void
+  /** A connection was opened; what it speaks is not known yet. */
+  readonly onConnection: (socket: Socket) => void
   readonly onUpgrade: (request: Http.IncomingMessage, socket: Duplex, head: Buffer) => void
   readonly onGrpc: GrpcHandler["Service"]["handleStream"]
   /** A connection, session or request was refused or cut before a handler saw it; `status` is 0 where none was answered. */
@@ -98,6 +100,7 @@ export class OnePort {
   #connected(socket: Socket): void {
     this.#sockets.add(socket)
     socket.once("close", () => this.#sockets.delete(socket))
+    this.#handlers.onConnection(socket)
     this.#sniff(socket)
   }
 
