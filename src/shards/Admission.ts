@@ -3,11 +3,15 @@
  * queue, and what would wait too long is refused at once, so that what is admitted keeps its latency and the threads do no
  * work that nobody waits for any more.
  *
- * **The queue** is of controlled delay (CoDel, as in Facebook's "Fail at Scale"): a burst may wait up to
- * `searchQueueBurstMillis`. Once the queue has not been empty for that long, a burst it is not: then nobody waits longer than
- * `searchQueueMillis`, and the queue holds no more than what is answered in that time, so that nearly all who are refused are
- * refused at the door. Newest first, which that paper adds, is not done: of a queue this short it would leave the oldest to
- * run out of time in it, and a refusal would cost what a search costs before it begins.
+ * **The queue** is of controlled delay (CoDel, as in Facebook's "Fail at Scale"). A burst may wait up to
+ * `searchQueueBurstMillis`, first come first served. When in all of that time nobody waited less than
+ * `searchQueueStandingMillis`, it is no burst but more than can be done: then nobody waits longer than `searchQueueMillis`, and
+ * the queue holds no more than what is answered in that time, so that nearly all who are refused are refused at the door. That
+ * ends when hardly anybody had to be refused for a second. Clients that wait for their answers before they ask again, some
+ * dozens of them, are a queue that stands and does not grow: they are all served.
+ *
+ * Newest first, which that paper adds, is not done: of a queue this short it would leave the oldest to run out of time in it,
+ * and a refusal would cost what a search costs before it begins.
  *
  * **Premium** searches are taken first, and where the queue is full one takes the place of the newest that is not.
  *
@@ -85,7 +89,10 @@ const waitingMin = 2
 const retryMillisMax = 30_000
 
 /** Over so long it is found out how many are refused for each that is answered. */
-const pressureMillis = 1_000
+const stockMillis = 1_000
+
+/** Fewer refused than one in twenty answered: what is asked can be done. */
+const relaxedPressure = 1.05
 
 class Door {
   readonly latencies = new LatencyWindow(latencyPeriods)
@@ -95,11 +102,13 @@ class Door {
   readonly #limit: ConcurrencyLimit
   readonly #premium = new Line()
   readonly #standard = new Line()
-  /** When the queue was last empty. */
-  #emptyAt = 0
+  /** Whether more is asked than can be done, so that the queue is kept short. */
+  #isTight = false
+  #leastWait = Number.POSITIVE_INFINITY
+  #leastWaitFrom = 0
   #timer: ReturnType<typeof setTimeout> | undefined
   #pressure = 1
-  #pressureFrom = 0
+  #stockFrom = 0
   #answered = 0
   #refused = 0
 
@@ -124,7 +133,7 @@ class Door {
     const shed = this.#shedding.refusal(asker)
     if (shed !== undefined) return shed
     if (this.#waiting === 0) return undefined
-    return this.#isFull(asker.tier, this.#now()) ? this.#refuse("searchQueue") : undefined
+    return this.#isFull(asker.tier) ? this.#refuse("searchQueue") : undefined
   }
 
   readonly isPressed = (): boolean => this.#waiting > 0 || this.#shedding.level() > 0
@@ -176,14 +185,14 @@ class Door {
     return Math.max(this.#settings.searchQueueBurstMillis, 2 * this.#patienceMillis)
   }
 
-  #isOverloaded(now: number): boolean {
-    return this.#waiting > 0 && now - this.#emptyAt > this.#burstMillis
+  get #standingMillis(): number {
+    return Math.max(this.#settings.searchQueueStandingMillis, 2 * this.#patienceMillis)
   }
 
-  #isFull(tier: Tier, now: number): boolean {
+  #isFull(tier: Tier): boolean {
     const { searchQueueMax } = this.#settings
     const room =
-      this.#limit.perSecond > 0 && this.#isOverloaded(now)
+      this.#isTight && this.#limit.perSecond > 0
         ? Math.max(waitingMin, Math.ceil((this.#limit.perSecond * this.#patienceMillis) / 1_000))
         : searchQueueMax
     return (tier === "premium" ? this.#premium.size : this.#waiting) >= Math.min(room, searchQueueMax)
@@ -191,7 +200,7 @@ class Door {
 
   /** Why this search may not wait; where it may, it has a place. */
   #waitRefusal(ticket: Ticket): Refusal | undefined {
-    if (this.#isFull(ticket.tier, ticket.arrivedAt)) return this.#refuse("searchQueue")
+    if (this.#isFull(ticket.tier)) return this.#refuse("searchQueue")
     const ahead = ticket.tier === "premium" ? this.#premium.size : this.#waiting
     const rate = this.#limit.perSecond
     const wait = rate === 0 ? 0 : ((ahead + 1) * 1_000) / rate
@@ -202,8 +211,7 @@ class Door {
   #wait(ticket: Ticket): Effect.Effect<void, Overloaded> {
     return Effect.callback((resume) => {
       ticket.resume = resume
-      if (this.#waiting === 0) this.#emptyAt = ticket.arrivedAt
-      else if (ticket.tier === "premium" && this.#isFull("standard", ticket.arrivedAt)) {
+      if (ticket.tier === "premium" && this.#isFull("standard")) {
         const displaced = this.#standard.takeLast()
         if (displaced !== undefined) this.#turnAway(displaced)
       }
@@ -221,6 +229,26 @@ class Door {
     ticket.state = "underWay"
     ticket.beganAt = now
     ticket.wasAlone = this.#limit.begin()
+    this.#waited(now - ticket.arrivedAt, now)
+  }
+
+  /** One waited so long, until it began or was refused for it. */
+  #waited(millis: number, now: number): void {
+    if (millis < this.#leastWait) this.#leastWait = millis
+    if (now - this.#leastWaitFrom < this.#burstMillis) return
+    if (this.#leastWait > this.#standingMillis) this.#isTight = true
+    this.#leastWait = Number.POSITIVE_INFINITY
+    this.#leastWaitFrom = now
+    this.#takeStock(now)
+  }
+
+  #takeStock(now: number): void {
+    if (now - this.#stockFrom < stockMillis) return
+    this.#pressure = 1 + this.#refused / Math.max(1, this.#answered)
+    if (this.#pressure < relaxedPressure) this.#isTight = false
+    this.#stockFrom = now
+    this.#answered = 0
+    this.#refused = 0
   }
 
   #leave(ticket: Ticket, exit: Exit.Exit<unknown, unknown>): void {
@@ -243,12 +271,14 @@ class Door {
   /** Those whose turn it is begin; those who waited too long are refused. */
   #callNext(now: number): void {
     while (this.#waiting > 0 && this.#limit.hasRoom) {
-      const patience = this.#isOverloaded(now) ? this.#patienceMillis : this.#burstMillis
+      const patience = this.#isTight ? this.#patienceMillis : this.#burstMillis
       const ticket = this.#premium.take() ?? this.#standard.take()
       if (ticket === undefined) return
       const waited = now - ticket.arrivedAt
-      if (waited > patience) this.#turnAway(ticket)
-      else if (waited + ticket.kind.aloneMillis > ticket.deadlineMillis) this.#turnAway(ticket, "deadline_ms")
+      if (waited > patience) {
+        this.#waited(waited, now)
+        this.#turnAway(ticket)
+      } else if (waited + ticket.kind.aloneMillis > ticket.deadlineMillis) this.#turnAway(ticket, "deadline_ms")
       else {
         this.#admit(ticket, now)
         ticket.resume?.(Effect.void)
@@ -282,12 +312,7 @@ class Door {
     const now = this.#now()
     this.#shedding.count(bound)
     this.#refused += 1
-    if (now - this.#pressureFrom > pressureMillis) {
-      this.#pressure = 1 + this.#refused / Math.max(1, this.#answered)
-      this.#pressureFrom = now
-      this.#answered = 0
-      this.#refused = 0
-    }
+    this.#takeStock(now)
     // All who are refused come back, so the more they are the later they do.
     const millis = Math.min(retryMillisMax, this.#settings.shedRetryMillis * this.#pressure)
     return { bound, retryAfterMillis: this.#shedding.spread(millis) }
