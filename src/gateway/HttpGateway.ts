@@ -14,16 +14,19 @@ import { HttpRouter, HttpServerRequest, HttpServerResponse } from "effect/http"
 import { OpenApi } from "effect/http-api"
 import { Settings } from "../config.ts"
 import { RuvectorApi } from "../protocol/HttpApi.ts"
+import { Shedding } from "../shards/Shedding.ts"
 import { ClientAddresses } from "./ClientAddresses.ts"
 import { GrpcHandler, grpcStatus, refuseGrpc } from "./GrpcHandler.ts"
 import { countRefusal, countRequest } from "./Instruments.ts"
 import * as OnePort from "./OnePort.ts"
 import * as Operations from "./Operations.ts"
-import { Origins, refuseUpgrade } from "./Origins.ts"
+import { Origins, refusePage } from "./Origins.ts"
 import { responseOfCause } from "./Problems.ts"
 import { instance } from "./Queries.ts"
 import { rawProblems } from "./RawProblems.ts"
 import { Readiness } from "./Readiness.ts"
+import { askerOf, refuseRequest, refuseUpgrade } from "./Refusals.ts"
+import { RejectedConnections } from "./RejectedConnections.ts"
 import * as RestApi from "./RestApi.ts"
 import * as RpcGateway from "./RpcGateway.ts"
 import * as SearchEndpoint from "./SearchEndpoint.ts"
@@ -43,6 +46,7 @@ export class HttpGateway extends Context.Service<
     Effect.gen(function* () {
       const settings = yield* Settings
       const readiness = yield* Readiness
+      const shedding = yield* Shedding
       const sse = yield* Sse.Sse
       const search = yield* SearchEndpoint.SearchEndpoint
       const webSockets = yield* WebSocketGateway.WebSocketGateway
@@ -72,16 +76,30 @@ export class HttpGateway extends Context.Service<
       let requests = 0
       const nextRequestId = () => `req_${instance}${(requests++).toString(36)}_${settings.region}_${instance}`
       const origins = new Origins(settings.corsOrigins, settings.host)
-      const draining = false
+      const rejected = new RejectedConnections(shedding)
+      let draining = false
       const port = yield* OnePort.make(settings, yield* ClientAddresses, {
->>>>>>> port
+        onConnection: (socket) => rejected.opened(socket),
         onRequest: (request, response) => {
           const id = nextRequestId()
           if (origins.answered(request, response, id)) return countRequest("http", "origin", response.statusCode, 0)
           const path = pathOf(request.url as string)
           if (draining && path.startsWith(streamPaths)) return refuseDraining(response, id)
+          const isOperators = operatorPaths.has(path)
+          const refusal = isOperators ? undefined : rejected.refusal(request.socket)
+          if (refusal !== undefined) {
+            countRequest("http", "connection", 503, 0)
+            return refuseRequest(request, response, id, refusal, 503)
+          }
           if (path === Sse.path) return sse.handle(request, response, id)
           if (path === SearchEndpoint.path && request.method === "POST") return search.handle(request, response, id)
+          // Calls of RPC are refused one by one.
+          const shed =
+            isOperators || rpcPaths.has(path) ? undefined : shedding.refusal(askerOf(request.socket.remoteAddress))
+          if (shed !== undefined) {
+            countRequest("http", routeOf(path), 429, 0)
+            return refuseRequest(request, response, id, shed)
+          }
           // Handed on in the request, where the Effect side reads it; a client's own is not taken over.
           request.headers[requestIdHeader] = id
           handler(request, response)
@@ -89,8 +107,13 @@ export class HttpGateway extends Context.Service<
         onUpgrade: (request, socket, head) => {
           socket.on("error", () => {})
           const refused = origins.refusal(request)
-          if (refused !== undefined) return refuseUpgrade(socket, refused)
+          if (refused !== undefined) return refusePage(socket, refused)
           if (draining) return socket.end(rawProblems.shuttingDown.text)
+          const refusal = rejected.refusal(request.socket)
+          if (refusal !== undefined) {
+            countRequest("http", "connection", 503, 0)
+            return refuseUpgrade(socket, refusal)
+          }
           if (pathOf(request.url as string) === WebSocketGateway.path) {
             return webSockets.handleUpgrade(request, socket, head)
           }
@@ -99,10 +122,23 @@ export class HttpGateway extends Context.Service<
         },
         onGrpc: (stream, headers) => {
           if (draining) return refuseGrpc(stream, grpcStatus.unavailable, "This node is shutting down.")
+          if (rejected.refusal(stream.session?.socket ?? {}) !== undefined) {
+            countRequest("grpc", "connection", 503, 0)
+            return refuseGrpc(
+              stream,
+              grpcStatus.unavailable,
+              "New connections are rejected while the node is overloaded."
+            )
+          }
           if (Option.isSome(grpc)) return grpc.value.handleStream(stream, headers)
           refuseGrpc(stream, grpcStatus.unimplemented, "This server has no gRPC.")
         },
         onRefused: countRefusal
+      })
+      yield* shedding.joinConnections({
+        count: port.connections,
+        closeIdle: (olderThanMillis, max, retryAfterMillis) =>
+          webSockets.closeIdle?.(olderThanMillis, max, retryAfterMillis) ?? 0
       })
 
       yield* Effect.addFinalizer(() =>
@@ -145,6 +181,11 @@ const refuseDraining = (response: ServerResponse, requestId: string): void => {
   response.end(body)
 }
 
+/** Answered whatever the load: a load balancer, and whoever looks into it, has to know. */
+const operatorPaths = new Set(["/health/live", "/health/ready", "/metrics", Operations.loadPath])
+
+const rpcPaths = new Set<string>(RpcGateway.paths)
+
 const requestIdHeader = "x-ruvector-request-id"
 
 const pathOf = (url: string): string => {
@@ -163,9 +204,17 @@ const patterns: ReadonlyArray<{
     pattern: new RegExp(`^${path.replace(/\{[^}]+\}/g, "[^/]+")}$`),
     methods: Object.keys(operations).map((method) => method.toUpperCase())
   })),
-  ...["/", "/docs", "/openapi.json", "/metrics", "/health/live", "/health/ready", Sse.path, WebSocketGateway.path].map(
-    (path) => ({ route: path.replace("/api/v1/", ""), pattern: new RegExp(`^${path}$`), methods: ["GET"] })
-  ),
+  ...[
+    "/",
+    "/docs",
+    "/openapi.json",
+    "/metrics",
+    "/health/live",
+    "/health/ready",
+    Operations.loadPath,
+    Sse.path,
+    WebSocketGateway.path
+  ].map((path) => ({ route: path.replace("/api/v1/", ""), pattern: new RegExp(`^${path}$`), methods: ["GET"] })),
   ...RpcGateway.paths.map((path) => ({
     route: path.replace("/api/v1/", ""),
     pattern: new RegExp(`^${path}$`),

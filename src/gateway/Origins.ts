@@ -92,7 +92,7 @@ export class Origins {
 }
 
 /** An upgrade has no response to answer with. */
-export const refuseUpgrade = (socket: Duplex, error: Forbidden): void => {
+export const refusePage = (socket: Duplex, error: Forbidden): void => {
   countRequest("http", "origin", 403, 0)
   const body = JSON.stringify(toProblem(error))
   socket.end(

@@ -25,9 +25,11 @@ import {
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import type { TierEvent } from "../protocol/TierPromoter.ts"
 import { Router } from "../shards/Router.ts"
+import { overloadedBy, Shedding } from "../shards/Shedding.ts"
 import { countDefect, countRequest } from "./Instruments.ts"
 import { Promoter } from "./Promoter.ts"
 import { instance, toQuery } from "./Queries.ts"
+import { nobody } from "./Refusals.ts"
 import { Sessions } from "./Sessions.ts"
 
 export const layer = RuvectorRpcs.toLayer(
@@ -36,12 +38,15 @@ export const layer = RuvectorRpcs.toLayer(
     const router = yield* Router
     const sessions = yield* Sessions
     const promoter = yield* Promoter
+    const shedding = yield* Shedding
 
     /** A call, counted; what goes wrong in us is logged under an id and answered with it. */
     const call = <A, R>(tag: string, effect: Effect.Effect<A, ApiError, R>): Effect.Effect<A, ApiError, R> =>
       Effect.suspend(() => {
         const started = performance.now()
-        return effect.pipe(
+        const refusal = shedding.refusal(nobody)
+        const admitted = refusal === undefined ? effect : Effect.fail(overloadedBy(refusal))
+        return admitted.pipe(
           Effect.catchCause((cause) => answered(tag, cause)),
           Effect.onExit((exit) =>
             Effect.sync(() => countRequest("rpc", tag, statusOf(exit), performance.now() - started))

@@ -11,10 +11,12 @@ import { Context, Effect, Exit, Layer, Result } from "effect"
 import { Settings } from "../config.ts"
 import { type ApiError, InternalError, InvalidInput, MethodNotAllowed, toProblem } from "../protocol/Errors.ts"
 import type { SearchAnswer } from "../protocol/StreamSession.ts"
+import { Admission } from "../shards/Admission.ts"
 import * as Answers from "./Answers.ts"
 import { connectionClosed, connectionOpened, countDefect, countRequest } from "./Instruments.ts"
 import { problemContentType, problemHeaders } from "./Problems.ts"
 import { queryOfParameters } from "./Queries.ts"
+import { askerOf, refuseRequest } from "./Refusals.ts"
 import { type SessionLink, Sessions } from "./Sessions.ts"
 
 export const path = "/api/v1/stream/search"
@@ -32,6 +34,7 @@ export class Sse extends Context.Service<
     Effect.gen(function* () {
       const settings = yield* Settings
       const sessions = yield* Sessions
+      const admission = yield* Admission
       const context = yield* Effect.context<never>()
       const run = Effect.runForkWith(context)
       const open = new Set<SseStream>()
@@ -58,6 +61,11 @@ export class Sse extends Context.Service<
       const handle = (request: IncomingMessage, response: ServerResponse, requestId: string): void => {
         if (request.method !== "GET") {
           return refuse(response, new MethodNotAllowed({ method: request.method ?? "", allowed: ["GET"] }), requestId)
+        }
+        const refusal = admission.refusal(askerOf(request.socket.remoteAddress))
+        if (refusal !== undefined) {
+          countRequest("sse", "stream/search", 429, 0)
+          return refuseRequest(request, response, requestId, refusal)
         }
         const url = request.url as string
         const parameters = new URLSearchParams(url.includes("?") ? url.slice(url.indexOf("?") + 1) : "")

@@ -24,10 +24,13 @@ import {
   SearchFrame
 } from "../protocol/Frames.ts"
 import type { SessionQuery } from "../protocol/StreamSession.ts"
+import { Admission } from "../shards/Admission.ts"
 import { Router } from "../shards/Router.ts"
+import type { Asker } from "../shards/Shedding.ts"
 import * as Answers from "./Answers.ts"
 import { connectionClosed, connectionOpened, countDefect, countRequest } from "./Instruments.ts"
 import { instance, toQuery } from "./Queries.ts"
+import { askerOf, refusalProblem, searchEnvelope } from "./Refusals.ts"
 import { type SessionLink, Sessions } from "./Sessions.ts"
 
 export const path = "/api/v1/ws"
@@ -38,6 +41,8 @@ export class WebSocketGateway extends Context.Service<
     readonly handleUpgrade: (request: IncomingMessage, socket: Duplex, head: Buffer) => void
     /** Tells every connection to come back elsewhere (1012), and closes it. */
     readonly drain: Effect.Effect<void>
+    /** Closes up to `max` connections that were idle for longer, telling when to come back; answers how many. */
+    readonly closeIdle?: (olderThanMillis: number, max: number, retryAfterMillis: number) => number
     readonly count: () => number
   }
 >()("ruvector/gateway/WebSocketGateway") {
@@ -57,6 +62,7 @@ export class WebSocketGateway extends Context.Service<
       const hub: Hub = {
         settings,
         router: yield* Router,
+        admission: yield* Admission,
         sessions: yield* Sessions,
         run: Effect.runForkWith(yield* Effect.context<never>()),
         connections
@@ -85,7 +91,7 @@ export class WebSocketGateway extends Context.Service<
       return WebSocketGateway.of({
         handleUpgrade: (request, socket, head) => {
           server.handleUpgrade(request, socket, head, (ws) => {
-            connections.add(new Connection(hub, ws, socket))
+            connections.add(new Connection(hub, ws, socket, askerOf(request.socket.remoteAddress)))
           })
         },
         drain,
@@ -98,6 +104,7 @@ export class WebSocketGateway extends Context.Service<
 interface Hub {
   readonly settings: SettingValues
   readonly router: Router["Service"]
+  readonly admission: Admission["Service"]
   readonly sessions: Sessions["Service"]
   readonly run: <A, E>(effect: Effect.Effect<A, E>) => Fiber.Fiber<A, E>
   readonly connections: Set<Connection>
@@ -118,6 +125,7 @@ class Connection {
   readonly #hub: Hub
   readonly #ws: WebSocket
   readonly #socket: Duplex
+  readonly #asker: Asker
   /** Sessions by label: open ones, and those being opened. */
   readonly #sessions = new Map<string, SessionLink | Promise<SessionLink | ApiError>>()
   /** Requests under way by id (by a number where they have none): to cancel them, and to refuse a second of one id. */
@@ -129,10 +137,11 @@ class Connection {
   #corked = false
   #closed = false
 
-  constructor(hub: Hub, ws: WebSocket, socket: Duplex) {
+  constructor(hub: Hub, ws: WebSocket, socket: Duplex, asker: Asker) {
     this.#hub = hub
     this.#ws = ws
     this.#socket = socket
+    this.#asker = asker
     ws.on("message", (data, binary) => this.#message(data, binary))
     ws.on("pong", () => this.#heard())
     ws.on("ping", () => this.#heard())
@@ -167,6 +176,7 @@ class Connection {
 
   #message(data: RawData, binary: boolean): void {
     this.#heard()
+    if (this.#hub.admission.isPressed() && this.#isRefused(data as Buffer, binary)) return
     const frame = binary ? decodeBinary(data as Buffer) : decodeText(data as Buffer)
     if (Result.isFailure(frame)) return this.#fail(frame.failure, "")
     const envelope = envelopeOf(frame.success)
@@ -215,6 +225,17 @@ class Connection {
         return this.#send(`{"event":"closed","session":${JSON.stringify(session)}${envelope}}`)
       }
     }
+  }
+
+  /** Refuses a search before its vector is read, where it shows at once that it is one. */
+  #isRefused(data: Buffer, binary: boolean): boolean {
+    const envelope = searchEnvelope(data, binary)
+    if (envelope === undefined) return false
+    const refusal = this.#hub.admission.refusal(this.#asker)
+    if (refusal === undefined) return false
+    countRequest("ws", "search", 429, 0)
+    this.#send(`{"event":"error","problem":${refusalProblem(refusal)}${envelope}}`)
+    return true
   }
 
   #search(

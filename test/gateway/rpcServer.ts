@@ -21,6 +21,7 @@ import {
 } from "../../src/protocol/Errors.ts"
 import type { SearchAnswer, SessionQuery } from "../../src/protocol/StreamSession.ts"
 import { Router } from "../../src/shards/Router.ts"
+import { Shedding } from "../../src/shards/Shedding.ts"
 
 export interface RpcTestServer {
   readonly port: number
@@ -68,7 +69,8 @@ export const startRpcServer = Effect.fnUntraced(function* (given: Partial<Settin
     Layer.succeed(Settings, settings),
     Layer.succeed(Router, router),
     Layer.succeed(Sessions, countedSessions(router, seen)),
-    Layer.succeed(Promoter, noPromoter)
+    Layer.succeed(Promoter, noPromoter),
+    Layer.provide(Shedding.layer, Layer.succeed(Settings, settings))
   )
   return yield* Effect.gen(function* () {
     const scope = yield* Effect.scope
