@@ -140,6 +140,7 @@ export class StandingRegistry {
   #match(id: string): void {
     const record = this.#source.visible(id)
     const known = this.#members.get(id)
+    const factor = record === undefined ? 0 : this.#index.factorOf(record.vector)
     this.#tick += 1
     if (known !== undefined) {
       known.stamp = this.#tick
@@ -148,7 +149,7 @@ export class StandingRegistry {
         query.take(query.members.indexOf(known))
         const score =
           record !== undefined && this.#passes(query.filter, record.metadata)
-            ? this.#index.score(query.slot, record.vector)
+            ? this.#index.score(query.slot, record.vector, factor)
             : Number.NaN
         if (score >= query.bar) query.put(known, score)
         else this.#letGo(known, query)
@@ -160,13 +161,13 @@ export class StandingRegistry {
       this.#hold(query, this.#memberOf(id), score)
       this.#changed.add(query)
     }
-    this.#index.reached(record.vector, (slot, score) => {
+    this.#index.reached(record.vector, factor, (slot, score) => {
       const query = this.#bySlot[slot]!
       if (this.#passes(query.filter, record.metadata)) reach(query, score)
     })
     for (const filter of this.#filters.values()) {
       if (filter.open.size === 0 || !this.#passes(filter, record.metadata)) continue
-      for (const query of filter.open) reach(query, this.#index.score(query.slot, record.vector))
+      for (const query of filter.open) reach(query, this.#index.score(query.slot, record.vector, factor))
     }
   }
 
@@ -196,7 +197,7 @@ export class StandingRegistry {
     const isOpen = query.bar === Number.NEGATIVE_INFINITY
     if (isOpen) query.filter.open.add(query)
     else query.filter.open.delete(query)
-    this.#index.setBar(query.slot, isOpen ? Number.POSITIVE_INFINITY : query.bar)
+    this.#index.setBar(query.slot, isOpen ? Number.NaN : query.bar)
   }
 
   /** Finds the best of all records. What the query holds stays, where it belongs: a walk of the graph may miss it. */
@@ -218,7 +219,7 @@ export class StandingRegistry {
     // Another record than the last one that a filter's verdict is kept of.
     this.#tick += 1
     if (!this.#passes(query.filter, record.metadata)) return
-    const score = this.#index.score(query.slot, record.vector)
+    const score = this.#index.score(query.slot, record.vector, this.#index.factorOf(record.vector))
     if (score >= query.bar) this.#hold(query, this.#memberOf(id), score)
   }
 
@@ -449,6 +450,7 @@ const slackMax = 64
 /** The next float32 above one. */
 const above = (x: number): number => {
   if (x === 0) return smallestFloat
+  if (x === Number.POSITIVE_INFINITY) return x
   float[0] = x
   bits[0] = bits[0]! + (x > 0 ? 1 : -1)
   return float[0]!
