@@ -24,6 +24,7 @@ import { TopK } from "../src/tiers/index/TopK.ts"
 import { VectorArena } from "../src/tiers/index/VectorArena.ts"
 import type { Work } from "../src/tiers/index/Work.ts"
 import { encodeSegment } from "../src/tiers/LogSegment.ts"
+import { MemoryBudget } from "../src/tiers/MemoryBudget.ts"
 import { ObjectStore } from "../src/tiers/ObjectStore.ts"
 import * as PartitionLog from "../src/tiers/PartitionLog.ts"
 import { cacheDirectory } from "./cacheFile.ts"
@@ -67,6 +68,8 @@ interface Node {
   readonly router: Router["Service"]
   readonly queries: StandingQueries["Service"]
   readonly store: ObjectStore["Service"]
+  readonly budget: MemoryBudget["Service"]
+  readonly scope: Scope.Closeable
   readonly stop: () => Promise<void>
 }
 
@@ -84,12 +87,14 @@ const start = async (directory: string): Promise<Node> => {
     router: Context.get(context, Router),
     queries: Context.get(context, StandingQueries),
     store: Context.get(context, ObjectStore),
+    budget: Context.get(context, MemoryBudget),
+    scope,
     stop: () => run(Scope.close(scope, Exit.void))
   }
 }
 
 /** Loads what is not there yet; answers with the files of a snapshot of it. */
-const load = async ({ router, store }: Node, { base }: Data) => {
+const load = async ({ router, store, budget, scope }: Node, { base }: Data) => {
   const { collection: of } = await run(
     router.createCollection(collection, {
       dimensions,
@@ -99,7 +104,8 @@ const load = async ({ router, store }: Node, { base }: Data) => {
     })
   )
   const has = await run(router.count(of))
-  if (has < base.words.length) {
+  const isFresh = has < base.words.length
+  if (isFresh) {
     process.stderr.write(`Loading ${base.words.length} words (once) ...\n`)
     for (let at = 0; at < base.words.length; at += 1_000) {
       const records = base.words.slice(at, at + 1_000).map((_, i) => ({
@@ -111,21 +117,21 @@ const load = async ({ router, store }: Node, { base }: Data) => {
     }
   }
   for (;;) {
-    const [stats] = await run(router.stats(of))
-    if (stats !== undefined && stats.form === "full" && stats.snapshot_seq === stats.last_seq) break
     await new Promise((resolve) => setTimeout(resolve, 200))
+    const [stats] = await run(router.stats(of))
+    for (const resident of budget.residents()) if (resident.form() === "mapped") await run(resident.promote)
+    if (stats === undefined || stats.form !== "full" || stats.snapshot_seq === 0) continue
+    // What is loaded in this run is in the snapshot once that reaches to the end; of an earlier one it does.
+    if (!isFresh || stats.snapshot_seq === stats.last_seq) break
   }
   const prefix = partitionPrefix(of.uid, 0)
   const snapshot = await run(Effect.provideService(PartitionLog.peekSnapshot(prefix), ObjectStore, store))
   if (snapshot === undefined) throw new Error("there is no snapshot")
-  return run(
-    Effect.scoped(
-      Effect.all({
-        records: store.localPath(`${prefix}/${snapshot.records.key}`),
-        graph: store.localPath(`${prefix}/${snapshot.graph.key}`)
-      })
-    )
-  )
+  const paths = Effect.all({
+    records: store.localPath(`${prefix}/${snapshot.records.key}`),
+    graph: store.localPath(`${prefix}/${snapshot.graph.key}`)
+  })
+  return run(Scope.provide(paths, scope))
 }
 
 // --- In the thread -----------------------------------------------------------------------------------------------------

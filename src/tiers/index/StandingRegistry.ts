@@ -47,6 +47,8 @@ export class StandingRegistry {
   /** Records that some query holds, or has said. */
   readonly #members = new Map<string, Member>()
   readonly #filters = new Map<string, Filter>()
+  /** Those of them with queries that every record reaches which passes. */
+  readonly #open = new Set<Filter>()
   /** Queries to be searched anew, the one that waits longest first. */
   readonly #thin = new Set<Query>()
   readonly #changed = new Set<Query>()
@@ -90,20 +92,24 @@ export class StandingRegistry {
     for (const member of query.members) this.#letGo(member, query)
     for (const member of query.told) this.#untell(member)
     const { filter } = query
-    filter.open.delete(query)
+    this.#unopen(query)
     filter.queries -= 1
     if (filter.queries === 0) this.#filters.delete(filter.text)
     this.#index.remove(query.slot)
     this.#bySlot[query.slot] = undefined
   }
 
-  /** Brings the answers up to date with records that have changed, one a step. */
+  /** Brings the answers up to date with records that have changed, a record or a number of queries a step. */
   *match(ids: Iterable<string>): Work<void> {
     for (const id of ids) {
-      this.#match(id)
+      yield* this.#match(id)
       yield
     }
-    for (const query of this.#changed) this.#settle(query)
+    let done = 0
+    for (const query of this.#changed) {
+      this.#settle(query)
+      if (++done % queriesInStep === 0) yield
+    }
     this.#changed.clear()
   }
 
@@ -137,11 +143,12 @@ export class StandingRegistry {
     return this.#index.bytes + this.#queries.size * queryBytes + held * heldBytes + this.#members.size * memberBytes
   }
 
-  #match(id: string): void {
+  *#match(id: string): Work<void> {
     const record = this.#source.visible(id)
     const known = this.#members.get(id)
     const factor = record === undefined ? 0 : this.#index.factorOf(record.vector)
     this.#tick += 1
+    let done = 0
     if (known !== undefined) {
       known.stamp = this.#tick
       for (const query of [...known.holders]) {
@@ -153,21 +160,30 @@ export class StandingRegistry {
             : Number.NaN
         if (score >= query.bar) query.put(known, score)
         else this.#letGo(known, query)
+        if (++done % queriesInStep === 0) yield
       }
     }
     if (record === undefined) return
-    const reach = (query: Query, score: number): void => {
-      if (score < query.bar || (known !== undefined && query.members.includes(known))) return
-      this.#hold(query, this.#memberOf(id), score)
-      this.#changed.add(query)
-    }
+    const reached: Array<Query> = []
+    const scores: Array<number> = []
     this.#index.reached(record.vector, factor, (slot, score) => {
-      const query = this.#bySlot[slot]!
-      if (this.#passes(query.filter, record.metadata)) reach(query, score)
+      reached.push(this.#bySlot[slot]!)
+      scores.push(score)
     })
-    for (const filter of this.#filters.values()) {
-      if (filter.open.size === 0 || !this.#passes(filter, record.metadata)) continue
-      for (const query of filter.open) reach(query, this.#index.score(query.slot, record.vector, factor))
+    for (const filter of this.#open) {
+      if (!this.#passes(filter, record.metadata)) continue
+      for (const query of filter.open) {
+        reached.push(query)
+        scores.push(this.#index.score(query.slot, record.vector, factor))
+      }
+    }
+    for (let i = 0; i < reached.length; i++) {
+      const query = reached[i]!
+      if (++done % queriesInStep === 0) yield
+      if (!(scores[i]! >= query.bar) || !this.#passes(query.filter, record.metadata)) continue
+      if (known !== undefined && query.members.includes(known)) continue
+      this.#hold(query, this.#memberOf(id), scores[i]!)
+      this.#changed.add(query)
     }
   }
 
@@ -195,9 +211,15 @@ export class StandingRegistry {
       this.#letGo(member, query)
     }
     const isOpen = query.bar === Number.NEGATIVE_INFINITY
+    if (isOpen) this.#open.add(query.filter)
     if (isOpen) query.filter.open.add(query)
-    else query.filter.open.delete(query)
+    else this.#unopen(query)
     this.#index.setBar(query.slot, isOpen ? Number.NaN : query.bar)
+  }
+
+  #unopen(query: Query): void {
+    const { filter } = query
+    if (filter.open.delete(query) && filter.open.size === 0) this.#open.delete(filter)
   }
 
   /** Finds the best of all records. What the query holds stays, where it belongs: a walk of the graph may miss it. */
@@ -441,6 +463,9 @@ class Told {
     return { seq, entries: Int32Array.from(this.#entries), scores: Float32Array.from(this.#scores), ids, records }
   }
 }
+
+/** Queries looked at in one step. */
+const queriesInStep = 256
 
 /** Records held beyond those of the answer: as many again, within bounds. */
 const slackOf = (k: number): number => Math.min(slackMax, Math.max(slackMin, k))
