@@ -159,6 +159,7 @@ export const settings = {
     100,
     3_600_000
   ),
+  changeReadsMax: integer("followers of changes that read the log at once", "followers", 16, 1, 4_096),
   changeBufferMax: integer("newest changes kept in memory for followers, a partition", "changes", 1_024, 16, 1_000_000),
 
   // Backups
@@ -270,6 +271,27 @@ export const settings = {
     65_536,
     1_024 * mebibyte
   ),
+  subscriptionsPerSession: integer(
+    "standing queries and change feeds of one session",
+    "subscriptions",
+    100,
+    1,
+    100_000
+  ),
+  subscriptionsMax: integer(
+    "standing queries and change feeds followed on this node",
+    "subscriptions",
+    200_000,
+    1,
+    10_000_000
+  ),
+  cursorSecret: text(
+    "secret that cursors are signed with; empty: one kept with the data",
+    "",
+    "empty, or 16-512 characters",
+    /^(?:|.{16,512})$/
+  ),
+  reconnectsPerSecond: integer("clients that come back, when all are told to", "clients a second", 1_000, 1, 1_000_000),
   pingIntervalMillis: integer("between two keep-alive pings of a quiet stream", "ms", 60_000, 100, 3_600_000),
   idleTimeoutMillis: integer("after which a WebSocket that answers nothing is closed", "ms", 90_000, 200, 3_600_000),
   headersTimeoutMillis: integer("for a request's headers to arrive", "ms", 10_000, 100, 600_000),

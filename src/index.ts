@@ -9,18 +9,22 @@ import * as IndexPartitionActor from "./actors/IndexPartition.ts"
 import * as StreamSessionActor from "./actors/StreamSession.ts"
 import * as TierPromoterActor from "./actors/TierPromoter.ts"
 import { Settings, type SettingValues } from "./config.ts"
+import { Cursors } from "./gateway/Cursors.ts"
 import { HttpGateway } from "./gateway/HttpGateway.ts"
 import { Promoter } from "./gateway/Promoter.ts"
 import { Readiness } from "./gateway/Readiness.ts"
 import { Sessions } from "./gateway/Sessions.ts"
+import { Subscriptions } from "./gateway/Subscriptions.ts"
 import { toProblem } from "./protocol/Errors.ts"
 import { defaultCollection } from "./protocol/Fields.ts"
 import { CacheEvents } from "./shards/CacheEvents.ts"
+import { ChangeFeeds } from "./shards/ChangeFeeds.ts"
 import * as Cluster from "./shards/Cluster.ts"
 import { LocalActors } from "./shards/LocalActors.ts"
 import { ResultCache } from "./shards/ResultCache.ts"
 import { ResultStore } from "./shards/ResultStore.ts"
 import { Router } from "./shards/Router.ts"
+import { StandingQueries } from "./shards/StandingQueries.ts"
 import { AccessLog } from "./tiers/AccessLog.ts"
 import * as Caches from "./tiers/Caches.ts"
 import { DataDirectory } from "./tiers/DataDirectory.ts"
@@ -44,6 +48,8 @@ export { Router } from "./shards/Router.ts"
 
 /** The wires over the actors, on one port. Closed first: it drains before the actors below it stop. */
 const wires = HttpGateway.layer.pipe(
+  Layer.provideMerge(Subscriptions.layer),
+  Layer.provideMerge(Cursors.layer),
   Layer.provideMerge(Sessions.layer),
   Layer.provideMerge(Promoter.layer),
   Layer.provideMerge(Readiness.layer)
@@ -78,6 +84,8 @@ export const actors = Layer.mergeAll(
   StreamSessionActor.layer,
   TierPromoterActor.layer
 ).pipe(
+  Layer.provideMerge(StandingQueries.layer),
+  Layer.provideMerge(ChangeFeeds.layer),
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
   Layer.provideMerge(Layer.mergeAll(LocalActors.layer, CacheEvents.layer)),
   Layer.provideMerge(Cluster.layerSingle),

@@ -16,6 +16,8 @@ import {
   VectorNotFound
 } from "../protocol/Errors.ts"
 import {
+  type ChangePage,
+  type Compacted,
   IndexPartition,
   type PartitionError,
   type PartitionQuery,
@@ -27,6 +29,7 @@ import { ObjectStore } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
 import { IndexLost } from "../tiers/VectorIndex.ts"
 import { type OpenPartition, PartitionOpener } from "./OpenPartition.ts"
+import { changesAfter } from "./PartitionChanges.ts"
 import type * as PartitionWriter from "./PartitionWriter.ts"
 
 const activations = Metric.counter("ruvector_partition_activations", { description: "Partitions made resident" })
@@ -268,7 +271,13 @@ const makePartition = Effect.gen(function* () {
     Get: ({ payload }) => read((of) => of.get(payload.ids)),
     Search: ({ payload }) => read((of) => of.search(payload)),
     Stats: () => read((of) => of.stats),
-    Changes: ({ payload }) => Stream.unwrap(Effect.map(activate, (of) => of.changes(payload))),
+    Changes: ({ payload }) => Stream.unwrap(Effect.map(activate, (of) => changesAfter(of.changes, payload))),
+    ReadChanges: ({ payload: { limit, ...position } }) =>
+      Effect.flatMap(
+        activate,
+        ({ changes }): Effect.Effect<ChangePage, PartitionError | Compacted> =>
+          limit === 0 ? Effect.succeed({ changes: [], newest: changes.newest() }) : changes.read(position, limit)
+      ),
     Remove: () => remove
   })
 })

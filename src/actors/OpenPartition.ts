@@ -16,8 +16,7 @@ import {
   StorageUnavailable
 } from "../protocol/Errors.ts"
 import {
-  type Change,
-  type Compacted,
+  endOfObject,
   type PartitionAddress,
   type PartitionError,
   type PartitionHits,
@@ -27,6 +26,8 @@ import {
   partitionId
 } from "../protocol/IndexPartition.ts"
 import { formatVersion, VersionClock } from "../protocol/Version.ts"
+import { ChangeFeed } from "../shards/ChangeFeed.ts"
+import { LocalActors, type LocalChanges } from "../shards/LocalActors.ts"
 import { AheadLog } from "../tiers/AheadLog.ts"
 import { partitionPrefix } from "../tiers/CatalogueObject.ts"
 import { DataDirectory } from "../tiers/DataDirectory.ts"
@@ -48,9 +49,8 @@ import {
   VectorIndex
 } from "../tiers/VectorIndex.ts"
 import { WarmStore } from "../tiers/WarmStore.ts"
-import { ChangeFeed, type Position } from "./ChangeFeed.ts"
 import * as PartitionCaches from "./PartitionCaches.ts"
-import { changesAfter, changesOf } from "./PartitionChanges.ts"
+import * as PartitionChanges from "./PartitionChanges.ts"
 import * as PartitionWriter from "./PartitionWriter.ts"
 import * as SnapshotPolicy from "./SnapshotPolicy.ts"
 
@@ -62,7 +62,7 @@ export interface OpenPartition {
   readonly stats: Effect.Effect<PartitionStats, IndexLost>
   readonly form: () => IndexForm
   readonly writer: PartitionWriter.PartitionWriter
-  readonly changes: (from: Position) => Stream.Stream<Change, PartitionError | Compacted>
+  readonly changes: LocalChanges
 }
 
 export interface OpenOptions {
@@ -94,10 +94,19 @@ export class PartitionOpener extends Context.Service<
         AheadLog,
         RecordCache,
         WarmStore,
+        LocalActors,
         Settings
       )(
         yield* Effect.context<
-          ObjectStore | VectorIndex | DataDirectory | MemoryBudget | AheadLog | RecordCache | WarmStore | Settings
+          | ObjectStore
+          | VectorIndex
+          | DataDirectory
+          | MemoryBudget
+          | AheadLog
+          | RecordCache
+          | WarmStore
+          | LocalActors
+          | Settings
         >()
       )
       // One at a time: each takes a vector thread's time from searches.
@@ -248,7 +257,10 @@ const open = Effect.fnUntraced(function* (
     replayedStats.maxTime,
     replayedStats.counters.get(settings.region) ?? 0
   )
-  const feed = new ChangeFeed(settings.changeBufferMax, { seq: log.lastSeq(), index: Number.MAX_SAFE_INTEGER })
+  const feed = new ChangeFeed(settings.changeBufferMax, { seq: log.lastSeq(), index: endOfObject })
+  const changes = PartitionChanges.make(log, feed)
+  // Before the writer, so that followers are told also what that commits while it closes.
+  yield* (yield* LocalActors).registerChanges(partitionId(address), changes)
 
   const caches = yield* PartitionCaches.open(partitionId(address), log)
   const writer: PartitionWriter.PartitionWriter = yield* PartitionWriter.make({
@@ -260,7 +272,7 @@ const open = Effect.fnUntraced(function* (
     ...caches,
     onApplied: (seq, ops, applied) => {
       policy.applied(ops.length)
-      feed.publish(changesOf(seq, ops, applied))
+      feed.publish(PartitionChanges.changesOf(seq, ops, applied))
     },
     onFatal: (error) =>
       Effect.andThen(
@@ -431,7 +443,7 @@ const open = Effect.fnUntraced(function* (
           : writer.write(...given)
       }
     },
-    changes: (from) => changesAfter(log, feed, from)
+    changes
   }
   return opened
 })

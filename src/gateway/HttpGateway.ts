@@ -86,7 +86,7 @@ export class HttpGateway extends Context.Service<
       server.on("request", (request, response) => {
         const id = nextRequestId()
         const path = pathOf(request.url as string)
-        if (path === Sse.path) return sse.handle(request, response, id)
+        if (Sse.paths.has(path)) return sse.handle(request, response, id)
         if (path === SearchEndpoint.path && request.method === "POST") return search.handle(request, response, id)
         // Handed on in the request, where the Effect side reads it; a client's own is not taken over.
         request.headers[requestIdHeader] = id
@@ -146,9 +146,16 @@ const patterns: ReadonlyArray<{
     pattern: new RegExp(`^${path.replace(/\{[^}]+\}/g, "[^/]+")}$`),
     methods: Object.keys(operations).map((method) => method.toUpperCase())
   })),
-  ...["/", "/docs", "/openapi.json", "/metrics", "/health/live", "/health/ready", Sse.path, WebSocketGateway.path].map(
-    (path) => ({ route: path.replace("/api/v1/", ""), pattern: new RegExp(`^${path}$`), methods: ["GET"] })
-  ),
+  ...[
+    "/",
+    "/docs",
+    "/openapi.json",
+    "/metrics",
+    "/health/live",
+    "/health/ready",
+    ...Sse.paths,
+    WebSocketGateway.path
+  ].map((path) => ({ route: path.replace("/api/v1/", ""), pattern: new RegExp(`^${path}$`), methods: ["GET"] })),
   ...RpcGateway.paths.map((path) => ({
     route: path.replace("/api/v1/", ""),
     pattern: new RegExp(`^${path}$`),

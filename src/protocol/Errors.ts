@@ -13,6 +13,9 @@ export class InvalidInput extends Schema.TaggedError<InvalidInput>()("InvalidInp
   got: Schema.String
 }) {}
 
+/** 400: a cursor that cannot be gone on from here: not one of ours, another's, or of something else than is asked for. */
+export class InvalidCursor extends Schema.TaggedError<InvalidCursor>()("InvalidCursor", {}) {}
+
 /** 404: no collection of that name. */
 export class CollectionNotFound extends Schema.TaggedError<CollectionNotFound>()("CollectionNotFound", {
   collection: Schema.String
@@ -101,6 +104,7 @@ export class InternalError extends Schema.TaggedError<InternalError>()("Internal
 /** What any call may answer with. */
 export const ApiError = Schema.Union([
   InvalidInput,
+  InvalidCursor,
   CollectionNotFound,
   VectorNotFound,
   RouteNotFound,
@@ -162,6 +166,14 @@ export const toProblem = (error: ApiError): Problem => {
         got
       })
     }
+    case "InvalidCursor":
+      return problem(
+        400,
+        "invalid_cursor",
+        "Invalid cursor",
+        "This cursor cannot be gone on from: leave it out to begin anew.",
+        { field: "cursor", expected: "the newest cursor of this very subscription", got: "another" }
+      )
     case "CollectionNotFound":
       return problem(
         404,

@@ -155,6 +155,7 @@ const integer = (minimum: number, maximum: number) =>
 export const Dimensions = integer(1, Limits.dimensionsMax)
 export const Partitions = integer(1, Limits.partitionsMax)
 export const K = integer(1, Limits.kMax)
+export const StandingK = integer(1, Limits.standingMembersMax)
 export const Ef = integer(1, Limits.efMax)
 export const HnswM = integer(2, 128)
 export const HnswEfConstruction = integer(8, 2_000)

@@ -106,6 +106,30 @@ export const Change = Schema.Struct({
 })
 export type Change = typeof Change.Type
 
+/** Before the first change of a log object: index -1. After all of one: {@link endOfObject}. */
+export interface ChangePosition {
+  readonly seq: number
+  readonly index: number
+}
+
+/** The index of a position after all changes of a log object. */
+export const endOfObject: number = Number.MAX_SAFE_INTEGER
+
+export const isBefore = (a: ChangePosition, b: ChangePosition): boolean =>
+  a.seq < b.seq || (a.seq === b.seq && a.index < b.index)
+
+const ChangePosition = Schema.Struct({ seq: Schema.Int, index: Schema.Int })
+
+/** What follows a position, as far as it was read. */
+export const ChangePage = Schema.Struct({
+  changes: Schema.Array(Change),
+  /** Position of the partition's last change. */
+  newest: ChangePosition,
+  /** Where to read on, where there was nothing in between. */
+  skippedTo: Schema.optionalKey(ChangePosition)
+})
+export type ChangePage = typeof ChangePage.Type
+
 /** The feed does not reach back that far: read the current state, then follow from `oldestSeq`. */
 export class Compacted extends Schema.TaggedError<Compacted>()("Compacted", { oldestSeq: Schema.Int }) {}
 
@@ -143,6 +167,12 @@ export const IndexPartition = Entity.make("IndexPartition", [
     success: Change,
     error: Schema.Union([PartitionError, Compacted]),
     stream: true
+  }),
+  /** At most `limit` changes after a position; none where there are none yet. With a limit of 0, how far it is. */
+  Rpc.make("ReadChanges", {
+    payload: { seq: Schema.Int, index: Schema.Int, limit: Schema.Int },
+    success: ChangePage,
+    error: Schema.Union([PartitionError, Compacted])
   }),
   /** Deactivates the partition and deletes its objects. Only the Catalog asks this. */
   Rpc.make("Remove", { payload: { collection: Collection }, success: Schema.Void, error: PartitionError })

@@ -39,6 +39,12 @@ export const filterValuesMax = 1_024
 /** Characters of a string that metadata is indexed by, and so of one that a filter can name. */
 export const filterStringCharsMax = 1_024
 
+/** Members of a standing query's answer. */
+export const standingMembersMax = 256
+
+/** Characters of a cursor. */
+export const cursorCharsMax = 8_192
+
 /** Vectors of one insert, ids of one delete. */
 export const batchItemsMax = 10_000
 
