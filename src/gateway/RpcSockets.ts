@@ -194,13 +194,10 @@ class Connection {
   }
 
   ended(code: number): void {
-    connectionClosed("rpc", knownCodes.has(code) ? String(code) : "other", this.#socket.bytesWritten)
+    connectionClosed("rpc", code, this.#socket.bytesWritten)
     this.#hasRoom()
   }
 }
-
-/** Codes that are counted by name: ours, and those of a client that went as it should (1001), said none, or is gone. */
-const knownCodes: ReadonlySet<number> = new Set([...Object.values(closeCodes), 1001, 1005, 1006])
 
 const boundedSocket = (socket: Socket.Socket, connectionOf: () => Connection): Socket.Socket => {
   let connection: Connection | undefined
