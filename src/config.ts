@@ -291,6 +291,13 @@ export const settings = {
   headersTimeoutMillis: integer("for a request's headers to arrive", "ms", 10_000, 100, 600_000),
   requestTimeoutMillis: integer("for a request to arrive whole", "ms", 60_000, 100, 3_600_000),
   keepAliveTimeoutMillis: integer("that a quiet HTTP connection is kept", "ms", 60_000, 100, 3_600_000),
+  reconnectSpreadMillis: integer(
+    "over which clients of a node that stops are told to spread their return",
+    "ms",
+    5_000,
+    0,
+    600_000
+  ),
   drainMillis: integer("for open requests to end when shutting down", "ms", 8_000, 0, 600_000)
 } as const satisfies Record<string, SettingSpec<string> | SettingSpec<number>>
 

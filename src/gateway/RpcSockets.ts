@@ -14,7 +14,7 @@ import type { HttpServerRequest } from "effect/http"
 import { Socket } from "effect/socket"
 import { WebSocket, WebSocketServer } from "ws"
 import { Settings, type SettingValues } from "../config.ts"
-import { closeCodes } from "../protocol/Frames.ts"
+import { closeCodes, retryReason } from "../protocol/Frames.ts"
 import { connectionClosed, connectionOpened } from "./Instruments.ts"
 
 /** Milliseconds for a peer to answer a close frame; then its socket is destroyed. */
@@ -66,7 +66,8 @@ export class RpcWebSocketServer extends WebSocketServer {
 
   /** Tells every client to connect again, elsewhere or in a moment, and ends its calls. */
   drain(): void {
-    for (const { ws } of this.#connections) ws.close(closeCodes.restart, "restarting")
+    const reason = retryReason("restarting", this.#settings.reconnectSpreadMillis)
+    for (const { ws } of this.#connections) ws.close(closeCodes.restart, reason)
   }
 
   override close(done?: (error?: Error) => void): void {

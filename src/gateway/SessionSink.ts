@@ -3,6 +3,7 @@
  * keeps nothing for a session that has no room: it notes that the session is behind, and sends what is current when there
  * is room again.
  */
+import { Context } from "effect"
 import type { Frame } from "./WebSocketFrames.ts"
 
 export interface SessionSink {
@@ -32,3 +33,14 @@ export interface ConnectionSubscriptions {
   /** The connection has ended. */
   close(): void
 }
+
+/** Until when a connection may be served, `Infinity` for ever. */
+export interface Credential {
+  readonly expiresAtMillis: number
+}
+
+/** Takes the frames of `subscriptionFrameTypes`. A gateway without it refuses them. */
+export class SubscriptionFrames extends Context.Service<
+  SubscriptionFrames,
+  { readonly connect: (credential: Credential) => ConnectionSubscriptions }
+>()("ruvector/gateway/SubscriptionFrames") {}

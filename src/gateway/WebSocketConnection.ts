@@ -39,6 +39,7 @@ import {
 } from "./Instruments.ts"
 import { LogicalSession, ownSession, type SessionOwner } from "./LogicalSession.ts"
 import { instance, toQuery } from "./Queries.ts"
+import type { ConnectionSubscriptions, Credential, SubscriptionFrames } from "./SessionSink.ts"
 import type { Sessions } from "./Sessions.ts"
 import * as Frames from "./WebSocketFrames.ts"
 
@@ -47,17 +48,13 @@ export interface Hub {
   readonly settings: SettingValues
   readonly router: Router["Service"]
   readonly sessions: Sessions["Service"]
+  readonly subscriptions: SubscriptionFrames["Service"] | undefined
   readonly run: <A, E>(effect: Effect.Effect<A, E>) => Fiber.Fiber<A, E>
   /** Milliseconds this process has run for, without those it was held up: a peer is not to blame for our own silence. */
   readonly clock: () => number
   /** Calls the connection's `flush` when this turn of the event loop is over. */
   readonly flushLater: (connection: WebSocketConnection) => void
   readonly ended: (connection: WebSocketConnection) => void
-}
-
-/** Until when a connection may be served, `Infinity` for ever. */
-export interface Credential {
-  readonly expiresAtMillis: number
 }
 
 /** A `ws` socket that knows its connection, so that its listeners are shared by all. */
@@ -76,13 +73,14 @@ export class WebSocketConnection implements SessionOwner {
   readonly #hub: Hub
   readonly #ws: ClientSocket
   readonly #socket: Socket
-  readonly #expiresAtMillis: number
+  readonly #credential: Credential
   #phase: Phase = "serving"
   #closeCode = 0
   #sessions: Map<string, LogicalSession> | undefined = undefined
   /** By id (by a number where they have none): to cancel them, and to refuse a second of one id. */
   #underWay: Map<string | number, Request> | undefined = undefined
   #unnamed = 0
+  #subscriptions: ConnectionSubscriptions | undefined = undefined
 
   // What goes out
   #gathered: Array<string> | undefined = undefined
@@ -115,7 +113,7 @@ export class WebSocketConnection implements SessionOwner {
     this.#ws = ws
     // What an HTTP server hands over is the connection's own socket.
     this.#socket = socket as Socket
-    this.#expiresAtMillis = credential.expiresAtMillis
+    this.#credential = credential
     const now = hub.clock()
     this.#openedAt = now
     this.#framedAt = now
@@ -141,6 +139,7 @@ export class WebSocketConnection implements SessionOwner {
     const isIdle =
       this.#phase === "serving" &&
       (this.#underWay === undefined || this.#underWay.size === 0) &&
+      (this.#subscriptions === undefined || this.#subscriptions.size === 0) &&
       this.#waitingBytes === 0 &&
       !this.#isFull
     return isIdle ? this.#hub.clock() - this.#framedAt : 0
@@ -285,7 +284,8 @@ export class WebSocketConnection implements SessionOwner {
   }
 
   #isExpired(): boolean {
-    return this.#expiresAtMillis !== Number.POSITIVE_INFINITY && Date.now() >= this.#expiresAtMillis
+    const { expiresAtMillis } = this.#credential
+    return expiresAtMillis !== Number.POSITIVE_INFINITY && Date.now() >= expiresAtMillis
   }
 
   /** Whether it is one of those that are borne. */
@@ -295,7 +295,7 @@ export class WebSocketConnection implements SessionOwner {
     this.#accountedBytes += controlFrameBytes + data.length
     this.#controlFrames += 1
     if (this.#controlFrames <= this.#hub.settings.controlFramesMax) return true
-    this.close(closeCodes.rateLimited, retryReason(60_000))
+    this.close(closeCodes.rateLimited, retryReason("too many pings", 60_000))
     return false
   }
 
@@ -343,7 +343,25 @@ export class WebSocketConnection implements SessionOwner {
         const session = this.#session(decoded.success.session)
         return session instanceof Overloaded ? this.#fail(session, envelope) : session.credit(decoded.success.events)
       }
+      default:
+        return this.#subscription(frame, envelope)
     }
+  }
+
+  #subscription(frame: Frames.Frame, envelope: string): void {
+    const { subscriptions } = this.#hub
+    if (subscriptions === undefined) {
+      return this.#fail(
+        new InvalidInput({ field: "type", expected: "a type served here", got: describe(frame["type"]) }),
+        envelope
+      )
+    }
+    const label = Frames.decodeLabel(frame)
+    if (Result.isFailure(label)) return this.#fail(label.failure, envelope)
+    const session = this.#session(label.success.session)
+    if (session instanceof Overloaded) return this.#fail(session, envelope)
+    this.#subscriptions ??= subscriptions.connect(this.#credential)
+    this.#subscriptions.frame(frame, session, envelope)
   }
 
   #search(frame: SearchFrame, envelope: string): void {
@@ -449,6 +467,7 @@ export class WebSocketConnection implements SessionOwner {
   #forget(session: LogicalSession, code: number): void {
     this.#sessions?.delete(session.label)
     session.end()
+    this.#subscriptions?.sessionEnded(session)
     sessionClosed(code)
     if (session.link !== undefined) this.#hub.run(session.link.close)
     if (session.underWay === 0) return
@@ -465,6 +484,8 @@ export class WebSocketConnection implements SessionOwner {
     this.#sessions = undefined
     this.#queue = undefined
     this.#owedPong = undefined
+    this.#subscriptions?.close()
+    this.#subscriptions = undefined
     for (const { fiber } of requests?.values() ?? []) fiber.interruptUnsafe()
     for (const session of sessions?.values() ?? []) {
       session.end()

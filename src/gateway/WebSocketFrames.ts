@@ -3,9 +3,9 @@
  * comes, so one made of the usual fields is checked by hand; whatever that does not know goes to the schema, which names
  * what is wrong with it.
  */
-import { Result } from "effect"
+import { Result, Schema } from "effect"
 import { InvalidInput } from "../protocol/Errors.ts"
-import { decoderOf, describe } from "../protocol/Fields.ts"
+import { ClientId, decoderOf, describe } from "../protocol/Fields.ts"
 import { CancelFrame, CloseFrame, CreditFrame, InsertFrame, PingFrame, SearchFrame } from "../protocol/Frames.ts"
 import * as Limits from "../protocol/Limits.ts"
 
@@ -38,7 +38,8 @@ export const decodeBinary = (data: Buffer): Result.Result<Frame, InvalidInput> =
     if (bytes.length % 4 !== 0) return fault("whole float32s after the JSON", `${bytes.length} bytes`)
     const floats = new Float32Array(bytes.length / 4)
     Buffer.from(floats.buffer).set(bytes)
-    if (frame["type"] === "search") return Result.succeed({ ...frame, query: floats })
+    if (typeof frame["type"] === "string" && searching.has(frame["type"]))
+      return Result.succeed({ ...frame, query: floats })
     const vectors = frame["vectors"]
     if (frame["type"] !== "insert" || !Array.isArray(vectors) || vectors.length === 0) {
       return floats.length === 0
@@ -59,6 +60,9 @@ export const decodeBinary = (data: Buffer): Result.Result<Frame, InvalidInput> =
   })
 }
 
+/** Types of frames whose vector is their `query`. */
+const searching: ReadonlySet<string> = new Set(["search", "subscribe", "resume"])
+
 /** Members that each answer to a frame carries: its id, where it has one that can be given back. */
 export const envelopeOf = (frame: Frame): string => {
   const { id } = frame
@@ -70,6 +74,11 @@ export const decodeCancel = decoderOf(CancelFrame)
 export const decodePing = decoderOf(PingFrame)
 export const decodeClose = decoderOf(CloseFrame)
 export const decodeCredit = decoderOf(CreditFrame)
+
+/** The session that a frame names, whatever else it says. */
+export const decodeLabel = (frame: Frame) => decodeSession("session" in frame ? { session: frame["session"] } : {})
+
+const decodeSession = decoderOf(Schema.Struct({ session: Schema.optionalKey(ClientId) }))
 
 export const decodeSearch = (frame: Frame): Result.Result<SearchFrame, InvalidInput> => {
   const usual = usualSearch(frame)

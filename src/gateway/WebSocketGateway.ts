@@ -7,16 +7,17 @@
 import type { IncomingMessage } from "node:http"
 import { STATUS_CODES } from "node:http"
 import type { Duplex } from "node:stream"
-import { Context, Effect, Layer } from "effect"
+import { Context, Effect, Layer, Option } from "effect"
 import { WebSocketServer } from "ws"
 import { Settings } from "../config.ts"
 import { type ApiError, ShuttingDown, toProblem } from "../protocol/Errors.ts"
-import { closeCodes, retryReason } from "../protocol/Frames.ts"
+import { bearerSubprotocol, closeCodes, retryReason, subprotocol } from "../protocol/Frames.ts"
 import { Router } from "../shards/Router.ts"
 import { countRequest } from "./Instruments.ts"
 import { problemContentType, problemHeaders } from "./Problems.ts"
+import { type Credential, SubscriptionFrames } from "./SessionSink.ts"
 import { Sessions } from "./Sessions.ts"
-import { ClientSocket, type Credential, type Hub, WebSocketConnection } from "./WebSocketConnection.ts"
+import { ClientSocket, type Hub, WebSocketConnection } from "./WebSocketConnection.ts"
 
 export const path = "/api/v1/ws"
 
@@ -48,6 +49,7 @@ export class WebSocketGateway extends Context.Service<
         perMessageDeflate: false,
         // Answered by the connection, which bounds them.
         autoPong: false,
+        handleProtocols: protocolOf,
         // `ws` waits this long for the peer's close frame before it destroys the socket.
         closeTimeout: closeTimeoutMillis,
         WebSocket: ClientSocket
@@ -74,6 +76,7 @@ export class WebSocketGateway extends Context.Service<
         settings,
         router: yield* Router,
         sessions: yield* Sessions,
+        subscriptions: Option.getOrUndefined(yield* Effect.serviceOption(SubscriptionFrames)),
         run: Effect.runForkWith(yield* Effect.context<never>()),
         clock: () => clock.now(),
         flushLater: (connection) => {
@@ -85,7 +88,8 @@ export class WebSocketGateway extends Context.Service<
       let isDraining = false
       const drain = Effect.sync(() => {
         isDraining = true
-        for (const connection of connections) connection.close(closeCodes.restart, "restarting")
+        const reason = retryReason("restarting", settings.reconnectSpreadMillis)
+        for (const connection of connections) connection.close(closeCodes.restart, reason)
       })
       yield* Effect.addFinalizer(() =>
         Effect.andThen(
@@ -115,7 +119,8 @@ export class WebSocketGateway extends Context.Service<
           }
           idle.sort(([a], [b]) => b - a)
           const closed = idle.slice(0, max)
-          for (const [, connection] of closed) connection.close(closeCodes.rateLimited, retryReason(retryAfterMillis))
+          const reason = retryReason("idle while load is shed", retryAfterMillis)
+          for (const [, connection] of closed) connection.close(closeCodes.rateLimited, reason)
           return closed.length
         },
         count: () => connections.size,
@@ -132,6 +137,13 @@ export class WebSocketGateway extends Context.Service<
 /** Who it is that connects. Everybody, for ever. */
 const authenticate = (_: IncomingMessage): Credential => anonymous
 const anonymous: Credential = { expiresAtMillis: Number.POSITIVE_INFINITY }
+
+/** Ours where it is offered, else the first that is no secret. */
+const protocolOf = (offered: Set<string>): string | false => {
+  if (offered.has(subprotocol)) return subprotocol
+  for (const protocol of offered) if (!protocol.startsWith(bearerSubprotocol)) return protocol
+  return false
+}
 
 /** Fragments of one message. */
 const fragmentsMax = 1_024

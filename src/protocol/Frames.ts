@@ -48,7 +48,10 @@ export const CreditFrame = Schema.Struct({ type: Schema.Literal("credit"), ...ad
 
 export { SearchFrame }
 
-export const frameTypes = ["search", "insert", "cancel", "ping", "close", "credit"] as const
+/** Frames about what a session is subscribed to. */
+export const subscriptionFrameTypes = ["subscribe", "resume", "follow", "unsubscribe"] as const
+
+export const frameTypes = ["search", "insert", "cancel", "ping", "close", "credit", ...subscriptionFrameTypes] as const
 export type FrameType = (typeof frameTypes)[number]
 
 /**
@@ -64,7 +67,7 @@ export const closeCodes = {
   frameTooLarge: 1009,
   /** A defect of ours. Connect again. */
   internalError: 1011,
-  /** The node is shutting down. Connect again, elsewhere or in a moment. */
+  /** The node is shutting down. Connect again, elsewhere or in a moment: the reason says `retry=<ms>`. */
   restart: 1012,
   /** A bound of the node is reached. Connect again after some seconds. */
   tryAgainLater: 1013,
@@ -78,9 +81,18 @@ export const closeCodes = {
   idle: 4009,
   /** The connection is well. Resume the session or subscription on it now. */
   resume: 4010,
-  /** Too much was sent, or the node sheds load. Connect again after `retry_after_ms`, which the reason has. */
+  /** Too much was sent, or the node sheds load. Connect again after a while: the reason says `retry=<ms>`. */
   rateLimited: 4029
 } as const
 
-/** The reason sent with {@link closeCodes.rateLimited}. */
-export const retryReason = (retryAfterMillis: number): string => `retry_after_ms=${retryAfterMillis}`
+/**
+ * A reason that spreads those who come back (with {@link closeCodes.restart}, `tryAgainLater` and `rateLimited`): each waits
+ * a random time below it.
+ */
+export const retryReason = (reason: string, retryMillis: number): string => `${reason}, retry=${retryMillis}`
+
+/** The subprotocol of `/ws`, for clients that name one. */
+export const subprotocol = "ruvector.v1"
+
+/** What a subprotocol begins with that is a credential: browsers can send no header. It is never given back. */
+export const bearerSubprotocol = "ruvector.bearer."
