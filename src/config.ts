@@ -202,6 +202,21 @@ export const settings = {
   sessionSearchesMax: integer("searches under way in one session", "searches", 256, 1, 10_000),
   sessionAnswersKept: integer("newest answers a session keeps for resuming", "answers", 2, 0, 64),
   sessionsPerConnection: integer("sessions on one connection", "sessions", 1_000, 1, 100_000),
+  connectionSearchesMax: integer("requests under way on one WebSocket", "requests", 4_096, 1, 1_000_000),
+  sessionOutboundEventsMax: integer(
+    "events waiting for credits, a session; or those of one search that has more",
+    "events",
+    16_384,
+    16,
+    10_000_000
+  ),
+  sessionOutboundBytesMax: integer(
+    "bytes waiting for credits or for a slow client, a session; or one answer that is larger",
+    "bytes",
+    mebibyte,
+    4_096,
+    1_024 * mebibyte
+  ),
   sessionsMax: integer("sessions on this node", "sessions", 200_000, 1, 10_000_000),
   residentEntitiesMax: integer("actors resident on this node", "actors", 300_000, 1_000, 10_000_000),
 
@@ -293,10 +308,18 @@ export const settings = {
   ),
   reconnectsPerSecond: integer("clients that come back, when all are told to", "clients a second", 1_000, 1, 1_000_000),
   pingIntervalMillis: integer("between two keep-alive pings of a quiet stream", "ms", 60_000, 100, 3_600_000),
+  controlFramesMax: integer("pings and pongs of one WebSocket in a minute", "frames", 600, 10, 1_000_000),
   idleTimeoutMillis: integer("after which a WebSocket that answers nothing is closed", "ms", 90_000, 200, 3_600_000),
   headersTimeoutMillis: integer("for a request's headers to arrive", "ms", 10_000, 100, 600_000),
   requestTimeoutMillis: integer("for a request to arrive whole", "ms", 60_000, 100, 3_600_000),
   keepAliveTimeoutMillis: integer("that a quiet HTTP connection is kept", "ms", 60_000, 100, 3_600_000),
+  reconnectSpreadMillis: integer(
+    "over which clients of a node that stops are told to spread their return",
+    "ms",
+    5_000,
+    0,
+    600_000
+  ),
   drainMillis: integer("for open requests to end when shutting down", "ms", 8_000, 0, 600_000)
 } as const satisfies Record<string, SettingSpec<string> | SettingSpec<number>>
 

@@ -161,6 +161,7 @@ export const HnswM = integer(2, 128)
 export const HnswEfConstruction = integer(8, 2_000)
 export const NoticeMillis = integer(0, Limits.noticeMillisMax)
 export const DeadlineMillis = integer(1, Limits.deadlineMillisMax)
+export const Credits = integer(0, Limits.creditsMax)
 
 /** A label given by a client: a request's id, a session's. Printable, bounded. */
 export const ClientId = Schema.String.check(

@@ -51,6 +51,9 @@ export const batchItemsMax = 10_000
 /** Characters of a request id or session label given by a client. */
 export const clientIdCharsMax = 128
 
+/** Events that one frame gives credit for, and that a session has credit for at most. */
+export const creditsMax = 1_000_000
+
 /** Milliseconds a caller may ask to wait. */
 export const deadlineMillisMax = 60_000
 

@@ -211,21 +211,26 @@ const mapRouter = (seen: Seen): Router["Service"] => {
   })
 }
 
-const countedSessions = (router: Router["Service"], seen: Seen): Sessions["Service"] =>
-  Sessions.of({
+const countedSessions = (router: Router["Service"], seen: Seen): Sessions["Service"] => {
+  const openUnsafe = () => {
+    if (seen.sessionsOpen >= 100) return new Overloaded({ bound: "sessionsMax", retryAfterMillis: 5_000 })
+    seen.sessionsOpen += 1
+    seen.sessionsOpened += 1
+    const ended = Effect.sync(() => {
+      seen.sessionsOpen -= 1
+    })
+    return { id: `s${seen.sessionsOpened}`, search: router.search, close: ended, abandon: ended }
+  }
+  return Sessions.of({
     open: Effect.suspend(() => {
-      if (seen.sessionsOpen >= 100)
-        return Effect.fail(new Overloaded({ bound: "sessionsMax", retryAfterMillis: 5_000 }))
-      seen.sessionsOpen += 1
-      seen.sessionsOpened += 1
-      const ended = Effect.sync(() => {
-        seen.sessionsOpen -= 1
-      })
-      return Effect.succeed({ id: `s${seen.sessionsOpened}`, search: router.search, close: ended, abandon: ended })
+      const link = openUnsafe()
+      return link instanceof Overloaded ? Effect.fail(link) : Effect.succeed(link)
     }),
+    openUnsafe,
     answer: () => Effect.succeed(undefined),
     count: () => seen.sessionsOpen
   })
+}
 
 /** The tiers' own calls are tested against a whole node, `tiers.test.ts`. */
 const untiered = new Overloaded({ bound: "warmsMax", retryAfterMillis: 1_000 })
