@@ -306,7 +306,6 @@ export const settings = {
     "empty, or 16-512 characters",
     /^(?:|.{16,512})$/
   ),
-  reconnectsPerSecond: integer("clients that come back, when all are told to", "clients a second", 1_000, 1, 1_000_000),
   pingIntervalMillis: integer("between two keep-alive pings of a quiet stream", "ms", 60_000, 100, 3_600_000),
   controlFramesMax: integer("pings and pongs of one WebSocket in a minute", "frames", 600, 10, 1_000_000),
   idleTimeoutMillis: integer("after which a WebSocket that answers nothing is closed", "ms", 90_000, 200, 3_600_000),

@@ -15,6 +15,7 @@ import { Promoter } from "./gateway/Promoter.ts"
 import { Readiness } from "./gateway/Readiness.ts"
 import { Sessions } from "./gateway/Sessions.ts"
 import { Subscriptions } from "./gateway/Subscriptions.ts"
+import * as WebSocketSubscriptions from "./gateway/WebSocketSubscriptions.ts"
 import { toProblem } from "./protocol/Errors.ts"
 import { defaultCollection } from "./protocol/Fields.ts"
 import { CacheEvents } from "./shards/CacheEvents.ts"
@@ -48,6 +49,7 @@ export { Router } from "./shards/Router.ts"
 
 /** The wires over the actors, on one port. Closed first: it drains before the actors below it stop. */
 const wires = HttpGateway.layer.pipe(
+  Layer.provideMerge(WebSocketSubscriptions.layer),
   Layer.provideMerge(Subscriptions.layer),
   Layer.provideMerge(Cursors.layer),
   Layer.provideMerge(Sessions.layer),

@@ -39,7 +39,7 @@ export interface Credential {
   readonly expiresAtMillis: number
 }
 
-/** Takes the frames of `subscriptionFrameTypes`. A gateway without it refuses them. */
+/** Takes the frames of `subscriptionFrameTypes`. */
 export class SubscriptionFrames extends Context.Service<
   SubscriptionFrames,
   { readonly connect: (credential: Credential) => ConnectionSubscriptions }

@@ -59,11 +59,8 @@ export class Sse extends Context.Service<
       )
       keepAlive.unref()
 
-      const bye = (clients: number) => byeEvent(reconnectMillis(clients, settings.reconnectsPerSecond))
-
       const drain = Effect.sync(() => {
-        const clients = open.size
-        for (const stream of open) stream.end("drain", bye(clients))
+        for (const stream of open) stream.end("drain", byeEvent(reconnectMillis(settings.reconnectSpreadMillis)))
       })
       yield* Effect.addFinalizer(() =>
         Effect.andThen(
@@ -126,7 +123,7 @@ export class Sse extends Context.Service<
         let lost: ApiError | undefined
         const pusher = pusherOf(
           () => stream as SseConnection,
-          () => bye(1)
+          () => byeEvent(reconnectMillis(0))
         )
         const listener = {
           onReady: pusher.ready,

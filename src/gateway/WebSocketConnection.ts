@@ -48,7 +48,7 @@ export interface Hub {
   readonly settings: SettingValues
   readonly router: Router["Service"]
   readonly sessions: Sessions["Service"]
-  readonly subscriptions: SubscriptionFrames["Service"] | undefined
+  readonly subscriptions: SubscriptionFrames["Service"]
   readonly run: <A, E>(effect: Effect.Effect<A, E>) => Fiber.Fiber<A, E>
   /** Milliseconds this process has run for, without those it was held up: a peer is not to blame for our own silence. */
   readonly clock: () => number
@@ -349,18 +349,11 @@ export class WebSocketConnection implements SessionOwner {
   }
 
   #subscription(frame: Frames.Frame, envelope: string): void {
-    const { subscriptions } = this.#hub
-    if (subscriptions === undefined) {
-      return this.#fail(
-        new InvalidInput({ field: "type", expected: "a type served here", got: describe(frame["type"]) }),
-        envelope
-      )
-    }
     const label = Frames.decodeLabel(frame)
     if (Result.isFailure(label)) return this.#fail(label.failure, envelope)
     const session = this.#session(label.success.session)
     if (session instanceof Overloaded) return this.#fail(session, envelope)
-    this.#subscriptions ??= subscriptions.connect(this.#credential)
+    this.#subscriptions ??= this.#hub.subscriptions.connect(this.#credential)
     this.#subscriptions.frame(frame, session, envelope)
   }
 

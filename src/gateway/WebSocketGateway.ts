@@ -7,7 +7,7 @@
 import type { IncomingMessage } from "node:http"
 import { STATUS_CODES } from "node:http"
 import type { Duplex } from "node:stream"
-import { Context, Effect, Layer, Option } from "effect"
+import { Context, Effect, Layer } from "effect"
 import { WebSocketServer } from "ws"
 import { Settings } from "../config.ts"
 import { type ApiError, ShuttingDown, toProblem } from "../protocol/Errors.ts"
@@ -76,7 +76,7 @@ export class WebSocketGateway extends Context.Service<
         settings,
         router: yield* Router,
         sessions: yield* Sessions,
-        subscriptions: Option.getOrUndefined(yield* Effect.serviceOption(SubscriptionFrames)),
+        subscriptions: yield* SubscriptionFrames,
         run: Effect.runForkWith(yield* Effect.context<never>()),
         clock: () => clock.now(),
         flushLater: (connection) => {

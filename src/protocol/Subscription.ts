@@ -79,8 +79,6 @@ export const FollowFrame = Schema.Struct({ type: Schema.Literal("follow"), ...ad
 /** Answered by `{"event":"unsubscribed","id"}` in any case. */
 export const UnsubscribeFrame = Schema.Struct({ type: Schema.Literal("unsubscribe"), ...addressed })
 
-export const subscriptionFrameTypes = ["subscribe", "resume", "follow", "unsubscribe"] as const
-
 /** A record of a standing query's answer. */
 export interface Member {
   readonly vector_id: string

@@ -11,6 +11,7 @@ import { defaultSettings, Settings, type SettingValues } from "../../src/config.
 import { Promoter } from "../../src/gateway/Promoter.ts"
 import * as RpcGateway from "../../src/gateway/RpcGateway.ts"
 import { Sessions } from "../../src/gateway/Sessions.ts"
+import { Subscriptions } from "../../src/gateway/Subscriptions.ts"
 import type { Collection } from "../../src/protocol/Collection.ts"
 import {
   CollectionConflict,
@@ -68,7 +69,8 @@ export const startRpcServer = Effect.fnUntraced(function* (given: Partial<Settin
     Layer.succeed(Settings, settings),
     Layer.succeed(Router, router),
     Layer.succeed(Sessions, countedSessions(router, seen)),
-    Layer.succeed(Promoter, noPromoter)
+    Layer.succeed(Promoter, noPromoter),
+    Layer.succeed(Subscriptions, noSubscriptions)
   )
   return yield* Effect.gen(function* () {
     const scope = yield* Effect.scope
@@ -238,6 +240,14 @@ const noPromoter: Promoter["Service"] = {
   state: Effect.fail(untiered),
   warm: () => Effect.fail(untiered),
   events: () => Stream.fail(untiered)
+}
+
+/** Subscriptions are tested against a whole node, `subscriptions.test.ts` and `resume.test.ts`. */
+const unsubscribed = new Overloaded({ bound: "subscriptionsMax", retryAfterMillis: 1_000 })
+const noSubscriptions: Subscriptions["Service"] = {
+  subscribe: () => Effect.fail(unsubscribed),
+  follow: () => Effect.fail(unsubscribed),
+  count: () => 0
 }
 
 const product = (a: Float32Array, b: Float32Array): number =>
