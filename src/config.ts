@@ -178,6 +178,22 @@ export const settings = {
   searchDeadlineMillis: integer("deadline of a search that names none", "ms", 10_000, 1, 60_000),
   activationDeadlineMillis: integer("wait for a partition to become resident", "ms", 120_000, 100, 3_600_000),
 
+  // Standing queries
+  standingQueriesMax: integer(
+    "different standing queries on this node, and at one partition",
+    "queries",
+    100_000,
+    1,
+    10_000_000
+  ),
+  standingRetryMillis: integer(
+    "longest wait before a partition that was lost is asked again for its standing queries",
+    "ms",
+    10_000,
+    100,
+    600_000
+  ),
+
   // Caching
   httpCache: choice("who may cache answers to GET: shared caches too, the client alone, or nobody", "public", [
     "public",

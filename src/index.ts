@@ -46,6 +46,7 @@ export { RuvectorRpcs } from "./protocol/Rpcs.ts"
 export { CacheEvents, type CacheInvalidated } from "./shards/CacheEvents.ts"
 export { ResultStore } from "./shards/ResultStore.ts"
 export { Router } from "./shards/Router.ts"
+export { StandingQueries } from "./shards/StandingQueries.ts"
 
 /** The wires over the actors, on one port. Closed first: it drains before the actors below it stop. */
 const wires = HttpGateway.layer.pipe(

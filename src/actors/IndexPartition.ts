@@ -23,13 +23,15 @@ import {
   type PartitionQuery,
   partitionAddressOf
 } from "../protocol/IndexPartition.ts"
-import { LocalActors } from "../shards/LocalActors.ts"
+import type { PartitionWatch } from "../protocol/StandingQuery.ts"
+import { LocalActors, type WatchListener } from "../shards/LocalActors.ts"
 import { partitionPrefix } from "../tiers/CatalogueObject.ts"
 import { ObjectStore } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
 import { IndexLost } from "../tiers/VectorIndex.ts"
 import { type OpenPartition, PartitionOpener } from "./OpenPartition.ts"
 import { changesAfter } from "./PartitionChanges.ts"
+import { watchStream } from "./PartitionWatches.ts"
 import type * as PartitionWriter from "./PartitionWriter.ts"
 
 const activations = Metric.counter("ruvector_partition_activations", { description: "Partitions made resident" })
@@ -169,7 +171,12 @@ const makePartition = Effect.gen(function* () {
           const here = {
             search: (query: PartitionQuery) => again(of, of.search(query), (next) => next.search(query)),
             get: (ids: ReadonlyArray<string>) => again(of, of.get(ids), (next) => next.get(ids)),
-            revision: of.writer.revision
+            revision: of.writer.revision,
+            watch: (query: PartitionWatch, listener: WatchListener) =>
+              Effect.mapError(of.watch(query, listener), (error) =>
+                error instanceof IndexLost ? lostError(error) : error
+              ),
+            position: of.position
           }
           yield* Scope.provide(local.registerPartition(entityId, here), scope)
         } else {
@@ -238,6 +245,7 @@ const makePartition = Effect.gen(function* () {
 
   const remove = Effect.gen(function* () {
     removed = true
+    local.partitionRemoved(entityId)
     // An activation under way ends by itself, seeing that; its objects must not be deleted beneath it.
     if (activating !== undefined) yield* Effect.exit(Deferred.await(activating))
     yield* letGo(resident, Exit.fail("removed"))
@@ -271,6 +279,13 @@ const makePartition = Effect.gen(function* () {
     Get: ({ payload }) => read((of) => of.get(payload.ids)),
     Search: ({ payload }) => read((of) => of.search(payload)),
     Stats: () => read((of) => of.stats),
+    Watch: ({ payload }) =>
+      watchStream(
+        local,
+        entityId,
+        payload,
+        read((of) => of.stats)
+      ),
     Changes: ({ payload }) => Stream.unwrap(Effect.map(activate, (of) => changesAfter(of.changes, payload))),
     ReadChanges: ({ payload: { limit, ...position } }) =>
       Effect.flatMap(

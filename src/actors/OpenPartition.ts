@@ -25,9 +25,11 @@ import {
   type PartitionStats,
   partitionId
 } from "../protocol/IndexPartition.ts"
+import { standingMembersMax } from "../protocol/Limits.ts"
+import type { PartitionWatch } from "../protocol/StandingQuery.ts"
 import { formatVersion, VersionClock } from "../protocol/Version.ts"
 import { ChangeFeed } from "../shards/ChangeFeed.ts"
-import { LocalActors, type LocalChanges } from "../shards/LocalActors.ts"
+import { LocalActors, type LocalChanges, type WatchHandle, type WatchListener } from "../shards/LocalActors.ts"
 import { AheadLog } from "../tiers/AheadLog.ts"
 import { partitionPrefix } from "../tiers/CatalogueObject.ts"
 import { DataDirectory } from "../tiers/DataDirectory.ts"
@@ -46,6 +48,7 @@ import {
   type IndexSpec,
   type PartitionIndex,
   SnapshotUnreadable,
+  type StandingSpec,
   VectorIndex
 } from "../tiers/VectorIndex.ts"
 import { WarmStore } from "../tiers/WarmStore.ts"
@@ -54,6 +57,9 @@ import * as PartitionChanges from "./PartitionChanges.ts"
 import * as PartitionWriter from "./PartitionWriter.ts"
 import * as SnapshotPolicy from "./SnapshotPolicy.ts"
 
+/** How much wider a standing query's searches are than others: what one of them misses is missed until it changes. */
+const standingBeamFactor = 2
+
 /** What is asked of a partition while it is resident. `IndexLost`: it no longer is. */
 export interface OpenPartition {
   readonly collection: Collection
@@ -61,6 +67,11 @@ export interface OpenPartition {
   readonly get: (ids: ReadonlyArray<string>) => Effect.Effect<ReadonlyArray<PartitionRecord | null>, IndexLost>
   readonly stats: Effect.Effect<PartitionStats, IndexLost>
   readonly form: () => IndexForm
+  readonly watch: (
+    query: PartitionWatch,
+    listener: WatchListener
+  ) => Effect.Effect<WatchHandle, PartitionError | IndexLost>
+  readonly position: () => number
   readonly writer: PartitionWriter.PartitionWriter
   readonly changes: LocalChanges
 }
@@ -262,6 +273,9 @@ const open = Effect.fnUntraced(function* (
   // Before the writer, so that followers are told also what that commits while it closes.
   yield* (yield* LocalActors).registerChanges(partitionId(address), changes)
 
+  /** The log position up to which everything is visible. */
+  let visibleSeq = log.lastSeq()
+
   const caches = yield* PartitionCaches.open(partitionId(address), log)
   const writer: PartitionWriter.PartitionWriter = yield* PartitionWriter.make({
     log,
@@ -272,6 +286,7 @@ const open = Effect.fnUntraced(function* (
     ...caches,
     onApplied: (seq, ops, applied) => {
       policy.applied(ops.length)
+      visibleSeq = seq
       feed.publish(PartitionChanges.changesOf(seq, ops, applied))
     },
     onFatal: (error) =>
@@ -416,6 +431,56 @@ const open = Effect.fnUntraced(function* (
     })
   )
 
+  let watching = 0
+  const watch = (query: PartitionWatch, listener: WatchListener) =>
+    Effect.suspend((): Effect.Effect<WatchHandle, PartitionError | IndexLost> => {
+      if (query.vector.length !== collection.dimensions) {
+        const expected = `${collection.dimensions} numbers`
+        return Effect.fail(new InvalidInput({ field: "query", expected, got: `${query.vector.length}` }))
+      }
+      if (!(query.k >= 1 && query.k <= standingMembersMax)) {
+        const expected = `an integer from 1 to ${standingMembersMax}`
+        return Effect.fail(new InvalidInput({ field: "k", expected, got: `${query.k}` }))
+      }
+      if (watching >= settings.standingQueriesMax) {
+        return Effect.fail(new Overloaded({ bound: "standingQueriesMax", retryAfterMillis: 1_000 }))
+      }
+      watching += 1
+      const spec: StandingSpec = {
+        vector: query.vector,
+        k: query.k,
+        ef: Math.max(collection.index.ef_search, query.k) * standingBeamFactor,
+        minScore: query.minScore ?? Number.NEGATIVE_INFINITY,
+        filter: query.filter,
+        includeMetadata: query.includeMetadata,
+        includeVector: query.includeVector,
+        seeds: query.seeds
+      }
+      let open = true
+      const end = () => {
+        if (open) watching -= 1
+        open = false
+      }
+      return index
+        .watch(spec, {
+          // What is told comes just before the writer of it knows that it is visible.
+          onChange: (change) => listener.onChange({ ...change, seq: Math.max(change.seq, visibleSeq) }),
+          onLost: () => {
+            end()
+            listener.onLost()
+          }
+        })
+        .pipe(
+          Effect.map((handle) => ({
+            close: () => {
+              end()
+              handle.close()
+            }
+          })),
+          Effect.onError(() => Effect.sync(end))
+        )
+    })
+
   yield* Effect.logInfo("Partition is resident", {
     form: index.form(),
     records: replayedStats.count,
@@ -429,6 +494,8 @@ const open = Effect.fnUntraced(function* (
     get,
     stats,
     form: index.form,
+    watch,
+    position: () => visibleSeq,
     writer: {
       ...writer,
       // Another form may find others.

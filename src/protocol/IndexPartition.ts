@@ -18,6 +18,7 @@ import {
   VectorNotFound
 } from "./Errors.ts"
 import { Ack, Float32FromBytes, VectorFromBytes } from "./Fields.ts"
+import { PartitionWatch, WatchChange } from "./StandingQuery.ts"
 import { VersionText } from "./Version.ts"
 
 export interface PartitionAddress {
@@ -173,6 +174,16 @@ export const IndexPartition = Entity.make("IndexPartition", [
     payload: { seq: Schema.Int, index: Schema.Int, limit: Schema.Int },
     success: ChangePage,
     error: Schema.Union([PartitionError, Compacted])
+  }),
+  /**
+   * The partition's share of a standing query's answer, whole, then its changes. Begins anew with the whole share whenever
+   * the partition is opened again, and where the follower is too slow; so also after the stream was.
+   */
+  Rpc.make("Watch", {
+    payload: PartitionWatch.fields,
+    success: WatchChange,
+    error: PartitionError,
+    stream: true
   }),
   /** Deactivates the partition and deletes its objects. Only the Catalog asks this. */
   Rpc.make("Remove", { payload: { collection: Collection }, success: Schema.Void, error: PartitionError })

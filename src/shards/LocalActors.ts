@@ -15,6 +15,7 @@ import type {
   PartitionQuery,
   PartitionRecord
 } from "../protocol/IndexPartition.ts"
+import type { PartitionWatch, WatchChange } from "../protocol/StandingQuery.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 
 export interface LocalPartition {
@@ -25,6 +26,31 @@ export interface LocalPartition {
    * answered; `undefined` while one is being applied.
    */
   readonly revision: () => string | undefined
+  /**
+   * Registers a standing query; the listener has the partition's share of its answer when this succeeds. It ends with the
+   * partition's residence, which the listener is told.
+   */
+  readonly watch: (query: PartitionWatch, listener: WatchListener) => Effect.Effect<WatchHandle, PartitionError>
+  /** The log position that its standing queries are exact to, but for those that hold back. */
+  readonly position: () => number
+}
+
+/** Called in order, in the turn in which it is known. */
+export interface WatchListener {
+  readonly onChange: (change: WatchChange) => void
+  readonly onLost: () => void
+}
+
+export interface WatchHandle {
+  readonly close: () => void
+}
+
+/** Told what becomes of a partition of this process. */
+export interface PartitionFollower {
+  /** It is resident from now on; nothing has been asked of it. */
+  readonly onResident: (partition: LocalPartition) => void
+  /** It is deleted, with its collection. */
+  readonly onRemoved: () => void
 }
 
 /** The changes of a partition that is resident here, or of one that is being opened or closed. */
@@ -51,6 +77,9 @@ export class LocalActors extends Context.Service<
     /** By partition. There before the partition first writes, and until it has written for the last time. */
     readonly changes: ReadonlyMap<string, LocalChanges>
     readonly registerPartition: (entityId: string, partition: LocalPartition) => Effect.Effect<void, never, Scope.Scope>
+    readonly partitionRemoved: (entityId: string) => void
+    /** Follows a partition until the returned function is called. */
+    readonly followPartition: (entityId: string, follower: PartitionFollower) => () => void
     readonly registerSession: (entityId: string, session: LocalSession) => Effect.Effect<void, never, Scope.Scope>
     readonly registerChanges: (entityId: string, changes: LocalChanges) => Effect.Effect<void, never, Scope.Scope>
     /** Calls the listener when a partition's changes come or go, until what it answers is called. */
@@ -74,12 +103,12 @@ export class LocalActors extends Context.Service<
           }),
           () => Effect.sync(() => (map.get(entityId) === actor ? map.delete(entityId) : false))
         )
+    const followers = new Map<string, Set<PartitionFollower>>()
+    const registerPartition = register(partitions)
     return LocalActors.of({
       partitions,
       sessions,
-      registerPartition: register(partitions),
       changes,
-      registerSession: register(sessions),
       registerChanges: (entityId, of) =>
         Effect.acquireRelease(
           Effect.sync(() => {
@@ -100,7 +129,25 @@ export class LocalActors extends Context.Service<
           all.delete(listener)
           if (all.size === 0 && listeners.get(entityId) === all) listeners.delete(entityId)
         }
-      }
+      },
+      registerPartition: (entityId, partition) =>
+        Effect.tap(registerPartition(entityId, partition), () =>
+          Effect.sync(() => {
+            for (const follower of [...(followers.get(entityId) ?? [])]) follower.onResident(partition)
+          })
+        ),
+      partitionRemoved: (entityId) => {
+        for (const follower of [...(followers.get(entityId) ?? [])]) follower.onRemoved()
+      },
+      followPartition: (entityId, follower) => {
+        const all = followers.get(entityId) ?? new Set()
+        followers.set(entityId, all.add(follower))
+        return () => {
+          all.delete(follower)
+          if (all.size === 0 && followers.get(entityId) === all) followers.delete(entityId)
+        }
+      },
+      registerSession: register(sessions)
     })
   })
 }

@@ -84,6 +84,8 @@ export class Router extends Context.Service<
       CollectionConflict | StorageUnavailable | Overloaded | InvalidInput
     >
     readonly collection: (name: string) => Effect.Effect<Collection, CollectionNotFound | StorageUnavailable>
+    /** The same, past what is remembered of it. */
+    readonly refresh: (name: string) => Effect.Effect<Collection, CollectionNotFound | StorageUnavailable>
     readonly collections: Effect.Effect<ReadonlyArray<Collection>, StorageUnavailable>
     readonly deleteCollection: (name: string) => Effect.Effect<void, CollectionNotFound | StorageUnavailable>
     /** Visible vectors over all partitions. */
@@ -645,6 +647,11 @@ export class Router extends Context.Service<
         return Router.of({
           createCollection,
           collection,
+          refresh: (name) =>
+            Effect.suspend(() => {
+              known.delete(name)
+              return collection(name)
+            }),
           collections: Effect.mapError(catalog.List(), (error) => (isDelivery(error) ? undelivered(error) : error)),
           deleteCollection,
           count: (of) => Effect.map(stats(of), (all) => all.reduce((sum, one) => sum + one.count, 0)),

@@ -6,10 +6,20 @@
  * that the one in use is given; a write is then acknowledged when both have it. Once the next one has caught up it takes
  * over, and the one before is closed when nothing waits for it any more. Applying is idempotent and commutative, so it
  * does not matter that segments near the seam reach the next form twice.
+ *
+ * **Standing queries** are registered at the next form once it has taken over, a few at a time, and told its answers: they
+ * may differ where searches of the two do. What they were told before stays until then.
  */
 import { Effect, Exit, Fiber, Scope, Semaphore, Stream } from "effect"
 import type { LogEntry } from "./PartitionLog.ts"
-import { type Applied, IndexLost, type PartitionIndex } from "./VectorIndex.ts"
+import {
+  type Applied,
+  IndexLost,
+  type PartitionIndex,
+  type StandingHandle,
+  type StandingListener,
+  type StandingSpec
+} from "./VectorIndex.ts"
 
 /** How the next form comes about: opened from a snapshot, with the log after that. */
 export interface NextForm<E> {
@@ -35,6 +45,9 @@ const replayAhead = 8
 /** Bytes of new segments kept for the next form until it can take them; beyond, writes wait for it. */
 const backlogBytesMax = 64 * 1_048_576
 
+/** Standing queries on their way to the next form at once; writes go in between. */
+const watchesMovedAtOnce = 8
+
 /** Rounds in which the next form catches up before writes are slowed down to its pace. */
 const roundsMax = 3
 
@@ -47,6 +60,19 @@ interface Seat {
   readonly scope: Scope.Closeable
   waiting: number
   idle: (() => void) | undefined
+}
+
+/** A standing query, and where it is registered. */
+interface Watch {
+  readonly spec: StandingSpec
+  readonly listener: StandingListener
+  /** Records of its answer, for the next form to begin with. */
+  readonly members: Set<string>
+  /** The form that it is told by, and which registration of it: what earlier ones are told counts no more. */
+  index: PartitionIndex
+  turn: number
+  handle: StandingHandle | undefined
+  closed: boolean
 }
 
 /** What the next form has yet to be given. */
@@ -128,6 +154,82 @@ export const make = Effect.fnUntraced(function* (index: PartitionIndex, scope: S
     }
   })
 
+  const watches = new Set<Watch>()
+
+  /** Registers at the form in use, again where that has changed meanwhile. */
+  const register = (watch: Watch): Effect.Effect<void, IndexLost> =>
+    Effect.suspend(() => {
+      const { index } = current
+      watch.index = index
+      const turn = ++watch.turn
+      const isCurrent = () => watch.turn === turn && !watch.closed
+      return using((index) =>
+        index.watch(
+          { ...watch.spec, seeds: [...watch.members] },
+          {
+            onChange: (change) => {
+              if (!isCurrent()) return
+              if (change.first) watch.members.clear()
+              for (const id of change.left) watch.members.delete(id)
+              for (const { id } of change.entered) watch.members.add(id)
+              watch.listener.onChange(change)
+            },
+            onLost: (error) => {
+              if (!isCurrent() || index !== current.index) return
+              watches.delete(watch)
+              watch.listener.onLost(error)
+            }
+          }
+        )
+      ).pipe(
+        Effect.flatMap((handle) => {
+          if (!isCurrent()) {
+            handle.close()
+            return Effect.void
+          }
+          watch.handle = handle
+          return index === current.index ? Effect.void : register(watch)
+        })
+      )
+    })
+
+  const watch = (spec: StandingSpec, listener: StandingListener): Effect.Effect<StandingHandle, IndexLost> =>
+    Effect.suspend(() => {
+      const one: Watch = {
+        spec,
+        listener,
+        members: new Set(spec.seeds),
+        index: current.index,
+        turn: 0,
+        handle: undefined,
+        closed: false
+      }
+      watches.add(one)
+      const close = () => {
+        one.closed = true
+        one.handle?.close()
+        watches.delete(one)
+      }
+      return Effect.as(
+        Effect.onError(register(one), () => Effect.sync(close)),
+        { close }
+      )
+    })
+
+  /** Registers all at the form that has taken over. What is lost there has been told so. */
+  const moveWatches = Effect.suspend(() =>
+    Effect.forEach(
+      [...watches].filter((one) => one.index !== current.index),
+      (one) =>
+        Effect.catch(register(one), (error) =>
+          Effect.sync(() => {
+            if (watches.delete(one)) one.listener.onLost(error)
+          })
+        ),
+      { concurrency: watchesMovedAtOnce, discard: true }
+    )
+  )
+
   const change = <E>(next: NextForm<E>): Effect.Effect<void, E | IndexLost> =>
     gate.withPermit(
       Effect.suspend(() => {
@@ -147,6 +249,7 @@ export const make = Effect.fnUntraced(function* (index: PartitionIndex, scope: S
           }).pipe(Effect.onError((cause) => Scope.close(nextScope, Exit.failCause(cause))))
         }).pipe(
           Effect.ensuring(Effect.sync(() => (backlog = undefined))),
+          Effect.andThen(moveWatches),
           Effect.andThen(whenIdle(before)),
           Effect.andThen(Scope.close(before.scope, Exit.void))
         )
@@ -161,6 +264,7 @@ export const make = Effect.fnUntraced(function* (index: PartitionIndex, scope: S
     get: (ids) => using((index) => index.get(ids)),
     stats: using((index) => index.stats),
     snapshot: (directory) => gate.withPermit(using((index) => index.snapshot(directory))),
+    watch,
     change,
     changing: () => backlog !== undefined,
     inFlight: () => current.waiting

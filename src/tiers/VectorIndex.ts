@@ -9,6 +9,7 @@ import { availableParallelism } from "node:os"
 import { Context, Data, Effect, Layer, type Scope } from "effect"
 import { defaultSettings, Settings } from "../config.ts"
 import type { Metric, Quantization } from "../protocol/Fields.ts"
+import type { WatchChange } from "../protocol/StandingQuery.ts"
 import type { Version } from "../protocol/Version.ts"
 import { ThreadClient } from "./index/ThreadClient.ts"
 
@@ -102,6 +103,34 @@ export interface IndexStats {
   }
 }
 
+/** A query that stands: its answer is told as it changes. */
+export interface StandingSpec {
+  readonly vector: Float32Array
+  readonly k: number
+  /** Width of the beam of its searches. */
+  readonly ef: number
+  /** Of the records that answer it; -Infinity where any may. */
+  readonly minScore: number
+  /** JSON text of a filter that `checkFilter` has passed; empty for none. */
+  readonly filter: string
+  readonly includeMetadata: boolean
+  readonly includeVector: boolean
+  /** Records that were in its answer: they are in it again where they belong, whatever a search finds. */
+  readonly seeds: ReadonlyArray<string>
+}
+
+/** Called in order, in the turn in which it is known. */
+export interface StandingListener {
+  /** The first time with the whole answer. */
+  readonly onChange: (change: WatchChange) => void
+  /** The partition is gone, and the query with it. */
+  readonly onLost: (error: IndexLost) => void
+}
+
+export interface StandingHandle {
+  readonly close: () => void
+}
+
 /** The thread died, or the partition was closed or could not be kept in step; it has to be opened again. */
 export class IndexLost extends Data.TaggedError("IndexLost")<{ readonly detail: string }> {}
 
@@ -130,6 +159,11 @@ export interface PartitionIndex {
    * holds the records file open, which may be moved, linked or removed, but not be changed.
    */
   readonly snapshot: (directory: string) => Effect.Effect<SnapshotFiles, IndexLost | SnapshotUnreadable>
+  /**
+   * Registers a standing query after all applies given before. The listener has the first answer when this succeeds; what a
+   * segment changes it is told right before that segment's writer. Nothing is told after `close`.
+   */
+  readonly watch: (spec: StandingSpec, listener: StandingListener) => Effect.Effect<StandingHandle, IndexLost>
   /** The form it has; a snapshot may change it. */
   readonly form: () => IndexForm
   /** Whether all that is asked fails by now. */

@@ -23,6 +23,7 @@ import {
   searchWords,
   type ThreadOptions,
   type ToThread,
+  type WatchCommand,
   withMetadata,
   withVector
 } from "./index/ThreadMessages.ts"
@@ -41,6 +42,9 @@ const backgroundEverySlices = 8
 /** Answers sent in one message, at most, and how long the first of them waits for the others. */
 const answersMax = 16
 const answerDelayMillis = 0.3
+
+/** Standing queries that are searched anew before a segment is applied, at most; more are where nothing is asked. */
+const searchesPerSegment = 8
 
 /** How often the thread says how much memory it holds. */
 const bytesEveryMillis = 250
@@ -274,6 +278,7 @@ const runSlice = (): void => {
 const backgroundStep = (seat: Seat): boolean => {
   try {
     seat.partition.backgroundStep()
+    tellMatches(seat)
     return true
   } catch (error) {
     lose(seat, messageOf(error))
@@ -337,6 +342,7 @@ const lose = (seat: Seat, detail: string): void => {
   for (const one of searches.values()) {
     if (one.seat === seat) answer({ kind: "failed", request: one.request, reason: "lost", detail })
   }
+  if (seat.partition.standing !== undefined) answer({ kind: "gone", request: 0, partition: seat.number, detail })
   close(seat)
 }
 
@@ -370,9 +376,38 @@ function* openJob(request: number, partition: Resident, files: OpenFiles | undef
   }
 }
 
-function* applyJob(request: number, partition: Resident, segment: Uint8Array): Work<Answer> {
+function* applyJob(request: number, seat: Seat, segment: Uint8Array): Work<Answer> {
+  const { partition } = seat
+  // Writes that never cease must not keep standing queries from being searched anew; nor these keep writes waiting.
+  for (let i = 0; i < searchesPerSegment && partition.standing?.hasWork === true; i++) {
+    partition.standing.workStep()
+    yield
+  }
   // A segment that cannot be applied throws: without it, the partition is not what its log says.
-  return { kind: "applied", request, effects: yield* partition.apply(segment) }
+  const effects = yield* partition.apply(segment)
+  tellMatches(seat)
+  return { kind: "applied", request, effects }
+}
+
+function* watchJob(partition: Resident, command: WatchCommand): Work<Answer> {
+  const { request, watch, vector } = command
+  if (vector.length !== partition.spec.dimensions) {
+    return { kind: "failed", request, reason: "refused", detail: `a standing query of ${vector.length} components` }
+  }
+  yield* partition.watch(command)
+  return { kind: "watched", request, watch, matches: partition.standing?.take() }
+}
+
+// biome-ignore lint/correctness/useYield: a job that is done in one step.
+function* unwatchJob(request: number, partition: Resident, watch: number): Work<Answer> {
+  partition.standing?.remove(watch)
+  return { kind: "unwatched", request }
+}
+
+/** Sends what has changed of the answers to a partition's standing queries. */
+const tellMatches = ({ number, partition }: Seat): void => {
+  const matches = partition.standing?.take()
+  if (matches !== undefined) answer({ kind: "matched", request: 0, partition: number, matches })
 }
 
 function* snapshotJob(request: number, partition: Resident, directory: string): Work<Answer> {
@@ -465,13 +500,26 @@ const obey = (command: Command): void => {
     answer({ kind: "failed", request, reason: "lost", detail: "the partition is closed" })
     return
   }
-  const { partition } = seat
-  const work =
-    command.kind === "apply"
-      ? applyJob(request, partition, command.segment)
-      : snapshotJob(request, partition, command.directory)
-  seat.jobs.push({ request, work })
+  seat.jobs.push({ request, work: workOf(command, seat) })
   makeReady(seat)
+}
+
+const workOf = (
+  command: Command & { readonly kind: "apply" | "snapshot" | "watch" | "unwatch" },
+  seat: Seat
+): Work<Answer> => {
+  const { request } = command
+  const { partition } = seat
+  switch (command.kind) {
+    case "apply":
+      return applyJob(request, seat, command.segment)
+    case "snapshot":
+      return snapshotJob(request, partition, command.directory)
+    case "watch":
+      return watchJob(partition, command)
+    case "unwatch":
+      return unwatchJob(request, partition, command.watch)
+  }
 }
 
 const messageOf = (error: unknown): string => (error instanceof Error ? error.message : String(error))

@@ -162,6 +162,7 @@ const mapRouter = (seen: Seen): Router["Service"] => {
   return Router.of({
     createCollection: create,
     collection: (name) => Effect.map(find(name), ({ collection }) => collection),
+    refresh: (name) => Effect.map(find(name), ({ collection }) => collection),
     collections: Effect.sync(() => Array.from(collections.values(), ({ collection }) => collection)),
     deleteCollection: (name) => Effect.map(find(name), () => void collections.delete(name)),
     count: ({ name }) => Effect.map(find(name), ({ records }) => records.size),

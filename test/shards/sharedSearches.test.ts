@@ -47,7 +47,9 @@ const stage = async (partitions: number, use: (on: Stage) => Promise<void>) => {
         }),
       get: (ids: ReadonlyArray<string>) =>
         Effect.succeed(ids.map((id) => ({ id, vector: Float32Array.of(1, 0), metadata: "", version: "" }))),
-      revision: () => revisions[partition]
+      revision: () => revisions[partition],
+      watch: () => Effect.die("not asked"),
+      position: () => 0
     }
     const id = partitionId({ collection: "c", uid: collection.uid, partition })
     const register = Context.get(context, LocalActors).registerPartition(id, played)

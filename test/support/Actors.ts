@@ -5,16 +5,19 @@ import { join } from "node:path"
 import { Context, Effect, Exit, Layer, Logger, References, Scope } from "effect"
 import type { Sharding } from "effect/cluster"
 import { defaultSettings, Settings, type SettingValues } from "../../src/config.ts"
-import { actors, type CacheEvents, Router } from "../../src/index.ts"
+import { actors, type CacheEvents, Router, type StandingQueries } from "../../src/index.ts"
 import type { LocalActors } from "../../src/shards/LocalActors.ts"
 import type { ResultCache } from "../../src/shards/ResultCache.ts"
 import { DataDirectory } from "../../src/tiers/DataDirectory.ts"
+import type { MemoryBudget } from "../../src/tiers/MemoryBudget.ts"
 import type { ObjectStore } from "../../src/tiers/ObjectStore.ts"
 
 export interface RunningActors {
   readonly router: Router["Service"]
   /** Everything the actors offer, to run other effects with. */
-  readonly context: Context.Context<Router | Sharding.Sharding | LocalActors | ResultCache | CacheEvents>
+  readonly context: Context.Context<
+    Router | StandingQueries | Sharding.Sharding | LocalActors | ResultCache | CacheEvents | MemoryBudget
+  >
   /** Stops them as a node is stopped. */
   readonly stop: () => Promise<void>
 }

@@ -95,7 +95,8 @@ const model = (form: IndexForm, random: () => number) => {
       }),
     get: () => Effect.as(alive, []),
     stats: Effect.die("not asked"),
-    snapshot: () => Effect.die("not asked")
+    snapshot: () => Effect.die("not asked"),
+    watch: () => Effect.die("not asked")
   }
   return {
     index,

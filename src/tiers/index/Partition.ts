@@ -68,16 +68,25 @@ export class Partition {
 
   /**
    * Applies a segment, an operation or a piece of a graph a step. Returns what each operation did. An operation of which
-   * `isStale` says so is taken note of and does nothing else.
+   * `isStale` says so is taken note of and does nothing else. `changed` is told of each visible record that came, went or is
+   * another by now.
    */
-  *apply(segment: Uint8Array, isStale?: (op: SegmentCursor) => boolean): Work<Uint8Array<ArrayBuffer>> {
+  *apply(
+    segment: Uint8Array,
+    isStale?: (op: SegmentCursor) => boolean,
+    changed?: (id: string) => void
+  ): Work<Uint8Array<ArrayBuffer>> {
     const cursor = new SegmentCursor(segment, this.spec.dimensions)
     const effects = new Uint8Array(cursor.header.count)
     for (let i = 0; cursor.next(); i++) {
       if (isStale?.(cursor) === true) {
         this.table.observe(cursor.version)
         effects[i] = effect.none
-      } else effects[i] = this.#apply(cursor)
+      } else {
+        const done = this.#apply(cursor)
+        effects[i] = done
+        if (changed !== undefined && done !== effect.none && done !== effect.hidden) changed(cursor.id)
+      }
       yield
       for (let step = 0; step < buildStepsPerOperation && this.#build !== undefined; step++) {
         this.#buildStep()

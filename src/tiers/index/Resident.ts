@@ -5,6 +5,7 @@
  */
 import { mkdir, writeFile } from "node:fs/promises"
 import { join } from "node:path"
+import { decodeSegmentHeader } from "../LogSegment.ts"
 import type { IndexForm, IndexSpec, IndexStats, SnapshotFiles } from "../VectorIndex.ts"
 import type { BlockCache } from "./BlockCache.ts"
 import { Graph } from "./Graph.ts"
@@ -24,7 +25,8 @@ import { RecordsView } from "./RecordsView.ts"
 import { isNewer } from "./RecordTable.ts"
 import type { SegmentCursor } from "./SegmentCursor.ts"
 import { offsetsOf, sketchRecordsMin, writeSketch } from "./SketchFile.ts"
-import type { Answer, OpenFiles } from "./ThreadMessages.ts"
+import { StandingRegistry } from "./StandingRegistry.ts"
+import type { OpenFiles, RecordsAnswer, WatchCommand } from "./ThreadMessages.ts"
 import { settled, type Work } from "./Work.ts"
 
 /** Results of a search, best first. */
@@ -50,6 +52,10 @@ export class Resident {
   #base: MappedBase | undefined
   /** Of the newest sketch written: the next may do with it. */
   #quantiser: Quantiser | undefined
+  /** Queries that stand at the partition; made with the first of them. */
+  #standing: StandingRegistry | undefined
+  /** Log position of the last segment applied. */
+  #seq = 0
 
   constructor(spec: IndexSpec, options: ResidentOptions) {
     this.spec = spec
@@ -71,10 +77,56 @@ export class Resident {
     yield* this.#openFull(records, graph)
   }
 
-  /** Applies a segment, an operation or a piece of a graph a step. Returns what each operation did. */
-  apply(segment: Uint8Array): Work<Uint8Array<ArrayBuffer>> {
+  /**
+   * Applies a segment, an operation or a piece of a graph a step, then looks which standing queries it has changed. Returns
+   * what each operation did.
+   */
+  *apply(segment: Uint8Array): Work<Uint8Array<ArrayBuffer>> {
     const base = this.#base
-    return this.#recent.apply(segment, base && ((op) => this.#isStale(base, op)))
+    const standing = this.#standing
+    const changed = standing === undefined || standing.size === 0 ? undefined : new Set<string>()
+    const effects = yield* this.#recent.apply(
+      segment,
+      base && ((op) => this.#isStale(base, op)),
+      changed && ((id) => changed.add(id))
+    )
+    this.#seq = Math.max(this.#seq, decodeSegmentHeader(segment).seq)
+    if (standing !== undefined && changed !== undefined) {
+      standing.seq = this.#seq
+      yield* standing.match(changed)
+    }
+    return effects
+  }
+
+  get standing(): StandingRegistry | undefined {
+    return this.#standing
+  }
+
+  /** Registers a standing query, and tells its answer. */
+  *watch(command: WatchCommand): Work<void> {
+    if (command.filter !== "") {
+      while (!this.filtersReady()) {
+        this.#filterStep()
+        yield
+      }
+    }
+    this.#standing ??= new StandingRegistry(this)
+    this.#standing.seq = this.#seq
+    this.#standing.add(command)
+  }
+
+  /** What can be seen of a record; its vector may be a view. */
+  visible(id: string): { readonly vector: Float32Array; readonly metadata: string } | undefined {
+    const { table, arena } = this.#recent
+    const slot = table.slots.get(id)
+    if (slot !== undefined) return { vector: arena.row(slot), metadata: table.metadata[slot]! }
+    const base = this.#base
+    if (base === undefined || table.hidden.has(id)) return undefined
+    const entry = base.find(id)
+    if (entry === -1 || entry >= base.view.count) return undefined
+    const vector = new Float32Array(this.spec.dimensions)
+    base.view.vector(entry, vector)
+    return { vector, metadata: base.view.metadata(entry) }
   }
 
   /** Whether a search may name a filter; if not yet, background work brings it about from now on. */
@@ -84,10 +136,17 @@ export class Resident {
   }
 
   get hasBackgroundWork(): boolean {
-    return this.#recent.hasBackgroundWork || (this.#base?.hasBackgroundWork ?? false)
+    return (
+      this.#recent.hasBackgroundWork || (this.#base?.hasBackgroundWork ?? false) || this.#standing?.hasWork === true
+    )
   }
 
   backgroundStep(): void {
+    if (this.#standing?.hasWork === true) this.#standing.workStep()
+    else this.#filterStep()
+  }
+
+  #filterStep(): void {
     if (this.#base?.hasBackgroundWork === true) this.#base.backgroundStep()
     else this.#recent.backgroundStep()
   }
@@ -136,7 +195,7 @@ export class Resident {
   }
 
   /** Records by id. */
-  read(request: number, ids: ReadonlyArray<string>): Answer & { readonly kind: "records" } {
+  read(request: number, ids: ReadonlyArray<string>): RecordsAnswer {
     const { table, arena } = this.#recent
     /** Slots here; below -1 what is at slot -2 - n of the snapshot. */
     const places: Array<number> = []
@@ -202,7 +261,7 @@ export class Resident {
 
   /** Bytes held, V8's own estimated; those of the thread's block cache are not in it. */
   get bytes(): number {
-    return this.#recent.bytes + (this.#base?.bytes ?? 0)
+    return this.#recent.bytes + (this.#base?.bytes ?? 0) + (this.#standing?.bytes ?? 0)
   }
 
   /** Writes the state into files of `directory`, and goes on from them where that is the form to have. Nothing else changes it meanwhile. */

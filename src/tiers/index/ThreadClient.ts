@@ -14,8 +14,12 @@ import {
   type IndexSpec,
   type PartitionIndex,
   type SnapshotFiles,
-  SnapshotUnreadable
+  SnapshotUnreadable,
+  type StandingHandle,
+  type StandingListener,
+  type StandingSpec
 } from "../VectorIndex.ts"
+import { forEachChange } from "./StandingMatches.ts"
 import {
   type Answer,
   type Command,
@@ -23,6 +27,7 @@ import {
   type Hits,
   hitWords,
   isBusy,
+  type Matches,
   mustStop,
   type OpenFiles,
   type ThreadOptions,
@@ -58,6 +63,8 @@ interface Seat {
   readonly spec: IndexSpec
   form: IndexForm
   lost: IndexLost | undefined
+  /** Standing queries by their number. */
+  readonly watches: Map<number, StandingListener>
 }
 
 /** All of this process; each is halted before the process ends. */
@@ -79,6 +86,7 @@ export class ThreadClient {
   #lastError: string | undefined
   #nextRequest = 1
   #nextSeat = 1
+  #nextWatch = 1
   #searchesWaiting = 0
   #bytes = 0
   #restarts = 0
@@ -200,8 +208,50 @@ export class ThreadClient {
           seat,
           (request) => ({ kind: "snapshot", request, partition, directory }),
           (answer) => (answer.kind === "written" ? Effect.succeed(answer.files) : unexpected(answer))
-        )
+        ),
+      watch: (spec, listener) => this.#watch(seat, spec, listener)
     }
+  }
+
+  #watch(seat: Seat, spec: StandingSpec, listener: StandingListener): Effect.Effect<StandingHandle, IndexLost> {
+    return Effect.suspend(() => {
+      const watch = this.#nextWatch++
+      const { vector, k, ef, minScore, filter, includeMetadata, includeVector, seeds } = spec
+      const flags = (includeMetadata ? withMetadata : 0) | (includeVector ? withVector : 0)
+      const partition = seat.number
+      const close = () => {
+        if (!seat.watches.delete(watch) || seat.lost !== undefined) return
+        this.#commands.push({ kind: "unwatch", request: this.#nextRequest++, partition, watch })
+        this.#schedule()
+      }
+      return this.#ask<StandingHandle>(
+        seat,
+        (request) => ({ kind: "watch", request, partition, watch, vector, k, ef, minScore, filter, flags, seeds }),
+        (answer) => {
+          if (answer.kind !== "watched") return unexpected(answer)
+          seat.watches.set(watch, listener)
+          const { matches } = answer
+          if (matches === undefined) listener.onChange({ first: true, seq: 0, held: false, left: [], entered: [] })
+          else forEachChange(matches, seat.spec.dimensions, true, (_, change) => listener.onChange(change))
+          return Effect.succeed({ close })
+        }
+      ).pipe(
+        // Nobody waits for it any more, but it may be there by then.
+        Effect.onInterrupt(() =>
+          Effect.sync(() => {
+            seat.watches.set(watch, listener)
+            close()
+          })
+        )
+      )
+    })
+  }
+
+  #receiveMatches(partition: number, matches: Matches): void {
+    const seat = this.#seats.get(partition)
+    if (seat === undefined) return
+    const { watches, spec } = seat
+    forEachChange(matches, spec.dimensions, false, (watch, change) => watches.get(watch)?.onChange(change))
   }
 
   #search(seat: Seat, query: IndexQuery): Effect.Effect<IndexHits, IndexLost | IndexBusy> {
@@ -262,7 +312,8 @@ export class ThreadClient {
       number: this.#nextSeat++,
       spec,
       form: "full",
-      lost: this.#stopped ? new IndexLost({ detail: "the vector threads are stopped" }) : undefined
+      lost: this.#stopped ? new IndexLost({ detail: "the vector threads are stopped" }) : undefined,
+      watches: new Map()
     }
     if (!this.#stopped) this.#seats.set(seat.number, seat)
     return seat
@@ -276,7 +327,8 @@ export class ThreadClient {
   }
 
   #loseSeat(seat: Seat, error: IndexLost): void {
-    seat.lost = error
+    seat.lost ??= error
+    tellLost(seat)
     for (const [request, waiting] of this.#waiting) {
       if (waiting.seat !== seat) continue
       this.#settle(request, waiting)
@@ -292,7 +344,8 @@ export class ThreadClient {
   /** Everything that the thread had is gone. */
   #lose(detail: string): void {
     const error = new IndexLost({ detail })
-    for (const seat of this.#seats.values()) seat.lost = error
+    const seats = [...this.#seats.values()]
+    for (const seat of seats) seat.lost = error
     this.#seats.clear()
     this.#searches = []
     this.#commands = []
@@ -302,6 +355,7 @@ export class ThreadClient {
     const waiting = [...this.#waiting.values()]
     this.#waiting.clear()
     for (const one of waiting) one.lost(error)
+    for (const seat of seats) tellLost(seat)
   }
 
   // --- The thread ------------------------------------------------------------------------------------------------------
@@ -429,16 +483,29 @@ export class ThreadClient {
   }
 
   #receiveAnswer(answer: Answer): void {
+    if (answer.kind === "matched") return this.#receiveMatches(answer.partition, answer.matches)
+    if (answer.kind === "gone") return this.#gone(this.#seats.get(answer.partition), answer.detail)
     const waiting = this.#waiting.get(answer.request)
-    if (answer.kind === "failed" && answer.reason === "lost" && waiting !== undefined) {
-      this.#seats.delete(waiting.seat.number)
-      waiting.seat.lost ??= new IndexLost({ detail: answer.detail })
-    }
     if (waiting === undefined) return
+    if (answer.kind === "failed" && answer.reason === "lost") this.#gone(waiting.seat, answer.detail)
     if (answer.kind === "opened" || answer.kind === "written") waiting.seat.form = answer.form
     this.#settle(answer.request, waiting)
     waiting.answer(answer)
   }
+
+  #gone(seat: Seat | undefined, detail: string): void {
+    if (seat === undefined) return
+    this.#seats.delete(seat.number)
+    seat.lost ??= new IndexLost({ detail })
+    tellLost(seat)
+  }
+}
+
+/** Tells those who stand at a lost partition. */
+const tellLost = ({ watches, lost }: Seat): void => {
+  const listeners = [...watches.values()]
+  watches.clear()
+  if (lost !== undefined) for (const { onLost } of listeners) onLost(lost)
 }
 
 const stopMessage: ToThread = { stop: true }

@@ -61,7 +61,28 @@ export type Command =
   | { readonly kind: "get"; readonly request: number; readonly partition: number; readonly ids: ReadonlyArray<string> }
   | { readonly kind: "stats"; readonly request: number; readonly partition: number }
   | { readonly kind: "snapshot"; readonly request: number; readonly partition: number; readonly directory: string }
+  | WatchCommand
+  | { readonly kind: "unwatch"; readonly request: number; readonly partition: number; readonly watch: number }
   | { readonly kind: "close"; readonly partition: number }
+
+/** Registers a standing query. */
+export interface WatchCommand {
+  readonly kind: "watch"
+  readonly request: number
+  readonly partition: number
+  /** What matches name it by. */
+  readonly watch: number
+  readonly vector: Float32Array
+  readonly k: number
+  readonly ef: number
+  readonly minScore: number
+  /** Empty: none. */
+  readonly filter: string
+  /** {@link withMetadata} and {@link withVector}. */
+  readonly flags: number
+  /** Records that were in the answer. */
+  readonly seeds: ReadonlyArray<string>
+}
 
 export interface FromThread {
   readonly hits?: Hits
@@ -87,17 +108,18 @@ export const hitWords = 4
 export type Answer =
   | { readonly kind: "opened"; readonly request: number; readonly form: IndexForm }
   | { readonly kind: "applied"; readonly request: number; readonly effects: Uint8Array }
+  | RecordsAnswer
   | {
-      readonly kind: "records"
+      readonly kind: "watched"
       readonly request: number
-      /** Of each id asked for whether it is there, then of each that is what follows. */
-      readonly there: ReadonlyArray<boolean>
-      readonly metadata: ReadonlyArray<string>
-      readonly times: BigUint64Array
-      readonly counters: Float64Array
-      readonly regions: ReadonlyArray<string>
-      readonly vectors: Float32Array
+      readonly watch: number
+      readonly matches: Matches | undefined
     }
+  | { readonly kind: "unwatched"; readonly request: number }
+  /** Unasked: what changes have done to standing queries, right before the answer to the segment that did it. */
+  | { readonly kind: "matched"; readonly request: 0; readonly partition: number; readonly matches: Matches }
+  /** Unasked: a partition with standing queries is lost. */
+  | { readonly kind: "gone"; readonly request: 0; readonly partition: number; readonly detail: string }
   | {
       readonly kind: "stats"
       readonly request: number
@@ -116,3 +138,39 @@ export type Answer =
       readonly reason: "lost" | "unreadable" | "refused"
       readonly detail: string
     }
+
+export interface RecordsAnswer {
+  readonly kind: "records"
+  readonly request: number
+  /** Of each id asked for whether it is there, then of each that is what follows. */
+  readonly there: ReadonlyArray<boolean>
+  readonly metadata: ReadonlyArray<string>
+  readonly times: BigUint64Array
+  readonly counters: Float64Array
+  readonly regions: ReadonlyArray<string>
+  readonly vectors: Float32Array
+}
+
+/** Changes of the answers to standing queries, flat. */
+export interface Matches {
+  /** Position of the last segment applied. */
+  readonly seq: number
+  /** Of each change {@link entryWords} words: the query, what it is, and which of `ids`. All of one query are together. */
+  readonly entries: Int32Array
+  /** Of each change the score, of what has entered. */
+  readonly scores: Float32Array
+  readonly ids: ReadonlyArray<string>
+  /** Those of the ids that are there. */
+  readonly records: RecordsAnswer
+}
+
+export const entryWords = 3
+
+/**
+ * What a change is, in the bits beside {@link withMetadata} and {@link withVector}: a record that came, or is another by
+ * now; one that left; neither. `held`: more of it is to come, until then what was told stays.
+ */
+export const entered = 4
+export const left = 8
+export const held = 16
+export const nothing = 32
