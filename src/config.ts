@@ -159,6 +159,13 @@ export const settings = {
     100,
     3_600_000
   ),
+  changeRetentionMillis: integer(
+    "that the log is kept for followers of changes, beyond what its snapshots need",
+    "ms",
+    3_600_000,
+    0,
+    2_592_000_000
+  ),
   changeReadsMax: integer("followers of changes that read the log at once", "followers", 16, 1, 4_096),
   changeBufferMax: integer("newest changes kept in memory for followers, a partition", "changes", 1_024, 16, 1_000_000),
 

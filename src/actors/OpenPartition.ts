@@ -211,6 +211,7 @@ const open = Effect.fnUntraced(function* (
     Effect.gen(function* () {
       const log = yield* PartitionLog.open(prefix, {
         deferVerification: !options.verify,
+        retainMillis: settings.changeRetentionMillis,
         ...(passedOver === undefined ? {} : { snapshotsBefore: passedOver.seq })
       }).pipe(
         Effect.provideService(ObjectStore, store),

@@ -104,10 +104,18 @@ export const changesOf = (
   seq: number,
   ops: ReadonlyArray<LogOp>,
   applied: Applied | undefined
-): ReadonlyArray<Change> =>
-  ops.flatMap(({ kind, id, version }, index) =>
-    applied?.effects[index] === 0 ? [] : [{ seq, index, kind, id, version: formatVersion(version) }]
-  )
+): ReadonlyArray<Change> => {
+  const changes: Array<Change> = []
+  let last = ops.length - 1
+  while (last >= 0 && applied?.effects[last] === 0) last -= 1
+  for (let index = 0; index <= last; index++) {
+    if (applied?.effects[index] === 0) continue
+    const { kind, id, version } = ops[index] as LogOp
+    const change = { seq, index, kind, id, version: formatVersion(version) }
+    changes.push(index === last ? { ...change, last: true } : change)
+  }
+  return changes
+}
 
 /** Changes read at once for one follower. */
 const feedBatch = 256

@@ -103,7 +103,9 @@ export const Change = Schema.Struct({
   index: Schema.Int,
   kind: Schema.Literals(["upsert", "metadata", "delete"]),
   id: Schema.String,
-  version: VersionText
+  version: VersionText,
+  /** The log object has no more: who has had it has had all of that. */
+  last: Schema.optionalKey(Schema.Literal(true))
 })
 export type Change = typeof Change.Type
 

@@ -238,7 +238,7 @@ class CollectionFeed {
       const known = candidate.deref()
       if (known !== undefined && followsOn(known.positions, state.positions, partition)) return known
     }
-    const next = moved(state, partition, change)
+    const next = moved(state, partition, change.last === true ? { seq: change.seq, index: endOfObject } : change)
     if (candidates === undefined) this.#states.set(change, [new WeakRef(next)])
     else {
       if (candidates.length >= sharedStatesMax) candidates.shift()
