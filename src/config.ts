@@ -170,7 +170,12 @@ export const settings = {
   changeBufferMax: integer("newest changes kept in memory for followers, a partition", "changes", 1_024, 16, 1_000_000),
 
   // Backups
-  backupTo: text("where the node backs itself up to; empty: nowhere", "", "a path, or empty", /^[^\0]{0,4096}$/),
+  backupTo: text(
+    "where the node backs itself up to; empty: nowhere",
+    "",
+    "a path, gs://bucket/prefix, or empty",
+    /^[^\0]{0,4096}$/
+  ),
   backupIntervalMillis: integer("between two backups: the most that is lost", "ms", 900_000, 100, 3_600_000),
   backupKeepDays: integer("any time within which can be restored", "days", 30, 1, 3_650),
   backupLagMillisMax: integer(
@@ -341,6 +346,26 @@ export const settings = {
     5_000,
     0,
     600_000
+  ),
+  sniffTimeoutMillis: integer("for the first bytes of a connection, or its TLS handshake", "ms", 10_000, 100, 600_000),
+  requestsPerConnectionMax: integer("requests on one HTTP connection, then it ends", "requests", 1_000_000, 1, 1e12),
+  h2StreamsMax: integer("requests under way on one HTTP/2 connection", "streams", 256, 1, 65_536),
+  h2SessionMemoryBytes: integer("memory of one HTTP/2 connection", "bytes", 10 * mebibyte, mebibyte, 1_024 * mebibyte),
+  h2WindowBytes: integer(
+    "bytes under way to one HTTP/2 request; four times as many to all of a connection",
+    "bytes",
+    262_144,
+    65_535,
+    64 * mebibyte
+  ),
+  h2ResetsBurst: integer("requests an HTTP/2 connection may cancel at once", "requests", 1_000, 1, 1_000_000),
+  h2ResetsPerSecond: integer("and in a second, over time", "requests", 33, 1, 100_000),
+  h2OverheadBytesPerSecond: integer(
+    "received on an HTTP/2 connection that belong to no request (pings, settings)",
+    "bytes a second",
+    65_536,
+    1_024,
+    1_024 * mebibyte
   ),
   drainMillis: integer("for open requests to end when shutting down", "ms", 8_000, 0, 600_000)
 } as const satisfies Record<string, SettingSpec<string> | SettingSpec<number>>

@@ -27,6 +27,7 @@ import { ResultStore } from "./shards/ResultStore.ts"
 import { Router } from "./shards/Router.ts"
 import { StandingQueries } from "./shards/StandingQueries.ts"
 import { AccessLog } from "./tiers/AccessLog.ts"
+import * as Bucket from "./tiers/Bucket.ts"
 import * as Caches from "./tiers/Caches.ts"
 import { DataDirectory } from "./tiers/DataDirectory.ts"
 import * as FileObjectStore from "./tiers/FileObjectStore.ts"
@@ -109,18 +110,7 @@ const bucketStore = (settings: SettingValues) =>
   Layer.unwrap(
     Effect.map(DataDirectory, ({ path, scratch }) =>
       SnapshotCache.layer({ directory: join(path, "cache"), bytesMax: settings.diskCacheBytes }).pipe(
-        Layer.provide(
-          GcsObjectStore.layer({
-            url: settings.data,
-            scratch,
-            connectionsMax: settings.storeConnectionsMax,
-            requestMillis: settings.storeRequestMillis,
-            attemptsMax: settings.storeAttemptsMax,
-            retryMillis: settings.storeRetryMillis,
-            resumableBytes: settings.storeResumableBytes,
-            downloadBytes: settings.storeDownloadBytes
-          })
-        )
+        Layer.provide(Bucket.layer(settings.data, scratch, settings))
       )
     )
   )

@@ -5,16 +5,16 @@
 import { mkdtemp, rm } from "node:fs/promises"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
-import { Console, Context, Effect, Layer } from "effect"
+import { Console, Effect } from "effect"
 import { Command, Flag } from "effect/cli"
+import { defaultSettings } from "../config.ts"
 import type { Collection } from "../protocol/Collection.ts"
 import { openBackup } from "../tiers/BackupReader.ts"
 import { openToRead } from "../tiers/BackupStore.ts"
 import { type TrueRecord, truthOf } from "../tiers/BackupTruth.ts"
-import * as DataDirectory from "../tiers/DataDirectory.ts"
-import * as FileObjectStore from "../tiers/FileObjectStore.ts"
-import { ObjectStore } from "../tiers/ObjectStore.ts"
+import type { ObjectStore } from "../tiers/ObjectStore.ts"
 import { iso, restore } from "../tiers/Restore.ts"
+import { openTarget } from "./DataPlace.ts"
 import { startDrillServer } from "./DrillServer.ts"
 import { ProgressLine } from "./ProgressLine.ts"
 import { Refused, refusing } from "./Refused.ts"
@@ -23,7 +23,7 @@ import { timeOf } from "./restore.ts"
 export const drill = Command.make(
   "drill",
   {
-    from: Flag.String("from").pipe(Flag.withDescription("directory of the backup")),
+    from: Flag.String("from").pipe(Flag.withDescription("directory of the backup, or gs://bucket/prefix")),
     at: Flag.String("at").pipe(
       Flag.withDescription("time to restore to: 2026-11-25T04:00:00Z, milliseconds since 1970, -15m, or latest"),
       Flag.withDefault("latest")
@@ -32,7 +32,7 @@ export const drill = Command.make(
   ({ from, at }) =>
     Effect.gen(function* () {
       const atMillis = yield* timeOf(at)
-      const backup = yield* openToRead(from)
+      const backup = yield* openToRead(from, defaultSettings)
       const run = yield* openBackup(backup)
       const rpoSeconds = (Date.now() - run.horizonMillis) / 1_000
       const path = yield* Effect.acquireRelease(
@@ -86,13 +86,12 @@ const restoreInto = Effect.fnUntraced(function* (
   backup: ObjectStore["Service"],
   atMillis: number | undefined
 ) {
-  const directory = yield* DataDirectory.open({ path: data })
-  const context = yield* Layer.build(FileObjectStore.layer({ directory: directory.objects }))
+  const { store: target, scratch } = yield* openTarget(data)
   const progress = new ProgressLine("Restoring")
   return yield* restore({
     backup,
-    target: Context.get(context, ObjectStore),
-    scratch: directory.scratch,
+    target,
+    scratch,
     atMillis,
     onProgress: progress.show
   }).pipe(Effect.ensuring(Effect.sync(() => progress.end())))

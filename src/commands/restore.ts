@@ -1,13 +1,11 @@
 /** `restore`: a new data directory, or one collection under another name, as it was at a time. */
-import { resolve } from "node:path"
-import { Console, Context, Effect, Layer, Option } from "effect"
+import { Console, Effect, Option } from "effect"
 import { Command, Flag } from "effect/cli"
+import { defaultSettings } from "../config.ts"
 import { CollectionName, decoderOf } from "../protocol/Fields.ts"
-import { openToRead } from "../tiers/BackupStore.ts"
-import * as DataDirectory from "../tiers/DataDirectory.ts"
-import * as FileObjectStore from "../tiers/FileObjectStore.ts"
-import { ObjectStore } from "../tiers/ObjectStore.ts"
+import { openToRead, shownPlace } from "../tiers/BackupStore.ts"
 import { iso, type RestoreReport, restore as runRestore } from "../tiers/Restore.ts"
+import { openTarget } from "./DataPlace.ts"
 import { ProgressLine } from "./ProgressLine.ts"
 import { Refused, refusing } from "./Refused.ts"
 import { parseTime } from "./times.ts"
@@ -15,13 +13,13 @@ import { parseTime } from "./times.ts"
 export const restore = Command.make(
   "restore",
   {
-    from: Flag.String("from").pipe(Flag.withDescription("directory of the backup")),
+    from: Flag.String("from").pipe(Flag.withDescription("directory of the backup, or gs://bucket/prefix")),
     at: Flag.String("at").pipe(
       Flag.withDescription("time to restore to: 2026-11-25T04:00:00Z, milliseconds since 1970, -15m, or latest"),
       Flag.withDefault("latest")
     ),
     data: Flag.String("data").pipe(
-      Flag.withDescription("a new data directory; with --collection one that no node uses")
+      Flag.withDescription("a new data directory or gs://bucket/prefix; with --collection one that no node uses")
     ),
     collection: Flag.String("collection").pipe(Flag.withDescription("restore this one alone"), Flag.optional),
     as: Flag.String("as").pipe(Flag.withDescription("under this name"), Flag.optional)
@@ -39,19 +37,18 @@ export const restore = Command.make(
           Effect.mapError(({ expected, got }) => new Refused({ message: `--as: expected ${expected}, got ${got}` }))
         )
       }
-      const backup = yield* openToRead(from)
-      const directory = yield* DataDirectory.open({ path: data })
-      const context = yield* Layer.build(FileObjectStore.layer({ directory: directory.objects }))
+      const backup = yield* openToRead(from, defaultSettings)
+      const { store: target, scratch } = yield* openTarget(data)
       const progress = new ProgressLine("Restoring")
       const report = yield* runRestore({
         backup,
-        target: Context.get(context, ObjectStore),
-        scratch: directory.scratch,
+        target,
+        scratch,
         atMillis,
         only: Option.getOrUndefined(only),
         onProgress: progress.show
       }).pipe(Effect.ensuring(Effect.sync(() => progress.end())))
-      yield* Console.log(summary(report, atMillis, resolve(data), (performance.now() - started) / 1_000))
+      yield* Console.log(summary(report, atMillis, shownPlace(data), (performance.now() - started) / 1_000))
     }).pipe(Effect.scoped, refusing)
 ).pipe(Command.withDescription("Restore collections from a backup as they were at a time"))
 

@@ -1,18 +1,22 @@
-/** `verify`: every object of a backup or of a data directory; code 1 where one is damaged. */
+/** `verify`: every object of a backup or of a node's data; code 1 where one is damaged. */
 import { Console, Effect, Option } from "effect"
 import { Command, Flag } from "effect/cli"
+import { defaultSettings } from "../config.ts"
 import { openToRead } from "../tiers/BackupStore.ts"
 import { verifyBackup, verifyData } from "../tiers/BackupVerify.ts"
 import { describeRange } from "../tiers/Restore.ts"
-import { openData } from "./backup.ts"
+import { openData } from "./DataPlace.ts"
 import { ProgressLine } from "./ProgressLine.ts"
 import { Refused, refusing } from "./Refused.ts"
 
 export const verify = Command.make(
   "verify",
   {
-    from: Flag.String("from").pipe(Flag.withDescription("directory of a backup"), Flag.optional),
-    data: Flag.String("data").pipe(Flag.withDescription("a data directory that no node uses"), Flag.optional),
+    from: Flag.String("from").pipe(Flag.withDescription("directory of a backup, or gs://bucket/prefix"), Flag.optional),
+    data: Flag.String("data").pipe(
+      Flag.withDescription("a data directory that no node uses, or gs://bucket/prefix"),
+      Flag.optional
+    ),
     deep: Flag.Boolean("deep").pipe(
       Flag.withDescription("also decode every operation and record"),
       Flag.withDefault(false)
@@ -27,11 +31,17 @@ export const verify = Command.make(
       const options = { deep, onProgress: progress.show }
       const verdict = yield* Effect.gen(function* () {
         if (Option.isSome(data)) {
-          const { source } = yield* openData(data.value)
-          const { collections, partitions, ...found } = yield* verifyData(source, options)
+          const { store } = yield* openData(data.value)
+          const { collections, partitions, ...found } = yield* verifyData(store, options)
           return { ...found, lines: [`${collections} collection(s), ${partitions} partition(s)`] }
         }
-        const found = yield* verifyBackup(yield* openToRead(Option.getOrElse(from, () => "")), options)
+        const found = yield* verifyBackup(
+          yield* openToRead(
+            Option.getOrElse(from, () => ""),
+            defaultSettings
+          ),
+          options
+        )
         return { ...found, lines: ["Can be restored:", ...found.ranges.map((range) => `  ${describeRange(range)}`)] }
       }).pipe(Effect.ensuring(Effect.sync(() => progress.end())))
       const { damaged, objects, bytes, lines } = verdict
@@ -41,4 +51,4 @@ export const verify = Command.make(
       )
       if (damaged.length > 0) process.exitCode = 1
     }).pipe(Effect.scoped, refusing)
-).pipe(Command.withDescription("Check every object of a backup or of a data directory, and name what is damaged"))
+).pipe(Command.withDescription("Check every object of a backup or of a node's data, and name what is damaged"))

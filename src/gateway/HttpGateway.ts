@@ -1,24 +1,23 @@
 /**
- * The port: one HTTP/1.1 server for all wires. Three are taken before Effect sees them: streams of events and WebSockets,
- * because they are held open by the thousand, and searches, because they are most of what comes. Everything else is an
- * `HttpRouter` of Effect.
+ * The wires behind the port. Four are taken before Effect sees them: streams of events and WebSockets, because they are held
+ * open by the thousand, searches, because they are most of what comes, and gRPC, which has streams of its own. Everything
+ * else is an `HttpRouter` of Effect.
  *
  * Shutting down: no new connections, readiness off, streams told to come back elsewhere, open requests given
  * `drainMillis`, then the rest is cut.
  */
-import * as Http from "node:http"
-import type { AddressInfo, Socket } from "node:net"
-import type { Duplex } from "node:stream"
 import * as NodeHttpServer from "@effect/platform-node/NodeHttpServer"
 import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
-import { Context, Data, Effect, Layer, Scope } from "effect"
+import { Context, Effect, Layer, Option, Scope } from "effect"
 import { HttpRouter, HttpServerRequest, HttpServerResponse } from "effect/http"
 import { OpenApi } from "effect/http-api"
 import { Settings } from "../config.ts"
 import { RuvectorApi } from "../protocol/HttpApi.ts"
+import { GrpcHandler, grpcStatus, refuseGrpc } from "./GrpcHandler.ts"
 import { countRequest } from "./Instruments.ts"
+import { OnePort } from "./OnePort.ts"
 import * as Operations from "./Operations.ts"
-import { problemContentType, responseOfCause } from "./Problems.ts"
+import { responseOfCause } from "./Problems.ts"
 import { instance } from "./Queries.ts"
 import { Readiness } from "./Readiness.ts"
 import * as RestApi from "./RestApi.ts"
@@ -26,9 +25,6 @@ import * as RpcGateway from "./RpcGateway.ts"
 import * as SearchEndpoint from "./SearchEndpoint.ts"
 import * as Sse from "./Sse.ts"
 import * as WebSocketGateway from "./WebSocketGateway.ts"
-
-/** The port or address could not be listened on. `message` is one line for people. */
-export class ListenError extends Data.TaggedError("ListenError")<{ readonly message: string }> {}
 
 export class HttpGateway extends Context.Service<
   HttpGateway,
@@ -67,57 +63,50 @@ export class HttpGateway extends Context.Service<
         scope: handlers
       })
 
-      const server = Http.createServer({
-        maxHeaderSize: settings.maxHeaderBytes,
-        headersTimeout: settings.headersTimeoutMillis,
-        requestTimeout: settings.requestTimeoutMillis,
-        keepAliveTimeout: settings.keepAliveTimeoutMillis,
-        connectionsCheckingInterval: 1_000
-      })
-      server.maxConnections = settings.connectionsMax
-      const sockets = new Set<Socket>()
-      server.on("connection", (socket) => {
-        sockets.add(socket)
-        socket.once("close", () => sockets.delete(socket))
-        socket.setNoDelay(true)
-      })
+      const grpc = yield* Effect.serviceOption(GrpcHandler)
+
       let requests = 0
       const nextRequestId = () => `req_${instance}${(requests++).toString(36)}_${settings.region}_${instance}`
-      server.on("request", (request, response) => {
-        const id = nextRequestId()
-        const path = pathOf(request.url as string)
-        if (Sse.paths.has(path)) return sse.handle(request, response, id)
-        if (path === SearchEndpoint.path && request.method === "POST") return search.handle(request, response, id)
-        // Handed on in the request, where the Effect side reads it; a client's own is not taken over.
-        request.headers[requestIdHeader] = id
-        handler(request, response)
+      const port = new OnePort(settings, {
+        onRequest: (request, response) => {
+          const id = nextRequestId()
+          const path = pathOf(request.url as string)
+          if (Sse.paths.has(path)) return sse.handle(request, response, id)
+          if (path === SearchEndpoint.path && request.method === "POST") return search.handle(request, response, id)
+          // Handed on in the request, where the Effect side reads it; a client's own is not taken over.
+          request.headers[requestIdHeader] = id
+          handler(request, response)
+        },
+        onUpgrade: (request, socket, head) => {
+          socket.on("error", () => {})
+          if (pathOf(request.url as string) === WebSocketGateway.path) {
+            return webSockets.handleUpgrade(request, socket, head)
+          }
+          request.headers[requestIdHeader] = nextRequestId()
+          upgrade(request, socket, head)
+        },
+        onGrpc: Option.match(grpc, {
+          onNone: () => (stream) => refuseGrpc(stream, grpcStatus.unimplemented, "This server has no gRPC."),
+          onSome: ({ handleStream }) => handleStream
+        }),
+        onRefused: (reason, status) => countRequest("http", reason, status, 0)
       })
-      server.on("upgrade", (request: Http.IncomingMessage, socket: Duplex, head: Buffer) => {
-        socket.on("error", () => {})
-        if (pathOf(request.url as string) === WebSocketGateway.path)
-          return webSockets.handleUpgrade(request, socket, head)
-        request.headers[requestIdHeader] = nextRequestId()
-        upgrade(request, socket, head)
-      })
-      server.on("clientError", (error: NodeJS.ErrnoException, socket: Duplex) => refuseRaw(error, socket))
-      server.on("drop", () => countRequest("http", "dropped", 503, 0))
-
-      yield* listen(server, settings.port, settings.host)
-      const address = server.address() as AddressInfo
+      const address = yield* port.listen(settings.port, settings.host)
 
       yield* Effect.addFinalizer(() =>
         Effect.gen(function* () {
           readiness.set({ state: "draining" })
-          server.close()
+          port.drain()
           yield* sse.drain
           yield* webSockets.drain
           yield* Effect.sync(() => rpcSockets.drain())
+          if (Option.isSome(grpc)) yield* grpc.value.drain
           const until = Date.now() + settings.drainMillis
-          while (sockets.size > 0 && Date.now() < until) {
-            server.closeIdleConnections()
+          while (port.connections > 0 && Date.now() < until) {
+            port.closeIdle()
             yield* Effect.sleep(20)
           }
-          for (const socket of sockets) socket.destroy()
+          port.close()
         })
       )
       return HttpGateway.of({ host: settings.host, port: address.port })
@@ -177,54 +166,3 @@ const routeOf = (path: string): string => {
 const routes = new Map(
   patterns.map(({ route, pattern }) => [pattern.source.slice(1, -1).replaceAll("\\/", "/"), route])
 )
-
-const listen = (server: Http.Server, port: number, host: string): Effect.Effect<void, ListenError> =>
-  Effect.callback((resume) => {
-    const onError = (error: NodeJS.ErrnoException) =>
-      resume(Effect.fail(new ListenError({ message: listenFault(error, port, host) })))
-    server.once("error", onError)
-    server.listen({ port, host, backlog: 4_096 }, () => {
-      server.off("error", onError)
-      resume(Effect.void)
-    })
-  })
-
-const listenFault = (error: NodeJS.ErrnoException, port: number, host: string): string => {
-  switch (error.code) {
-    case "EADDRINUSE":
-      return `Port ${port} on ${host} is taken by another program; choose one with --port, or --port 0 for any free one.`
-    case "EACCES":
-      return `Port ${port} on ${host} may not be listened on by this user; choose one above 1023 with --port.`
-    case "EADDRNOTAVAIL":
-    case "ENOTFOUND":
-      return `${host} is no address of this machine; choose one with --host.`
-    default:
-      return `Cannot listen on ${host}:${port}: ${error.message}.`
-  }
-}
-
-/** What Node's parser refused is answered by hand: there is no request to answer. */
-const refuseRaw = (error: NodeJS.ErrnoException, socket: Duplex): void => {
-  if (socket.destroyed || !socket.writable) return
-  const [status, code, detail] =
-    error.code === "HPE_HEADER_OVERFLOW"
-      ? ([431, "headers_too_large", "The request's headers are over the limit."] as const)
-      : error.code === "ERR_HTTP_REQUEST_TIMEOUT"
-        ? ([408, "request_timeout", "The request did not arrive in time."] as const)
-        : ([400, "invalid_input", "The request is not HTTP/1.1."] as const)
-  const title = Http.STATUS_CODES[status] ?? ""
-  const body = JSON.stringify({
-    type: `urn:ruvector:problem:${code}`,
-    title,
-    status,
-    detail,
-    code,
-    field: "",
-    expected: "an HTTP/1.1 request within the limits",
-    got: error.code ?? "something else"
-  })
-  countRequest("http", "unparsed", status, 0)
-  socket.end(
-    `HTTP/1.1 ${status} ${title}\r\ncontent-type: ${problemContentType}\r\ncontent-length: ${Buffer.byteLength(body)}\r\nconnection: close\r\n\r\n${body}`
-  )
-}

@@ -4,12 +4,14 @@ import { HttpServerError, HttpServerResponse } from "effect/http"
 import { HttpApiError } from "effect/http-api"
 import {
   type ApiError,
+  type Forbidden,
   InternalError,
   InvalidInput,
   MethodNotAllowed,
   type Problem,
   RouteNotFound,
-  toProblem
+  toProblem,
+  type Unauthenticated
 } from "../protocol/Errors.ts"
 import { invalidInputOf } from "../protocol/Fields.ts"
 import { countDefect } from "./Instruments.ts"
@@ -25,13 +27,27 @@ export const problemResponse = (error: ApiError): HttpServerResponse.HttpServerR
   })
 }
 
-/** Beside the content type: never cached, when to come again, and an end to a connection whose body was not read. */
-export const problemHeaders = (error: ApiError, problem: Problem): Record<string, string> => ({
+/**
+ * Beside the content type: never cached, when to come again, and an end to a connection whose body was not read (in HTTP/2
+ * the port ends the stream instead).
+ */
+export const problemHeaders = (error: ApiError, problem: Problem, httpVersion = 1): Record<string, string> => ({
   "cache-control": "no-store",
   ...(problem.retry_after_ms === undefined ? {} : { "retry-after": String(Math.ceil(problem.retry_after_ms / 1_000)) }),
+  ...(error._tag === "Unauthenticated" || error._tag === "Forbidden" ? { "www-authenticate": challengeOf(error) } : {}),
   ...(error._tag === "MethodNotAllowed" ? { allow: error.allowed.join(", ") } : {}),
-  ...(error._tag === "TooLarge" || error._tag === "UnsupportedMediaType" ? { connection: "close" } : {})
+  ...(httpVersion === 1 && (error._tag === "TooLarge" || error._tag === "UnsupportedMediaType")
+    ? { connection: "close" }
+    : {})
 })
+
+/** What RFC 6750 has a client told. Without a credential: only of what kind it is to be. */
+const challengeOf = (error: Unauthenticated | Forbidden): string => {
+  if (error._tag === "Forbidden") {
+    return `Bearer realm="ruvector", error="insufficient_scope"${error.scope === "" ? "" : `, scope="${error.scope}"`}`
+  }
+  return error.reason === "missing" ? 'Bearer realm="ruvector"' : `Bearer realm="ruvector", error="${error.reason}"`
+}
 
 /** Methods each path of ours answers; `undefined` for a path that is not ours. */
 export type MethodsOf = (path: string) => ReadonlyArray<string> | undefined

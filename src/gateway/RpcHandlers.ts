@@ -16,6 +16,7 @@ import {
   MetadataObject
 } from "../protocol/Fields.ts"
 import * as Limits from "../protocol/Limits.ts"
+import { anonymous } from "../protocol/Principal.ts"
 import {
   type RpcAnswerChange,
   type RpcFollowEvent,
@@ -39,7 +40,7 @@ import { Promoter } from "./Promoter.ts"
 import { instance, toQuery } from "./Queries.ts"
 import { Sessions } from "./Sessions.ts"
 import type { StreamEvent } from "./StreamEvents.ts"
-import { anonymous, type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
+import { type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
 
 export const layer = RuvectorRpcs.toLayer(
   Effect.gen(function* () {

@@ -30,7 +30,8 @@ export class SearchEndpoint extends Context.Service<
         const started = performance.now()
         const answer = (status: number, headers: Record<string, string>, text: string) => {
           countRequest("http", "search", status, performance.now() - started)
-          if (response.destroyed) return
+          // The peer is gone, or was told already that its body came too slowly.
+          if (response.destroyed || response.writableEnded) return
           // A length given beforehand lets head and body go out in one write.
           response.writeHead(status, {
             ...headers,
@@ -41,7 +42,10 @@ export class SearchEndpoint extends Context.Service<
         }
         const refuse = (error: ApiError) => {
           const problem = toProblem(error)
-          const headers = { "content-type": problemContentType, ...problemHeaders(error, problem) }
+          const headers = {
+            "content-type": problemContentType,
+            ...problemHeaders(error, problem, request.httpVersionMajor)
+          }
           answer(problem.status, headers, JSON.stringify(problem))
         }
         readJson(request, maxBodyBytes, (body) => {

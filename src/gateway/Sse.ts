@@ -12,6 +12,7 @@ import type { IncomingMessage, ServerResponse } from "node:http"
 import { Context, Effect, Exit, Layer, Result } from "effect"
 import { Settings } from "../config.ts"
 import { type ApiError, InternalError, InvalidInput, MethodNotAllowed, toProblem } from "../protocol/Errors.ts"
+import { anonymous } from "../protocol/Principal.ts"
 import type { SearchAnswer } from "../protocol/StreamSession.ts"
 import * as Answers from "./Answers.ts"
 import { Cursors } from "./Cursors.ts"
@@ -22,7 +23,7 @@ import { byeEvent, reconnectMillis } from "./Reconnects.ts"
 import { type SessionLink, Sessions } from "./Sessions.ts"
 import { SseConnection } from "./SseConnection.ts"
 import { errorText, followRequestOf, pusherOf, subscribeRequestOf } from "./SseSubscriptions.ts"
-import { anonymous, type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
+import { type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
 
 export const path = "/api/v1/stream/search"
 export const subscribePath = "/api/v1/stream/subscribe"
@@ -132,15 +133,19 @@ export class Sse extends Context.Service<
             stream?.end("lost", errorText(error))
           }
         }
+        let gone = false
+        response.once("close", () => {
+          gone = true
+        })
         // Not interrupted where the client goes away meanwhile: what has been opened by then has to be closed.
         run(begin(listener)).addObserver((exit) => {
           if (Exit.isFailure(exit)) {
-            if (!response.destroyed) refused(errorOf(exit, requestId))
+            if (!gone) refused(errorOf(exit, requestId))
             return
           }
-          if (response.destroyed || lost !== undefined) {
+          if (gone || lost !== undefined) {
             exit.value.close()
-            if (lost !== undefined && !response.destroyed) refused(lost)
+            if (lost !== undefined && !gone) refused(lost)
             return
           }
           countRequest("sse", route, 200, performance.now() - started)
@@ -190,16 +195,18 @@ export class Sse extends Context.Service<
           if (link !== undefined) run(link.close)
         }
         const fiber = run(program)
+        let gone = false
         const onGone = () => {
+          gone = true
           fiber.interruptUnsafe()
         }
         response.once("close", onGone)
         fiber.addObserver((exit) => {
           response.off("close", onGone)
+          if (gone) return close()
           if (Exit.isFailure(exit)) {
             close()
-            if (!response.destroyed) refused(errorOf(exit, requestId))
-            return
+            return refused(errorOf(exit, requestId))
           }
           const { answer, session, after } = exit.value
           countRequest("sse", "stream/search", 200, performance.now() - started)

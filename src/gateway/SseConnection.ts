@@ -9,6 +9,9 @@ export class SseConnection {
   readonly #onEnd: (code: string, bytes: number) => void
   #bytes = 0
   #lastSentAt = Date.now()
+  /** The socket takes no more before it has drained. Kept here: a response of HTTP/2 does not say. */
+  #full = false
+  #drains: Array<() => void> = []
   #ended = false
 
   /** `onEnd` is called once, with why: `gone`, `slow`, or what {@link end} was given. */
@@ -17,6 +20,7 @@ export class SseConnection {
     this.#onEnd = onEnd
     response.on("close", () => this.#finish("gone"))
     response.on("error", () => this.#finish("gone"))
+    response.on("drain", () => this.#drained())
     response.writeHead(200, {
       "content-type": "text/event-stream; charset=utf-8",
       "cache-control": "no-cache",
@@ -30,24 +34,25 @@ export class SseConnection {
   }
 
   /** Whether the client reads what it is sent. */
-  readonly hasRoom = (): boolean => !this.#ended && !this.#response.writableNeedDrain
+  readonly hasRoom = (): boolean => !this.#ended && !this.#full
 
   /** Answers whether there is room for more. */
   write(text: string): boolean {
     this.#bytes += text.length
     this.#lastSentAt = Date.now()
-    return this.#response.write(text)
+    if (!this.#response.write(text)) this.#full = true
+    return !this.#full
   }
 
   readonly onDrain = (callback: () => void): void => {
-    this.#response.once("drain", callback)
+    this.#drains.push(callback)
   }
 
   /** To be called now and then: a comment on a quiet stream, an end to one that is not read. */
   keepAlive(now: number, pingIntervalMillis: number, idleTimeoutMillis: number): void {
     if (this.#ended) return
     const quiet = now - this.#lastSentAt
-    if (this.#response.writableNeedDrain) {
+    if (this.#full) {
       if (quiet < idleTimeoutMillis) return
       this.#finish("slow")
       this.#response.destroy()
@@ -58,6 +63,13 @@ export class SseConnection {
     if (this.#ended) return
     this.#response.end(last)
     this.#finish(code)
+  }
+
+  #drained(): void {
+    this.#full = false
+    const drains = this.#drains
+    this.#drains = []
+    for (const drain of drains) drain()
   }
 
   #finish(code: string): void {

@@ -14,6 +14,7 @@ import { type ApiError, InvalidCursor, InvalidInput, Overloaded, PartitionUnavai
 import { defaultCollection } from "../protocol/Fields.ts"
 import type { Change } from "../protocol/IndexPartition.ts"
 import { answerComponentsMax } from "../protocol/Limits.ts"
+import type { Principal } from "../protocol/Principal.ts"
 import { defaultK } from "../protocol/Search.ts"
 import type { FollowRequest, SlowPolicy, SubscribeRequest } from "../protocol/Subscription.ts"
 import { ChangeFeeds, type ChangeFollower, type FeedState } from "../shards/ChangeFeeds.ts"
@@ -28,15 +29,6 @@ import { type AnswerDifference, differenceFromKnown, differenceOf, isEmpty } fro
 import { type Binding, Cursors, type KnownMembers } from "./Cursors.ts"
 import type { StreamEvent } from "./StreamEvents.ts"
 import * as StreamEvents from "./StreamEvents.ts"
-
-/** Whose subscriptions they are. */
-export interface Subscriber {
-  readonly id: string
-  readonly tenant: string
-}
-
-/** Who has not said who they are. */
-export const anonymous: Subscriber = { id: "anonymous", tenant: "" }
 
 export interface Delivery {
   readonly policy: SlowPolicy
@@ -60,12 +52,12 @@ export class Subscriptions extends Context.Service<
   Subscriptions,
   {
     readonly subscribe: (
-      whose: Subscriber,
+      whose: Principal,
       request: SubscribeRequest,
       listener: DeliveryListener
     ) => Effect.Effect<Delivery, ApiError>
     readonly follow: (
-      whose: Subscriber,
+      whose: Principal,
       request: FollowRequest,
       listener: DeliveryListener
     ) => Effect.Effect<Delivery, ApiError>
@@ -103,7 +95,7 @@ export class Subscriptions extends Context.Service<
           )
         })
 
-      const subscribe = (whose: Subscriber, request: SubscribeRequest, listener: DeliveryListener) =>
+      const subscribe = (whose: Principal, request: SubscribeRequest, listener: DeliveryListener) =>
         counted((end) =>
           Effect.gen(function* () {
             const query = yield* Effect.fromResult(queryOf(request))
@@ -138,7 +130,7 @@ export class Subscriptions extends Context.Service<
           })
         )
 
-      const follow = (whose: Subscriber, request: FollowRequest, listener: DeliveryListener) =>
+      const follow = (whose: Principal, request: FollowRequest, listener: DeliveryListener) =>
         counted((end) =>
           Effect.gen(function* () {
             const of = yield* router.collection(request.collection ?? defaultCollection)

@@ -7,12 +7,13 @@ import { Settings } from "../config.ts"
 import { type ApiError, InternalError, InvalidInput, Overloaded, toProblem } from "../protocol/Errors.ts"
 import { decoderOf } from "../protocol/Fields.ts"
 import { closeCodes } from "../protocol/Frames.ts"
+import { anonymous, type Principal } from "../protocol/Principal.ts"
 import { FollowFrame, ResumeFrame, SubscribeFrame, UnsubscribeFrame } from "../protocol/Subscription.ts"
 import { countDefect, countRequest } from "./Instruments.ts"
 import { Pusher } from "./Pusher.ts"
 import { instance } from "./Queries.ts"
 import { type ConnectionSubscriptions, type SessionSink, SubscriptionFrames } from "./SessionSink.ts"
-import { anonymous, type Delivery, type DeliveryListener, type Subscriber, Subscriptions } from "./Subscriptions.ts"
+import { type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
 import type { Frame } from "./WebSocketFrames.ts"
 
 export const layer = Layer.effect(
@@ -42,10 +43,10 @@ type Begin = (listener: DeliveryListener) => Effect.Effect<Delivery, ApiError>
 
 class Connection implements ConnectionSubscriptions {
   readonly #hub: Hub
-  readonly #whose: Subscriber
+  readonly #whose: Principal
   readonly #sessions = new Map<SessionSink, Session>()
 
-  constructor(hub: Hub, whose: Subscriber) {
+  constructor(hub: Hub, whose: Principal) {
     this.#hub = hub
     this.#whose = whose
   }

@@ -16,6 +16,21 @@ export class InvalidInput extends Schema.TaggedError<InvalidInput>()("InvalidInp
 /** 400: a cursor that cannot be gone on from here: not one of ours, another's, or of something else than is asked for. */
 export class InvalidCursor extends Schema.TaggedError<InvalidCursor>()("InvalidCursor", {}) {}
 
+/** 401: no credential, or one that is not (or no longer) good. Get another; the same one will not do. */
+export class Unauthenticated extends Schema.TaggedError<Unauthenticated>()("Unauthenticated", {
+  /** As RFC 6750 has it: what is told in `WWW-Authenticate`. `missing`: there was no credential at all. */
+  reason: Schema.Literals(["missing", "invalid_request", "invalid_token"]),
+  /** For the client; nothing of the credential, and nothing that helps to make one. */
+  detail: Schema.String
+}) {}
+
+/** 403: the credential is good, and does not allow this. */
+export class Forbidden extends Schema.TaggedError<Forbidden>()("Forbidden", {
+  /** The scope that is missing; empty where it is not a scope that is. */
+  scope: Schema.String,
+  detail: Schema.String
+}) {}
+
 /** 404: no collection of that name. */
 export class CollectionNotFound extends Schema.TaggedError<CollectionNotFound>()("CollectionNotFound", {
   collection: Schema.String
@@ -54,6 +69,14 @@ export class TooLarge extends Schema.TaggedError<TooLarge>()("TooLarge", {
 export class UnsupportedMediaType extends Schema.TaggedError<UnsupportedMediaType>()("UnsupportedMediaType", {
   expected: Schema.String,
   got: Schema.String
+}) {}
+
+/** 429: more requests of one key or address than `limit` a second; nothing was done. */
+export class RateLimited extends Schema.TaggedError<RateLimited>()("RateLimited", {
+  by: Schema.Literals(["key", "address"]),
+  /** Requests a second. */
+  limit: Schema.Int,
+  retryAfterMillis: Schema.Int
 }) {}
 
 /** 429 or 503: a named bound is reached; nothing was done, try again later. */
@@ -105,6 +128,9 @@ export class InternalError extends Schema.TaggedError<InternalError>()("Internal
 export const ApiError = Schema.Union([
   InvalidInput,
   InvalidCursor,
+  Unauthenticated,
+  Forbidden,
+  RateLimited,
   CollectionNotFound,
   VectorNotFound,
   RouteNotFound,
@@ -173,6 +199,24 @@ export const toProblem = (error: ApiError): Problem => {
         "Invalid cursor",
         "This cursor cannot be gone on from: leave it out to begin anew.",
         { field: "cursor", expected: "the newest cursor of this very subscription", got: "another" }
+      )
+    case "Unauthenticated":
+      return problem(401, "unauthenticated", "Not authenticated", error.detail)
+    case "Forbidden":
+      return problem(
+        403,
+        "forbidden",
+        "Forbidden",
+        error.detail,
+        error.scope === "" ? {} : { field: "scope", expected: error.scope }
+      )
+    case "RateLimited":
+      return problem(
+        429,
+        "rate_limited",
+        "Too many requests",
+        `More than ${error.limit} requests a second of one ${error.by}; nothing was done.`,
+        { field: error.by, expected: `at most ${error.limit} a second`, retry_after_ms: error.retryAfterMillis }
       )
     case "CollectionNotFound":
       return problem(

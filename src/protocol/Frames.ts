@@ -71,7 +71,7 @@ export const closeCodes = {
   restart: 1012,
   /** A bound of the node is reached. Connect again after some seconds. */
   tryAgainLater: 1013,
-  /** No credential, or one that has expired. Connect again with another. */
+  /** No credential, one that has expired, or one that was revoked. Connect again with another. */
   unauthenticated: 4001,
   /** Not allowed, with this credential. Not to be tried again with it. */
   forbidden: 4003,

@@ -10,6 +10,7 @@ import { newestRun } from "./BackupReader.ts"
 import { type BackupPlaceError, openToWrite } from "./BackupStore.ts"
 import { partitionPrefix } from "./CatalogueObject.ts"
 import { DataDirectory } from "./DataDirectory.ts"
+import { isBucketUrl } from "./GcsObjectStore.ts"
 import { ObjectStore } from "./ObjectStore.ts"
 import { PruneLimit } from "./PartitionLog.ts"
 
@@ -38,7 +39,8 @@ export class ServerBackup extends Context.Service<
         if (settings.backupTo === "") return Context.make(ServerBackup, { now: Effect.undefined })
         const source = yield* ObjectStore
         const { path, scratch } = yield* DataDirectory
-        const destination = yield* openToWrite(settings.backupTo, path)
+        const data = isBucketUrl(settings.data) ? settings.data : path
+        const destination = yield* openToWrite(settings.backupTo, data, settings)
         const gate = yield* Semaphore.make(1)
         const copied = new CopiedLogs(settings.backupLagMillisMax)
 

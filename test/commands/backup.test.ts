@@ -3,6 +3,7 @@ import { spawn } from "node:child_process"
 import { readdir, readFile, rm, writeFile } from "node:fs/promises"
 import { join } from "node:path"
 import { assert, describe, it } from "@effect/vitest"
+import { startFakeGcs, withoutFakeGcs } from "../support/FakeGcs.ts"
 import { ready, type ServerProcess, startServer, withDirectory } from "../support/ServerProcess.ts"
 
 const main = new URL("../../src/main.ts", import.meta.url).pathname
@@ -103,16 +104,93 @@ describe("backup, restore, verify and drill", () => {
   )
 })
 
+describe.skipIf(withoutFakeGcs())("backup, restore, verify and drill with buckets", () => {
+  it(
+    "a node on a bucket backs itself up into another, from which a bucket and a directory come back",
+    {
+      timeout: 120_000
+    },
+    () =>
+      withDirectory(async (directory) => {
+        const gcs = await startFakeGcs()
+        try {
+          for (const name of ["data-bucket", "backup-bucket", "new-bucket"]) await gcs.createBucket(name)
+          const environment = { STORAGE_EMULATOR_HOST: gcs.url }
+          const data = "gs://data-bucket/node"
+          const place = "gs://backup-bucket/of/node"
+          const cache = (name: string) => ["--cache-dir", join(directory, name)]
+          const flags = ["--backup-to", place, "--backup-interval-millis", "200"]
+          const server = await startServer(data, [...flags, ...cache("one")], environment)
+          await ready(server.base)
+          await insert(server, 0, 60)
+          await backedUp(server, Date.now())
+          const again = await run(["backup", "--data", data, "--to", "gs://backup-bucket/by-hand"], environment)
+          assert.strictEqual(again.code, 0, again.stderr)
+          await server.stop("SIGKILL")
+
+          for (const from of [place, "gs://backup-bucket/by-hand"]) {
+            const verified = await run(["verify", "--from", from, "--deep"], environment)
+            assert.strictEqual(verified.code, 0, verified.stdout + verified.stderr)
+          }
+          const bucket = "gs://new-bucket/restored"
+          const target = join(directory, "data")
+          for (const into of [bucket, target]) {
+            const restored = await run(["restore", "--from", place, "--data", into], environment)
+            assert.strictEqual(restored.code, 0, restored.stderr)
+            assert.include(restored.stdout, `into ${into} in `)
+          }
+          assert.strictEqual((await run(["verify", "--data", bucket, "--deep"], environment)).code, 0)
+          for (const [into, name] of [
+            [bucket, "two"],
+            [target, "three"]
+          ] as const) {
+            const node = await startServer(into, cache(name), environment)
+            await ready(node.base)
+            assert.strictEqual(await count(node, "c"), 60)
+            for (let i = 0; i < 60; i += 7) {
+              const { vector, metadata } = (await (await get(node, "c", `id-${i}`)).json()) as Stored
+              assert.deepStrictEqual({ vector, metadata }, { vector: vectorOf(i), metadata: { i } })
+            }
+            assert.strictEqual(await node.stop("SIGTERM"), 0)
+          }
+          const drilled = await run(["drill", "--from", place], environment)
+          assert.strictEqual(drilled.code, 0, drilled.stdout + drilled.stderr)
+
+          for (const [words, pattern] of [
+            [["backup", "--data", data, "--to", "gs://data-bucket/node/backup"], /lies in the data bucket's prefix/],
+            [["backup", "--data", data, "--to", "gs://data-bucket"], /lies in the data bucket's prefix/],
+            [["backup", "--data", "gs://data-bucket/none", "--to", place], /^ruvector: there are no data in gs:/],
+            [["verify", "--from", "gs://new-bucket/none"], /^ruvector: there is no backup in gs:/],
+            [["verify", "--from", "gs://no-such-bucket"], /^ruvector: the backup gs:[^\n]* cannot be opened: /],
+            [["verify", "--from", "s3://bucket"], /expected a directory or gs:/],
+            [["restore", "--from", place, "--data", bucket], /^ruvector: the target holds collections already/]
+          ] as const) {
+            const refused = await run(words, environment)
+            assert.strictEqual(refused.code, 1)
+            assert.match(refused.stderr, pattern)
+            assert.strictEqual(refused.stderr.trim().split("\n").length, 1, refused.stderr)
+          }
+        } finally {
+          await gcs.stop()
+        }
+      })
+  )
+})
+
 interface Stored {
   readonly vector: ReadonlyArray<number>
   readonly metadata: unknown
 }
 
 const run = (
-  words: ReadonlyArray<string>
+  words: ReadonlyArray<string>,
+  environment: Readonly<Record<string, string>> = {}
 ): Promise<{ readonly code: number | null; readonly stdout: string; readonly stderr: string }> =>
   new Promise((resolve) => {
-    const child = spawn(process.execPath, [main, ...words], { stdio: ["ignore", "pipe", "pipe"] })
+    const child = spawn(process.execPath, [main, ...words], {
+      stdio: ["ignore", "pipe", "pipe"],
+      env: { ...process.env, ...environment }
+    })
     let stdout = ""
     let stderr = ""
     child.stdout.on("data", (chunk: Buffer) => (stdout += chunk.toString()))

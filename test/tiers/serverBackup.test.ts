@@ -84,7 +84,7 @@ describe("a node's own backup", () => {
       )
       yield* Effect.promise(() => actors.stop())
       // One more when it stopped, with what was written since.
-      const run = yield* Effect.orDie(Effect.flatMap(openToRead(backupTo), openBackup))
+      const run = yield* Effect.orDie(Effect.flatMap(openToRead(backupTo, defaultSettings), openBackup))
       assert.strictEqual(run.collections[0]?.partitions[0]?.[0]?.lastSeq, 2)
     }).pipe(Effect.scoped)
 
@@ -112,9 +112,12 @@ describe("a node's own backup", () => {
     Effect.gen(function* () {
       const directory = yield* inDirectory
       for (const place of [directory, join(directory, "objects")]) {
-        assert.match((yield* Effect.flip(openToWrite(place, directory))).message, /lies in the data directory/)
+        assert.match(
+          (yield* Effect.flip(openToWrite(place, directory, defaultSettings))).message,
+          /lies in the data directory/
+        )
       }
-      assert.match((yield* Effect.flip(openToRead(directory))).message, /there is no backup/)
+      assert.match((yield* Effect.flip(openToRead(directory, defaultSettings))).message, /there is no backup/)
     }).pipe(Effect.scoped)
   )
 })
