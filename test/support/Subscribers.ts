@@ -356,7 +356,10 @@ const connect: Record<Wire, Connect> = { sse: overSse, ws: overWebSocket, rpc: o
 
 /** A load of changes to a few ids, one at a time for each, and what they came to. */
 export class ChangeLoad {
-  /** By id, every change that was acknowledged, in order. */
+  /**
+   * By id, every change that was acknowledged, in order. With `?`: one whose answer was lost, so that it may have been made
+   * or not.
+   */
   readonly acknowledged = new Map<string, Array<string>>()
   readonly #base: () => string
   readonly #collection: string
@@ -408,37 +411,55 @@ export class ChangeLoad {
       const dice = this.#random.next()
       const n = this.changes++
       if (!this.#there.has(id) || dice < 0.6) {
-        const record = { id, vector: this.#random.vector(this.#dimensions), metadata: { n, even: n % 2 === 0 } }
-        await this.#send("POST", "insert", { collection: this.#collection, vectors: [record] })
-        this.#there.add(id)
-        this.#note(id, "upsert")
-      } else if (dice < 0.8) {
-        await this.#send("PATCH", `vectors/${id}?collection=${this.#collection}`, {
-          metadata: { n, even: n % 2 === 0 }
-        })
-        this.#note(id, "metadata")
-      } else {
-        await this.#send("POST", "delete", { collection: this.#collection, ids: [id] })
         this.#there.delete(id)
-        this.#note(id, "delete")
+        const record = { id, vector: this.#random.vector(this.#dimensions), metadata: { n, even: n % 2 === 0 } }
+        const body = { collection: this.#collection, vectors: [record] }
+        if (await this.#send("POST", "insert", body, id, "upsert")) this.#there.add(id)
+      } else if (dice < 0.8) {
+        const body = { metadata: { n, even: n % 2 === 0 } }
+        const path = `vectors/${id}?collection=${this.#collection}`
+        if (!(await this.#send("PATCH", path, body, id, "metadata"))) this.#there.delete(id)
+      } else {
+        this.#there.delete(id)
+        await this.#send("POST", "delete", { collection: this.#collection, ids: [id] }, id, "delete")
       }
     } finally {
       this.#busy.delete(id)
     }
   }
 
-  #note(id: string, kind: string): void {
-    const kinds = this.acknowledged.get(id)
-    if (kinds === undefined) this.acknowledged.set(id, [kind])
-    else kinds.push(kind)
-  }
-
-  async #send(method: string, path: string, body: object): Promise<void> {
+  /** Whether it was acknowledged; throws where it was refused. */
+  async #send(method: string, path: string, body: object, id: string, kind: string): Promise<boolean> {
     const headers = { "content-type": "application/json" }
-    const response = await fetch(`${this.#base()}/api/v1/${path}`, { method, headers, body: JSON.stringify(body) })
-    const text = await response.text()
-    if (!response.ok) throw new Error(`${method} ${path}: ${response.status} ${text}`)
+    const answer = await fetch(`${this.#base()}/api/v1/${path}`, { method, headers, body: JSON.stringify(body) }).then(
+      async (response) => ({ status: response.status, text: await response.text() }),
+      () => undefined
+    )
+    if (answer !== undefined && answer.status < 500 && answer.status !== 429 && answer.status >= 300) {
+      throw new Error(`${method} ${path}: ${answer.status} ${answer.text}`)
+    }
+    const made = answer !== undefined && answer.status < 300
+    const kinds = this.acknowledged.get(id) ?? []
+    this.acknowledged.set(id, kinds)
+    kinds.push(made ? kind : `${kind}?`)
+    if (!made) await new Promise((resolve) => setTimeout(resolve, 20))
+    return made
   }
+}
+
+/** Whether a sequence of changes is what was acknowledged, with or without each of those whose answer was lost. */
+export const isSequenceOf = (followed: ReadonlyArray<string>, acknowledged: ReadonlyArray<string>): boolean => {
+  // Ends in `followed` that the acknowledged so far can come to.
+  let ends = new Set([0])
+  for (const kind of acknowledged) {
+    const next = new Set<number>()
+    for (const end of ends) {
+      if (kind.endsWith("?")) next.add(end)
+      if (followed[end] === kind.replace("?", "")) next.add(end + 1)
+    }
+    ends = next
+  }
+  return ends.has(followed.length)
 }
 
 /** The answer of a standing query over all records, by comparing with each of them. */
