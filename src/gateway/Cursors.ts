@@ -7,7 +7,7 @@
  * payload is by partition the position in its log; of a standing query also its members, each as 48 bits of a keyed hash
  * of its id and 32 bits of one of its version and score.
  */
-import { createHmac, hash, randomBytes, timingSafeEqual } from "node:crypto"
+import { createHmac, createSecretKey, hash, randomBytes, timingSafeEqual } from "node:crypto"
 import { crc32 } from "node:zlib"
 import { Context, Effect, Layer } from "effect"
 import { Settings } from "../config.ts"
@@ -91,18 +91,15 @@ const memberBytes = 10
 const make = (secret: Buffer): Cursors["Service"] => {
   /** One key for each use. */
   const keyFor = (use: string) => createHmac("sha256", secret).update(use).digest()
-  const macKey = keyFor("cursor")
-  const signKey = keyFor("text")
+  const macOf = hmacSha256(keyFor("cursor"))
+  const signKey = createSecretKey(keyFor("text"))
   const idSalt = keyFor("id").toString("base64url")
   const members = new WeakMap<CursorMember, { readonly id: number; readonly state: number }>()
-
-  const mac = (binding: Binding, payload: Uint8Array): Buffer =>
-    createHmac("sha256", macKey).update(binding).update(payload).digest()
 
   const seal = (binding: Binding, writer: Writer): string => {
     const bytes = writer.bytes()
     bytes[0] = format
-    mac(binding, bytes.subarray(headBytes)).copy(bytes, 1, 0, macBytes)
+    macOf(binding, bytes.subarray(headBytes)).copy(bytes, 1, 0, macBytes)
     return bytes.toString("base64url")
   }
 
@@ -111,11 +108,20 @@ const make = (secret: Buffer): Cursors["Service"] => {
     const bytes = Buffer.from(text, "base64url")
     if (bytes.length < headBytes || bytes[0] !== format) return undefined
     const payload = bytes.subarray(headBytes)
-    const right = mac(binding, payload).subarray(0, macBytes)
+    const right = macOf(binding, payload).subarray(0, macBytes)
     return timingSafeEqual(right, bytes.subarray(1, headBytes)) ? payload : undefined
   }
 
-  const idHash = (id: string): number => hash("sha256", idSalt + id, "buffer").readUIntBE(0, 6)
+  /** Of the ids that came last: one record is a member of many answers, as another object in each. */
+  const idHashes = new Map<string, number>()
+  const idHash = (id: string): number => {
+    const known = idHashes.get(id)
+    if (known !== undefined) return known
+    const made = hash("sha256", idSalt + id, "buffer").readUIntBE(0, 6)
+    if (idHashes.size >= idHashesMax) idHashes.clear()
+    idHashes.set(id, made)
+    return made
+  }
   const stateHash = ({ version, score }: CursorMember): number => crc32(`${version} ${score}`)
   const hashesOf = (member: CursorMember) => {
     const known = members.get(member)
@@ -182,6 +188,28 @@ const make = (secret: Buffer): Cursors["Service"] => {
       return right.length === given.length && timingSafeEqual(right, given)
     }
   })
+}
+
+/** Ids whose hashes are kept. */
+const idHashesMax = 4_096
+
+/**
+ * HMAC-SHA-256 (RFC 2104) of two parts, one after the other, by the one-shot hash: `createHmac` makes an object of the
+ * engine's for each, whose collection costs more than the hashing.
+ */
+const hmacSha256 = (key: Buffer): ((first: Uint8Array, second: Uint8Array) => Buffer) => {
+  const block = 64
+  const padded = (pad: number) => Buffer.alloc(block, pad).map((byte, i) => byte ^ (key[i] ?? 0)) as Buffer
+  const outer = Buffer.concat([padded(0x5c), Buffer.alloc(32)])
+  let inner = Buffer.concat([padded(0x36), Buffer.alloc(1_024)])
+  return (first, second) => {
+    const length = block + first.length + second.length
+    if (length > inner.length) inner = Buffer.concat([inner.subarray(0, block), Buffer.alloc(length)])
+    inner.set(first, block)
+    inner.set(second, block + first.length)
+    outer.set(hash("sha256", inner.subarray(0, length), "buffer"), block)
+    return hash("sha256", outer, "buffer")
+  }
 }
 
 /** A cursor's bytes, with room for its head. */
