@@ -140,12 +140,12 @@ export class Sse extends Context.Service<
         // Not interrupted where the client goes away meanwhile: what has been opened by then has to be closed.
         run(begin(listener)).addObserver((exit) => {
           if (Exit.isFailure(exit)) {
-            if (!gone) refused(errorOf(exit, requestId))
+            if (!gone && !response.writableEnded) refused(errorOf(exit, requestId))
             return
           }
-          if (gone || lost !== undefined) {
+          if (gone || response.writableEnded || lost !== undefined) {
             exit.value.close()
-            if (lost !== undefined && !gone) refused(lost)
+            if (lost !== undefined && !gone && !response.writableEnded) refused(lost)
             return
           }
           countRequest("sse", route, 200, performance.now() - started)
@@ -203,7 +203,7 @@ export class Sse extends Context.Service<
         response.once("close", onGone)
         fiber.addObserver((exit) => {
           response.off("close", onGone)
-          if (gone) return close()
+          if (gone || response.writableEnded) return close()
           if (Exit.isFailure(exit)) {
             close()
             return refused(errorOf(exit, requestId))

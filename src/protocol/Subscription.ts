@@ -79,47 +79,52 @@ export const FollowFrame = Schema.Struct({ type: Schema.Literal("follow"), ...ad
 /** Answered by `{"event":"unsubscribed","id"}` in any case. */
 export const UnsubscribeFrame = Schema.Struct({ type: Schema.Literal("unsubscribe"), ...addressed })
 
-/** A record of a standing query's answer. */
-export interface Member {
-  readonly vector_id: string
-  readonly score: number
-  readonly version: string
-  readonly metadata?: unknown
-  readonly vector?: ReadonlyArray<number>
-}
+const JsonObject = Schema.Record(Schema.String, Schema.Json)
 
-export type AnswerChange =
-  | { readonly type: "leave"; readonly vector_id: string }
-  | ({ readonly type: "enter" } & Member)
-  /** The record of a member is another version: everything of it anew. */
-  | ({ readonly type: "update" } & Member)
+/** A record of a standing query's answer. */
+export const Member = Schema.Struct({
+  vector_id: Schema.String,
+  score: Schema.Number,
+  version: Schema.String,
+  metadata: Schema.optionalKey(JsonObject),
+  vector: Schema.optionalKey(Schema.Array(Schema.Number))
+}).annotate({ identifier: "Member" })
+
+/** `update`: the record of a member is another version, or its score another: everything of it anew. */
+export const AnswerChange = Schema.Union([
+  Schema.Struct({ type: Schema.Literal("leave"), vector_id: Schema.String }),
+  Schema.Struct({ type: Schema.Literals(["enter", "update"]), ...Member.fields })
+]).annotate({ identifier: "AnswerChange" })
+
+/** Of Server-Sent Events the cursor is the event's id, and not in its data. */
+const withCursor = { cursor: Schema.optionalKey(Schema.String) }
 
 /** One event of a standing query. */
-export type SubscriptionEvent =
-  | {
-      readonly event: "subscribed"
-      readonly results: ReadonlyArray<Member>
-      readonly cursor: string
-    }
-  | {
-      readonly event: "resumed"
-      /** Who is left of the answer before; absent where nobody left it. */
-      readonly keep?: ReadonlyArray<string>
-      readonly changes: ReadonlyArray<AnswerChange>
-      readonly cursor: string
-    }
-  | { readonly event: "changes"; readonly changes: ReadonlyArray<AnswerChange>; readonly cursor: string }
+export const SubscriptionEvent = Schema.Union([
+  Schema.Struct({ event: Schema.Literal("subscribed"), results: Schema.Array(Member), ...withCursor }),
+  /** `keep`: who is left of the answer before; absent where nobody left it. */
+  Schema.Struct({
+    event: Schema.Literal("resumed"),
+    keep: Schema.optionalKey(Schema.Array(Schema.String)),
+    changes: Schema.Array(AnswerChange),
+    ...withCursor
+  }),
+  Schema.Struct({ event: Schema.Literal("changes"), changes: Schema.Array(AnswerChange), ...withCursor })
+]).annotate({ identifier: "SubscriptionEvent" })
+export type SubscriptionEvent = typeof SubscriptionEvent.Type
 
-/** One event of a change feed. */
-export type FollowEvent =
-  /** First: changes after this cursor follow. */
-  | { readonly event: "following"; readonly cursor: string }
-  | {
-      readonly event: "change"
-      readonly kind: "upsert" | "metadata" | "delete"
-      readonly vector_id: string
-      readonly version: string
-      readonly cursor: string
-    }
-  /** Changes before this cursor are gone that were not sent: read the collection anew. */
-  | { readonly event: "resync"; readonly cursor: string }
+/**
+ * One event of a change feed. First `following`: changes after its cursor follow. `resync`: changes before its cursor are
+ * gone that were not sent: read the collection anew.
+ */
+export const FollowEvent = Schema.Union([
+  Schema.Struct({ event: Schema.Literals(["following", "resync"]), ...withCursor }),
+  Schema.Struct({
+    event: Schema.Literal("change"),
+    kind: Schema.Literals(["upsert", "metadata", "delete"]),
+    vector_id: Schema.String,
+    version: Schema.String,
+    ...withCursor
+  })
+]).annotate({ identifier: "FollowEvent" })
+export type FollowEvent = typeof FollowEvent.Type
