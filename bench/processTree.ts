@@ -8,6 +8,13 @@ export const cpuMicros = (pid: number): number => {
   return ticks * microsPerTick
 }
 
+/** Processor time of a process's first thread so far, in microseconds: of ours, the one that serves the wires. */
+export const mainThreadMicros = (pid: number): number => {
+  const stat = readFileSync(`/proc/${pid}/task/${pid}/stat`, "latin1")
+  const fields = stat.slice(stat.lastIndexOf(")") + 2).split(" ")
+  return (Number(fields[utime]) + Number(fields[stime])) * microsPerTick
+}
+
 /** Resident memory. Pages shared between the processes of the tree are counted in each. */
 export const residentBytes = (pid: number): number => {
   let pages = 0

@@ -46,6 +46,14 @@ export const startBare = async (build: Build, capacity: number): Promise<Server>
   return serverOf(build, child, `http://127.0.0.1:${port}`, started)
 }
 
+/** `ws` and no more, with the flags that ours has. */
+export const startBareWebSockets = async (): Promise<Omit<Server, "name">> => {
+  const started = performance.now()
+  const child = start([...nodeFlags], "bareWs.ts", [], nodeEnvironment())
+  const { port } = JSON.parse(await firstMatch(child, /\{"port":\d+\}/)) as { port: number }
+  return serverOf("bare", child, `http://127.0.0.1:${port}`, started)
+}
+
 /** Without what the launcher sets for this program itself: each server runs as its own users start it. */
 const { GLIBC_TUNABLES: _, NODE_COMPILE_CACHE: __, ...plainEnvironment } = process.env
 

@@ -178,6 +178,14 @@ export const settings = {
     100,
     3_600_000
   ),
+  changeRetentionMillis: integer(
+    "that the log is kept for followers of changes, beyond what its snapshots need",
+    "ms",
+    3_600_000,
+    0,
+    2_592_000_000
+  ),
+  changeReadsMax: integer("followers of changes that read the log at once", "followers", 16, 1, 4_096),
   changeBufferMax: integer("newest changes kept in memory for followers, a partition", "changes", 1_024, 16, 1_000_000),
 
   // Backups
@@ -287,6 +295,21 @@ export const settings = {
   sessionSearchesMax: integer("searches under way in one session", "searches", 256, 1, 10_000),
   sessionAnswersKept: integer("newest answers a session keeps for resuming", "answers", 2, 0, 64),
   sessionsPerConnection: integer("sessions on one connection", "sessions", 1_000, 1, 100_000),
+  connectionSearchesMax: integer("requests under way on one WebSocket", "requests", 4_096, 1, 1_000_000),
+  sessionOutboundEventsMax: integer(
+    "events waiting for credits, a session; or those of one search that has more",
+    "events",
+    16_384,
+    16,
+    10_000_000
+  ),
+  sessionOutboundBytesMax: integer(
+    "bytes waiting for credits or for a slow client, a session; or one answer that is larger",
+    "bytes",
+    mebibyte,
+    4_096,
+    1_024 * mebibyte
+  ),
   sessionsMax: integer("sessions on this node", "sessions", 200_000, 1, 10_000_000),
   residentEntitiesMax: integer("actors resident on this node", "actors", 300_000, 1_000, 10_000_000),
 
@@ -382,11 +405,39 @@ export const settings = {
     65_536,
     1_024 * mebibyte
   ),
+  subscriptionsPerSession: integer(
+    "standing queries and change feeds of one session",
+    "subscriptions",
+    100,
+    1,
+    100_000
+  ),
+  subscriptionsMax: integer(
+    "standing queries and change feeds followed on this node",
+    "subscriptions",
+    200_000,
+    1,
+    10_000_000
+  ),
+  cursorSecret: text(
+    "secret that cursors are signed with; empty: one kept with the data",
+    "",
+    "empty, or 16-512 characters",
+    /^(?:|.{16,512})$/
+  ),
   pingIntervalMillis: integer("between two keep-alive pings of a quiet stream", "ms", 60_000, 100, 3_600_000),
+  controlFramesMax: integer("pings and pongs of one WebSocket in a minute", "frames", 600, 10, 1_000_000),
   idleTimeoutMillis: integer("after which a WebSocket that answers nothing is closed", "ms", 90_000, 200, 3_600_000),
   headersTimeoutMillis: integer("for a request's headers to arrive", "ms", 10_000, 100, 600_000),
   requestTimeoutMillis: integer("for a request to arrive whole", "ms", 60_000, 100, 3_600_000),
   keepAliveTimeoutMillis: integer("that a quiet HTTP connection is kept", "ms", 60_000, 100, 3_600_000),
+  reconnectSpreadMillis: integer(
+    "over which clients of a node that stops are told to spread their return",
+    "ms",
+    5_000,
+    0,
+    600_000
+  ),
   sniffTimeoutMillis: integer("for the first bytes of a connection, or its TLS handshake", "ms", 10_000, 100, 600_000),
   requestsPerConnectionMax: integer("requests on one HTTP connection, then it ends", "requests", 1_000_000, 1, 1e12),
   h2StreamsMax: integer("requests under way on one HTTP/2 connection", "streams", 256, 1, 65_536),

@@ -12,15 +12,19 @@ import * as TierPromoterActor from "./actors/TierPromoter.ts"
 import type { Metadata } from "./client/index.ts"
 import { Settings, type SettingValues } from "./config.ts"
 import { withEngine } from "./embedded/VectorDB.ts"
+import { Cursors } from "./gateway/Cursors.ts"
 import { HttpGateway } from "./gateway/HttpGateway.ts"
 import { Load } from "./gateway/Load.ts"
 import { Promoter } from "./gateway/Promoter.ts"
 import { Readiness } from "./gateway/Readiness.ts"
 import { Sessions } from "./gateway/Sessions.ts"
+import { Subscriptions } from "./gateway/Subscriptions.ts"
+import * as WebSocketSubscriptions from "./gateway/WebSocketSubscriptions.ts"
 import { toProblem } from "./protocol/Errors.ts"
 import { defaultCollection } from "./protocol/Fields.ts"
 import { Admission } from "./shards/Admission.ts"
 import { CacheEvents } from "./shards/CacheEvents.ts"
+import { ChangeFeeds } from "./shards/ChangeFeeds.ts"
 import * as Cluster from "./shards/Cluster.ts"
 import { LoadMeter } from "./shards/LoadMeter.ts"
 import { LocalActors } from "./shards/LocalActors.ts"
@@ -55,6 +59,9 @@ export { StandingQueries } from "./shards/StandingQueries.ts"
 
 /** The wires over the actors, on one port. Closed first: it drains before the actors below it stop. */
 const wires = HttpGateway.layer.pipe(
+  Layer.provideMerge(WebSocketSubscriptions.layer),
+  Layer.provideMerge(Subscriptions.layer),
+  Layer.provideMerge(Cursors.layer),
   Layer.provideMerge(Sessions.layer),
   Layer.provideMerge(Promoter.layer),
   Layer.provideMerge(Load.layer),
@@ -92,6 +99,7 @@ export const actors = Layer.mergeAll(
   LoadShedderActor.layer
 ).pipe(
   Layer.provideMerge(StandingQueries.layer),
+  Layer.provideMerge(ChangeFeeds.layer),
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
   Layer.provideMerge(LoadMeter.layer),
   Layer.provideMerge(Admission.layer),

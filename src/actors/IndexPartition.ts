@@ -16,6 +16,8 @@ import {
   VectorNotFound
 } from "../protocol/Errors.ts"
 import {
+  type ChangePage,
+  type Compacted,
   IndexPartition,
   type PartitionError,
   type PartitionQuery,
@@ -28,6 +30,7 @@ import { ObjectStore } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
 import { IndexLost } from "../tiers/VectorIndex.ts"
 import { type OpenPartition, PartitionOpener } from "./OpenPartition.ts"
+import { changesAfter } from "./PartitionChanges.ts"
 import { watchStream } from "./PartitionWatches.ts"
 import type * as PartitionWriter from "./PartitionWriter.ts"
 
@@ -283,7 +286,13 @@ const makePartition = Effect.gen(function* () {
         payload,
         read((of) => of.stats)
       ),
-    Changes: ({ payload }) => Stream.unwrap(Effect.map(activate, (of) => of.changes(payload))),
+    Changes: ({ payload }) => Stream.unwrap(Effect.map(activate, (of) => changesAfter(of.changes, payload))),
+    ReadChanges: ({ payload: { limit, ...position } }) =>
+      Effect.flatMap(
+        activate,
+        ({ changes }): Effect.Effect<ChangePage, PartitionError | Compacted> =>
+          limit === 0 ? Effect.succeed({ changes: [], newest: changes.newest() }) : changes.read(position, limit)
+      ),
     Remove: () => remove
   })
 })

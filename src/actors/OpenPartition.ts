@@ -16,8 +16,7 @@ import {
   StorageUnavailable
 } from "../protocol/Errors.ts"
 import {
-  type Change,
-  type Compacted,
+  endOfObject,
   type PartitionAddress,
   type PartitionError,
   type PartitionHits,
@@ -29,7 +28,8 @@ import {
 import { standingMembersMax } from "../protocol/Limits.ts"
 import type { PartitionWatch } from "../protocol/StandingQuery.ts"
 import { formatVersion, VersionClock } from "../protocol/Version.ts"
-import type { WatchHandle, WatchListener } from "../shards/LocalActors.ts"
+import { ChangeFeed } from "../shards/ChangeFeed.ts"
+import { LocalActors, type LocalChanges, type WatchHandle, type WatchListener } from "../shards/LocalActors.ts"
 import { AheadLog } from "../tiers/AheadLog.ts"
 import { partitionPrefix } from "../tiers/CatalogueObject.ts"
 import { DataDirectory } from "../tiers/DataDirectory.ts"
@@ -52,9 +52,8 @@ import {
   VectorIndex
 } from "../tiers/VectorIndex.ts"
 import { WarmStore } from "../tiers/WarmStore.ts"
-import { ChangeFeed, type Position } from "./ChangeFeed.ts"
 import * as PartitionCaches from "./PartitionCaches.ts"
-import { changesAfter, changesOf } from "./PartitionChanges.ts"
+import * as PartitionChanges from "./PartitionChanges.ts"
 import * as PartitionWriter from "./PartitionWriter.ts"
 import * as SnapshotPolicy from "./SnapshotPolicy.ts"
 
@@ -74,7 +73,7 @@ export interface OpenPartition {
   ) => Effect.Effect<WatchHandle, PartitionError | IndexLost>
   readonly position: () => number
   readonly writer: PartitionWriter.PartitionWriter
-  readonly changes: (from: Position) => Stream.Stream<Change, PartitionError | Compacted>
+  readonly changes: LocalChanges
 }
 
 export interface OpenOptions {
@@ -106,10 +105,19 @@ export class PartitionOpener extends Context.Service<
         AheadLog,
         RecordCache,
         WarmStore,
+        LocalActors,
         Settings
       )(
         yield* Effect.context<
-          ObjectStore | VectorIndex | DataDirectory | MemoryBudget | AheadLog | RecordCache | WarmStore | Settings
+          | ObjectStore
+          | VectorIndex
+          | DataDirectory
+          | MemoryBudget
+          | AheadLog
+          | RecordCache
+          | WarmStore
+          | LocalActors
+          | Settings
         >()
       )
       // One at a time: each takes a vector thread's time from searches.
@@ -203,6 +211,7 @@ const open = Effect.fnUntraced(function* (
     Effect.gen(function* () {
       const log = yield* PartitionLog.open(prefix, {
         deferVerification: !options.verify,
+        retainMillis: settings.changeRetentionMillis,
         ...(passedOver === undefined ? {} : { snapshotsBefore: passedOver.seq })
       }).pipe(
         Effect.provideService(ObjectStore, store),
@@ -260,7 +269,10 @@ const open = Effect.fnUntraced(function* (
     replayedStats.maxTime,
     replayedStats.counters.get(settings.region) ?? 0
   )
-  const feed = new ChangeFeed(settings.changeBufferMax, { seq: log.lastSeq(), index: Number.MAX_SAFE_INTEGER })
+  const feed = new ChangeFeed(settings.changeBufferMax, { seq: log.lastSeq(), index: endOfObject })
+  const changes = PartitionChanges.make(log, feed)
+  // Before the writer, so that followers are told also what that commits while it closes.
+  yield* (yield* LocalActors).registerChanges(partitionId(address), changes)
 
   /** The log position up to which everything is visible. */
   let visibleSeq = log.lastSeq()
@@ -276,7 +288,7 @@ const open = Effect.fnUntraced(function* (
     onApplied: (seq, ops, applied) => {
       policy.applied(ops.length)
       visibleSeq = seq
-      feed.publish(changesOf(seq, ops, applied))
+      feed.publish(PartitionChanges.changesOf(seq, ops, applied))
     },
     onFatal: (error) =>
       Effect.andThen(
@@ -499,7 +511,7 @@ const open = Effect.fnUntraced(function* (
           : writer.write(...given)
       }
     },
-    changes: (from) => changesAfter(log, feed, from)
+    changes
   }
   return opened
 })

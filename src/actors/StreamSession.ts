@@ -1,7 +1,7 @@
 /**
  * The `StreamSession` entity. What it holds can be rebuilt: a bound on what is under way, and the newest answers, kept
- * so that a stream cut in the middle of an answer goes on after its last event. A session that is quiet is passivated;
- * the next message brings it back empty.
+ * so that a stream cut in the middle of an answer goes on after its last event. It comes into being with its first search. A
+ * session that is quiet is passivated; the next message brings it back empty.
  */
 import { Duration, Effect, Layer } from "effect"
 import { Entity } from "effect/cluster"
@@ -21,7 +21,6 @@ export const layer = Layer.unwrap(
         const session = new Session(router, settings.sessionSearchesMax, settings.sessionAnswersKept)
         yield* local.registerSession(entityId, session)
         return StreamSession.of({
-          Open: () => Effect.void,
           Search: ({ payload }) => session.search(payload),
           Resume: ({ payload }) => Effect.sync(() => session.answer(payload.queryId) ?? null),
           Close: () => Effect.sync(() => session.close())

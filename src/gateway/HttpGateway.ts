@@ -91,7 +91,7 @@ export class HttpGateway extends Context.Service<
             countRequest("http", "connection", 503, 0)
             return refuseRequest(request, response, id, refusal, 503)
           }
-          if (path === Sse.path) return sse.handle(request, response, id)
+          if (Sse.paths.has(path)) return sse.handle(request, response, id)
           if (path === SearchEndpoint.path && request.method === "POST") return search.handle(request, response, id)
           // Calls of RPC are refused one by one.
           const shed =
@@ -137,8 +137,7 @@ export class HttpGateway extends Context.Service<
       })
       yield* shedding.joinConnections({
         count: port.connections,
-        closeIdle: (olderThanMillis, max, retryAfterMillis) =>
-          webSockets.closeIdle?.(olderThanMillis, max, retryAfterMillis) ?? 0
+        closeIdle: webSockets.closeIdle
       })
 
       yield* Effect.addFinalizer(() =>
@@ -212,7 +211,7 @@ const patterns: ReadonlyArray<{
     "/health/live",
     "/health/ready",
     Operations.loadPath,
-    Sse.path,
+    ...Sse.paths,
     WebSocketGateway.path
   ].map((path) => ({ route: path.replace("/api/v1/", ""), pattern: new RegExp(`^${path}$`), methods: ["GET"] })),
   ...RpcGateway.paths.map((path) => ({

@@ -3,6 +3,7 @@
  * since this is the hot path.
  */
 import { Context, Metric } from "effect"
+import { closeCodes } from "../protocol/Frames.ts"
 
 const context = Context.empty()
 
@@ -30,6 +31,18 @@ const closes = Metric.counter("ruvector_stream_closes", {
 })
 const sentBytes = Metric.counter("ruvector_stream_sent_bytes", {
   description: "Bytes sent on streams, by wire",
+  incremental: true
+})
+const connectionSeconds = Metric.histogram("ruvector_connection_duration_s", {
+  description: "How long connections that are closed were open, by wire",
+  boundaries: [0.1, 1, 10, 60, 300, 1_800, 3_600, 21_600, 86_400]
+})
+const connectionFrames = Metric.counter("ruvector_connection_frames", {
+  description: "Frames taken from connections that are closed, by wire",
+  incremental: true
+})
+const sessionCloses = Metric.counter("ruvector_session_closes", {
+  description: "Sessions of WebSockets that were closed while their connection went on, by code",
   incremental: true
 })
 const notModified = Metric.counter("ruvector_http_not_modified", {
@@ -77,13 +90,31 @@ export const connectionOpened = (wire: string): void => {
 }
 
 /** `code`: the WebSocket close code, or `end`, `slow`, `gone` for SSE. `bytes` sent over its life. */
-export const connectionClosed = (wire: string, code: string, bytes: number): void => {
+export const connectionClosed = (wire: string, code: number | string, bytes: number): void => {
   const now = (open.get(wire) ?? 1) - 1
   open.set(wire, now)
   series(connections, "connections", { wire }).updateUnsafe(now, context)
-  series(closes, "closes", { wire, code }).updateUnsafe(1, context)
+  series(closes, "closes", { wire, code: codeLabel(code) }).updateUnsafe(1, context)
   series(sentBytes, "sentBytes", { wire }).updateUnsafe(bytes, context)
 }
+
+/** What else is known of a connection when it closes. */
+export const connectionLived = (wire: string, millis: number, frames: number): void => {
+  series(connectionSeconds, "connectionSeconds", { wire }).updateUnsafe(millis / 1_000, context)
+  series(connectionFrames, "connectionFrames", { wire }).updateUnsafe(frames, context)
+}
+
+/** One session of a connection was closed by the client (1000) or by us. */
+export const sessionClosed = (code: number): void => {
+  series(sessionCloses, "sessionCloses", { code: codeLabel(code) }).updateUnsafe(1, context)
+}
+
+/** Codes that are counted by name: ours, and those of a client that went as it should (1001), said none, or is gone. */
+const knownCodes: ReadonlySet<number> = new Set([...Object.values(closeCodes), 1001, 1002, 1005, 1006, 1007])
+
+/** A client may choose its code, so others than those are one label. */
+const codeLabel = (code: number | string): string =>
+  typeof code === "string" || knownCodes.has(code) ? String(code) : "other"
 
 export const countNotModified = (route: string): void => {
   series(notModified, "notModified", { route }).updateUnsafe(1, context)

@@ -48,26 +48,52 @@ export const toQuery = (request: SearchRequest | SearchFrame): Result.Result<Ses
 
 const decodeSearch = decoderOf(SearchRequest)
 
-const numeric = new Set(["k", "ef", "deadline_ms"])
-const known = new Set(["collection", "query_b64", "query_vector_id", "metric", "filter", "include", ...numeric])
+const searchParameters: ParameterForms = {
+  collection: "text",
+  query_b64: "text",
+  query_vector_id: "text",
+  metric: "text",
+  k: "integer",
+  ef: "integer",
+  deadline_ms: "integer",
+  filter: "json",
+  include: "list"
+}
 
 /** The query of a URL's search parameters; `also` names parameters that the caller reads itself. */
 export const queryOfParameters = (
   parameters: URLSearchParams,
   also: ReadonlyArray<string> = []
-): Result.Result<SessionQuery, InvalidInput> => {
+): Result.Result<SessionQuery, InvalidInput> =>
+  objectOfParameters(parameters, searchParameters, also).pipe(Result.flatMap(decodeSearch), Result.flatMap(toQuery))
+
+/** What each parameter is written as. */
+export type ParameterForms = Readonly<Record<string, "text" | "integer" | "number" | "json" | "list">>
+
+const forms = {
+  integer: /^-?\d{1,15}$/,
+  number: /^-?\d{1,15}(?:\.\d{1,20})?(?:[eE][+-]?\d{1,3})?$/
+}
+
+/** The object that a URL's parameters stand for, still to be decoded. What is no number stays a text, to be refused there. */
+export const objectOfParameters = (
+  parameters: URLSearchParams,
+  known: ParameterForms,
+  also: ReadonlyArray<string> = []
+): Result.Result<Readonly<Record<string, unknown>>, InvalidInput> => {
   const request: Record<string, unknown> = {}
   for (const [key, value] of parameters) {
     if (also.includes(key)) continue
-    if (!known.has(key)) {
+    const form = Object.hasOwn(known, key) ? known[key] : undefined
+    if (form === undefined) {
       return Result.fail(new InvalidInput({ field: key, expected: "no such parameter", got: value }))
     }
     if (Object.hasOwn(request, key)) {
       return Result.fail(new InvalidInput({ field: key, expected: "one value", got: "several" }))
     }
-    if (numeric.has(key)) request[key] = /^-?\d{1,15}$/.test(value) ? Number(value) : value
-    else if (key === "include") request[key] = value.split(",")
-    else if (key === "filter") {
+    if (form === "integer" || form === "number") request[key] = forms[form].test(value) ? Number(value) : value
+    else if (form === "list") request[key] = value.split(",")
+    else if (form === "json") {
       try {
         request[key] = JSON.parse(value)
       } catch {
@@ -75,7 +101,7 @@ export const queryOfParameters = (
       }
     } else request[key] = value
   }
-  return Result.flatMap(decodeSearch(request), toQuery)
+  return Result.succeed(request)
 }
 
 /** The query of a JSON body. */

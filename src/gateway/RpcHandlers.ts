@@ -12,25 +12,37 @@ import {
   describe,
   FilterObject,
   invalidInputOf,
+  type Metadata,
   MetadataObject
 } from "../protocol/Fields.ts"
 import * as Limits from "../protocol/Limits.ts"
+import { anonymous } from "../protocol/Principal.ts"
 import {
+  type RpcAnswerChange,
+  type RpcFollowEvent,
+  type RpcMember,
   type RpcResult,
   type RpcSearchEvent,
   type RpcSearchResponse,
+  type RpcSubscriptionEvent,
   RuvectorRpcs,
-  type SearchPayload
+  type SearchPayload,
+  type SubscribePayload
 } from "../protocol/Rpcs.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
+import type { SubscribeRequest } from "../protocol/Subscription.ts"
 import type { TierEvent } from "../protocol/TierPromoter.ts"
 import { Router } from "../shards/Router.ts"
 import { overloadedBy, Shedding } from "../shards/Shedding.ts"
+import type { StandingMember } from "../shards/StandingQueries.ts"
+import type { AnswerDifference } from "./AnswerChanges.ts"
 import { countDefect, countRequest } from "./Instruments.ts"
 import { Promoter } from "./Promoter.ts"
 import { instance, toQuery } from "./Queries.ts"
 import { nobody } from "./Refusals.ts"
 import { Sessions } from "./Sessions.ts"
+import type { StreamEvent } from "./StreamEvents.ts"
+import { type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
 
 export const layer = RuvectorRpcs.toLayer(
   Effect.gen(function* () {
@@ -39,6 +51,7 @@ export const layer = RuvectorRpcs.toLayer(
     const sessions = yield* Sessions
     const promoter = yield* Promoter
     const shedding = yield* Shedding
+    const subscriptions = yield* Subscriptions
 
     /** A call, counted; what goes wrong in us is logged under an id and answered with it. */
     const call = <A, R>(tag: string, effect: Effect.Effect<A, ApiError, R>): Effect.Effect<A, ApiError, R> =>
@@ -84,6 +97,62 @@ export const layer = RuvectorRpcs.toLayer(
       return yield* session.search(query)
     })
 
+    /** A delivery's events as they are asked for: what the client does not take is not made. */
+    const delivered = <A>(
+      tag: string,
+      client: Rpc.ServerClient,
+      payload: unknown,
+      begin: (listener: DeliveryListener) => Effect.Effect<Delivery, ApiError>,
+      toRpc: (event: StreamEvent) => A
+    ): Stream.Stream<A, ApiError> => {
+      let wake: (() => void) | undefined
+      let lost: ApiError | undefined
+      const listener: DeliveryListener = {
+        onReady: () => wake?.(),
+        onLost: (error) => {
+          lost = error
+          wake?.()
+        }
+      }
+      const open = Effect.suspend((): Effect.Effect<Delivery, ApiError, Scope.Scope> => {
+        if (payload instanceof InvalidInput) return Effect.fail(payload)
+        let delivery: Delivery | undefined
+        return Effect.gen(function* () {
+          yield* streams.one(client)
+          yield* Effect.addFinalizer(() => Effect.sync(() => delivery?.close()))
+          delivery = yield* begin(listener)
+          return delivery
+        })
+      })
+      const next = (delivery: Delivery): Effect.Effect<readonly [readonly [A, ...Array<A>], undefined], ApiError> =>
+        Effect.callback((resume) => {
+          const look = () => {
+            const first = delivery.next()
+            if (first !== undefined) {
+              wake = undefined
+              const events: [A, ...Array<A>] = [toRpc(first)]
+              let size = first.open.length
+              while (size < messageSizeMax) {
+                const more = delivery.next()
+                if (more === undefined) break
+                events.push(toRpc(more))
+                size += more.open.length
+              }
+              resume(Effect.succeed([events, undefined]))
+            } else if (lost !== undefined) {
+              wake = undefined
+              resume(Effect.fail(lost))
+            }
+          }
+          wake = look
+          look()
+          return Effect.sync(() => (wake = undefined))
+        })
+      return Stream.unwrap(
+        Effect.map(call(tag, open), (delivery) => Stream.flattenArray(Stream.unfold(undefined, () => next(delivery))))
+      )
+    }
+
     return RuvectorRpcs.of({
       CreateCollection: unary("CreateCollection", ({ name, ...request }) => router.createCollection(name, request)),
       ListCollections: unary("ListCollections", () => router.collections),
@@ -120,6 +189,25 @@ export const layer = RuvectorRpcs.toLayer(
                 : Effect.flatMap(Effect.fromResult(queryOf(payload)), (query) => searchInSession(query, client))
             )
           ).pipe(Effect.map((answer) => Stream.flattenArray(Stream.fromIterable(eventsOf(answer), { chunkSize: 1 }))))
+        ),
+      Subscribe: (payload, { client }) =>
+        delivered(
+          "Subscribe",
+          client,
+          payload,
+          (listener) =>
+            Effect.flatMap(Effect.fromResult(subscriptionOf(payload)), (request) =>
+              subscriptions.subscribe(anonymous, request, listener)
+            ),
+          subscriptionEvent
+        ),
+      Changes: (payload, { client }) =>
+        delivered(
+          "Changes",
+          client,
+          payload,
+          (listener) => subscriptions.follow(anonymous, payload, listener),
+          followEvent
         ),
       Get: unary("Get", ({ collection = defaultCollection, id }) =>
         Effect.map(router.get(collection, id), ({ vector, metadata, version }) => ({
@@ -243,13 +331,73 @@ const queryOf = (payload: SearchPayload): Result.Result<SessionQuery, InvalidInp
     )
   }
   const include = [...(include_metadata ? ["metadata" as const] : []), ...(include_vector ? ["vector" as const] : [])]
-  if (filter === undefined) return toQuery({ ...request, include })
-  const value = parseJson(filter)
-  if (value === undefined) {
-    return Result.fail(new InvalidInput({ field: "filter", expected: "JSON text of a filter", got: describe(filter) }))
-  }
-  return Result.flatMap(decodeFilter(value), (checked) => toQuery({ ...request, include, filter: checked }))
+  return Result.flatMap(filterOf(filter), (checked) =>
+    toQuery({ ...request, include, ...(checked === undefined ? {} : { filter: checked }) })
+  )
 }
+
+const filterOf = (text: string | undefined): Result.Result<Metadata | undefined, InvalidInput> => {
+  if (text === undefined) return Result.succeed(undefined)
+  const value = parseJson(text)
+  return value === undefined
+    ? Result.fail(new InvalidInput({ field: "filter", expected: "JSON text of a filter", got: describe(text) }))
+    : decodeFilter(value)
+}
+
+const subscriptionOf = (payload: SubscribePayload): Result.Result<SubscribeRequest, InvalidInput> => {
+  const { filter, include_metadata, include_vector, ...request } = payload
+  const include = [...(include_metadata ? ["metadata" as const] : []), ...(include_vector ? ["vector" as const] : [])]
+  return Result.map(filterOf(filter), (checked) => ({
+    ...request,
+    include,
+    ...(checked === undefined ? {} : { filter: checked })
+  }))
+}
+
+const subscriptionEvent = (event: StreamEvent): RpcSubscriptionEvent => {
+  const { cursor } = event
+  switch (event.event) {
+    case "subscribed":
+      return { event: "subscribed", results: event.members.map(memberOf), cursor }
+    case "resumed": {
+      const keep = event.keep === undefined ? {} : { keep: event.keep }
+      return { event: "resumed", ...keep, changes: changesOf(event.difference), cursor }
+    }
+    case "changes":
+      return { event: "changes", changes: changesOf(event.difference), cursor }
+    default:
+      throw new Error(`${event.event} is no event of a standing query`)
+  }
+}
+
+const followEvent = (event: StreamEvent): RpcFollowEvent => {
+  const { cursor } = event
+  switch (event.event) {
+    case "following":
+    case "resync":
+      return { event: event.event, cursor }
+    case "change": {
+      const { kind, id, version } = event.change
+      return { event: "change", kind, vector_id: id, version, cursor }
+    }
+    default:
+      throw new Error(`${event.event} is no event of a change feed`)
+  }
+}
+
+const memberOf = ({ id, score, version, metadata, vector }: StandingMember): RpcMember => ({
+  vector_id: id,
+  score,
+  version,
+  ...(metadata === undefined ? {} : { metadata: metadata || "{}" }),
+  ...(vector === undefined ? {} : { vector })
+})
+
+const changesOf = ({ leaves, enters, updates }: AnswerDifference): ReadonlyArray<RpcAnswerChange> => [
+  ...leaves.map((vector_id) => ({ type: "leave" as const, vector_id })),
+  ...enters.map((member) => ({ type: "enter" as const, ...memberOf(member) })),
+  ...updates.map((member) => ({ type: "update" as const, ...memberOf(member) }))
+]
 
 const responseOf = (answer: SearchAnswer): RpcSearchResponse => ({
   query_id: answer.queryId,

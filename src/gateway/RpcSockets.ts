@@ -14,7 +14,7 @@ import type { HttpServerRequest } from "effect/http"
 import { Socket } from "effect/socket"
 import { WebSocket, WebSocketServer } from "ws"
 import { Settings, type SettingValues } from "../config.ts"
-import { closeCodes } from "../protocol/Frames.ts"
+import { closeCodes, retryReason } from "../protocol/Frames.ts"
 import { connectionClosed, connectionOpened } from "./Instruments.ts"
 
 /** Milliseconds for a peer to answer a close frame; then its socket is destroyed. */
@@ -66,7 +66,8 @@ export class RpcWebSocketServer extends WebSocketServer {
 
   /** Tells every client to connect again, elsewhere or in a moment, and ends its calls. */
   drain(): void {
-    for (const { ws } of this.#connections) ws.close(closeCodes.restart, "restarting")
+    const reason = retryReason("restarting", this.#settings.reconnectSpreadMillis)
+    for (const { ws } of this.#connections) ws.close(closeCodes.restart, reason)
   }
 
   override close(done?: (error?: Error) => void): void {
@@ -194,13 +195,10 @@ class Connection {
   }
 
   ended(code: number): void {
-    connectionClosed("rpc", knownCodes.has(code) ? String(code) : "other", this.#socket.bytesWritten)
+    connectionClosed("rpc", code, this.#socket.bytesWritten)
     this.#hasRoom()
   }
 }
-
-/** Codes that are counted by name: ours, and those of a client that went as it should (1001), said none, or is gone. */
-const knownCodes: ReadonlySet<number> = new Set([...Object.values(closeCodes), 1001, 1005, 1006])
 
 const boundedSocket = (socket: Socket.Socket, connectionOf: () => Connection): Socket.Socket => {
   let connection: Connection | undefined

@@ -1,6 +1,7 @@
 /**
- * The gateway's view of stream sessions: mints an id, opens the entity, asks the one resident here directly, and closes
- * it. A session that was passivated comes back with the next search.
+ * The gateway's view of stream sessions: mints ids, and asks a session that is resident here directly. What a session
+ * costs before its first search is a small object: the entity comes into being with the search. One that was passivated
+ * comes back with the next.
  */
 import { Context, Effect, Layer } from "effect"
 import { Settings } from "../config.ts"
@@ -22,7 +23,9 @@ export interface SessionLink {
 export class Sessions extends Context.Service<
   Sessions,
   {
-    readonly open: Effect.Effect<SessionLink, ApiError>
+    readonly open: Effect.Effect<SessionLink, Overloaded>
+    /** The same, at once. */
+    readonly openUnsafe: () => SessionLink | Overloaded
     /** An answer a session gave before, if it still keeps it. */
     readonly answer: (sessionId: string, queryId: string) => Effect.Effect<SearchAnswer | undefined>
     readonly count: () => number
@@ -37,46 +40,54 @@ export class Sessions extends Context.Service<
       let minted = 0
       let open = 0
 
-      const undelivered = () => new Overloaded({ bound: "residentEntitiesMax", retryAfterMillis: 1_000 })
+      /** Of a class, so that thousands of idle ones share its methods. */
+      class Link implements SessionLink {
+        readonly id: string
+        #isOpen = true
 
-      const link = (id: string): SessionLink => {
-        let closed = false
-        return {
-          id,
-          search: (query) =>
-            Effect.suspend(() => {
-              const resident = local.sessions.get(id)
-              if (resident !== undefined) return resident.search(query)
-              return Effect.mapError(client(id).Search(query), (error) => (isApiError(error) ? error : undelivered()))
-            }),
-          close: Effect.suspend(() => {
-            if (closed) return Effect.void
-            closed = true
-            open -= 1
-            return local.sessions.has(id) ? Effect.ignore(client(id).Close()) : Effect.void
-          }),
-          abandon: Effect.sync(() => {
-            if (!closed) open -= 1
-            closed = true
+        constructor(id: string) {
+          this.id = id
+        }
+
+        search(query: SessionQuery): Effect.Effect<SearchAnswer, ApiError> {
+          const resident = local.sessions.get(this.id)
+          if (resident !== undefined) return resident.search(query)
+          return Effect.mapError(client(this.id).Search(query), (error) => (isApiError(error) ? error : undelivered()))
+        }
+
+        get close(): Effect.Effect<void> {
+          return Effect.suspend(() => {
+            if (!this.#end() || !local.sessions.has(this.id)) return Effect.void
+            return Effect.ignore(client(this.id).Close())
           })
         }
+
+        get abandon(): Effect.Effect<void> {
+          return Effect.sync(() => this.#end())
+        }
+
+        #end(): boolean {
+          const wasOpen = this.#isOpen
+          if (wasOpen) open -= 1
+          this.#isOpen = false
+          return wasOpen
+        }
+      }
+
+      const undelivered = () => new Overloaded({ bound: "residentEntitiesMax", retryAfterMillis: 1_000 })
+
+      const openUnsafe = (): SessionLink | Overloaded => {
+        if (open >= settings.sessionsMax) return new Overloaded({ bound: "sessionsMax", retryAfterMillis: 5_000 })
+        open += 1
+        return new Link(`s_${instance}${(minted++).toString(36)}`)
       }
 
       return Sessions.of({
         open: Effect.suspend(() => {
-          if (open >= settings.sessionsMax) {
-            return Effect.fail(new Overloaded({ bound: "sessionsMax", retryAfterMillis: 5_000 }))
-          }
-          const id = `s_${instance}${(minted++).toString(36)}`
-          open += 1
-          return client(id)
-            .Open()
-            .pipe(
-              Effect.as(link(id)),
-              Effect.mapError((error) => (isApiError(error) ? error : undelivered())),
-              Effect.tapCause(() => Effect.sync(() => (open -= 1)))
-            )
+          const link = openUnsafe()
+          return link instanceof Overloaded ? Effect.fail(link) : Effect.succeed(link)
         }),
+        openUnsafe,
         answer: (sessionId, queryId) => Effect.sync(() => local.sessions.get(sessionId)?.answer(queryId)),
         count: () => open
       })

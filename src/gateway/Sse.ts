@@ -1,25 +1,38 @@
 /**
- * `GET /api/v1/stream/search`: a search as Server-Sent Events. Written on Node's response directly: an open stream holds no
- * fiber, and what waits for a slow reader is bounded by the answer it is reading.
+ * Server-Sent Events: `GET /api/v1/stream/search`, and the subscriptions of `SseSubscriptions.ts`. An open stream holds no
+ * fiber, and what waits for a slow reader is bounded: of a search by the answer it is reading, of a subscription by what
+ * the socket's buffer takes.
  *
- * Every event has an id, `<session>.<query>.<n>`, the last one `<session>.<query>.end`. A client that comes back with one
- * (`Last-Event-ID`) is given what follows, as long as the session keeps the answer; else the search is run anew and begins
- * with another `search_start`. After the last event the answer is 204, which tells an `EventSource` to stop.
+ * Every event of a search has an id, `<session>.<query>.<n>.<signature>`, the last one with `end` for its number. A client
+ * that comes back with one (`Last-Event-ID`) is given what follows, as long as the session keeps the answer; else, and with
+ * an id that is not one of ours, the search is run anew and begins with another `search_start`. After the last event the
+ * answer is 204, which tells an `EventSource` to stop.
  */
 import type { IncomingMessage, ServerResponse } from "node:http"
 import { Context, Effect, Exit, Layer, Result } from "effect"
 import { Settings } from "../config.ts"
 import { type ApiError, InternalError, InvalidInput, MethodNotAllowed, toProblem } from "../protocol/Errors.ts"
+import { anonymous } from "../protocol/Principal.ts"
 import type { SearchAnswer } from "../protocol/StreamSession.ts"
 import { Admission } from "../shards/Admission.ts"
 import * as Answers from "./Answers.ts"
+import { Cursors } from "./Cursors.ts"
 import { connectionClosed, connectionOpened, countDefect, countRequest } from "./Instruments.ts"
 import { problemContentType, problemHeaders } from "./Problems.ts"
 import { queryOfParameters } from "./Queries.ts"
+import { byeEvent, reconnectMillis } from "./Reconnects.ts"
 import { askerOf, refuseRequest } from "./Refusals.ts"
 import { type SessionLink, Sessions } from "./Sessions.ts"
+import { SseConnection } from "./SseConnection.ts"
+import { errorText, followRequestOf, pusherOf, subscribeRequestOf } from "./SseSubscriptions.ts"
+import { type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
 
 export const path = "/api/v1/stream/search"
+export const subscribePath = "/api/v1/stream/subscribe"
+export const changesPath = "/api/v1/stream/changes"
+
+/** Whatever is served here. */
+export const paths: ReadonlySet<string> = new Set([path, subscribePath, changesPath])
 
 export class Sse extends Context.Service<
   Sse,
@@ -35,9 +48,11 @@ export class Sse extends Context.Service<
       const settings = yield* Settings
       const sessions = yield* Sessions
       const admission = yield* Admission
+      const subscriptions = yield* Subscriptions
+      const cursors = yield* Cursors
       const context = yield* Effect.context<never>()
       const run = Effect.runForkWith(context)
-      const open = new Set<SseStream>()
+      const open = new Set<SseConnection>()
 
       const keepAlive = setInterval(
         () => {
@@ -49,7 +64,7 @@ export class Sse extends Context.Service<
       keepAlive.unref()
 
       const drain = Effect.sync(() => {
-        for (const stream of open) stream.end("drain", 'retry: 1000\nevent: bye\ndata: {"event":"bye"}\n\n')
+        for (const stream of open) stream.end("drain", byeEvent(reconnectMillis(settings.reconnectSpreadMillis)))
       })
       yield* Effect.addFinalizer(() =>
         Effect.andThen(
@@ -59,29 +74,117 @@ export class Sse extends Context.Service<
       )
 
       const handle = (request: IncomingMessage, response: ServerResponse, requestId: string): void => {
+        const url = request.url as string
+        const at = url.indexOf("?")
+        const route = at === -1 ? url : url.slice(0, at)
+        const refused = (error: ApiError) => refuse(response, error, requestId, routeNames.get(route) as string)
         if (request.method !== "GET") {
-          return refuse(response, new MethodNotAllowed({ method: request.method ?? "", allowed: ["GET"] }), requestId)
+          return refused(new MethodNotAllowed({ method: request.method ?? "", allowed: ["GET"] }))
         }
         const refusal = admission.refusal(askerOf(request.socket.remoteAddress))
         if (refusal !== undefined) {
-          countRequest("sse", "stream/search", 429, 0)
+          countRequest("sse", routeNames.get(route) as string, 429, 0)
           return refuseRequest(request, response, requestId, refusal)
         }
-        const url = request.url as string
-        const parameters = new URLSearchParams(url.includes("?") ? url.slice(url.indexOf("?") + 1) : "")
-        const keepOpen = parameters.get("keep_open")
-        if (keepOpen !== null && keepOpen !== "true" && keepOpen !== "false") {
-          return refuse(
+        const parameters = new URLSearchParams(at === -1 ? "" : url.slice(at + 1))
+        const lastEventId = request.headers["last-event-id"]
+        if (route === path) return search(parameters, textOf(lastEventId), response, requestId, refused)
+        if (route === subscribePath) {
+          const asked = subscribeRequestOf(parameters, textOf(lastEventId))
+          if (Result.isFailure(asked)) return refused(asked.failure)
+          return deliver(
+            (listener) => subscriptions.subscribe(anonymous, asked.success, listener),
+            "stream/subscribe",
             response,
-            new InvalidInput({ field: "keep_open", expected: "true or false", got: keepOpen }),
-            requestId
+            requestId,
+            refused
           )
         }
+        const asked = followRequestOf(parameters, textOf(lastEventId))
+        if (Result.isFailure(asked)) return refused(asked.failure)
+        deliver(
+          (listener) => subscriptions.follow(anonymous, asked.success, listener),
+          "stream/changes",
+          response,
+          requestId,
+          refused
+        )
+      }
+
+      /** The error of an effect that failed, which is logged where it is one of ours. */
+      const errorOf = (exit: Exit.Failure<unknown, ApiError>, requestId: string): ApiError => {
+        const error = Exit.findErrorOption(exit)
+        if (error._tag === "Some") return error.value
+        countDefect()
+        run(Effect.annotateLogs(Effect.logError("A stream met a defect", exit.cause), { request_id: requestId }))
+        return new InternalError({ requestId })
+      }
+
+      const deliver = (
+        begin: (listener: DeliveryListener) => Effect.Effect<Delivery, ApiError>,
+        route: string,
+        response: ServerResponse,
+        requestId: string,
+        refused: (error: ApiError) => void
+      ): void => {
+        const started = performance.now()
+        let stream: SseConnection | undefined
+        let lost: ApiError | undefined
+        const pusher = pusherOf(
+          () => stream as SseConnection,
+          () => byeEvent(reconnectMillis(0))
+        )
+        const listener = {
+          onReady: pusher.ready,
+          onLost: (error: ApiError) => {
+            lost = error
+            stream?.end("lost", errorText(error))
+          }
+        }
+        let gone = false
+        response.once("close", () => {
+          gone = true
+        })
+        // Not interrupted where the client goes away meanwhile: what has been opened by then has to be closed.
+        run(begin(listener)).addObserver((exit) => {
+          if (Exit.isFailure(exit)) {
+            if (!gone && !response.writableEnded) refused(errorOf(exit, requestId))
+            return
+          }
+          if (gone || response.writableEnded || lost !== undefined) {
+            exit.value.close()
+            if (lost !== undefined && !gone && !response.writableEnded) refused(lost)
+            return
+          }
+          countRequest("sse", route, 200, performance.now() - started)
+          const opened = new SseConnection(response, requestId, (code, bytes) => {
+            open.delete(opened)
+            connectionClosed("sse", code, bytes)
+            pusher.end()
+          })
+          stream = opened
+          open.add(opened)
+          connectionOpened("sse")
+          pusher.start(exit.value)
+        })
+      }
+
+      const search = (
+        parameters: URLSearchParams,
+        lastEventId: string | undefined,
+        response: ServerResponse,
+        requestId: string,
+        refused: (error: ApiError) => void
+      ): void => {
+        const keepOpen = parameters.get("keep_open")
+        if (keepOpen !== null && keepOpen !== "true" && keepOpen !== "false") {
+          return refused(new InvalidInput({ field: "keep_open", expected: "true or false", got: keepOpen }))
+        }
         const query = queryOfParameters(parameters, ["keep_open"])
-        if (Result.isFailure(query)) return refuse(response, query.failure, requestId)
+        if (Result.isFailure(query)) return refused(query.failure)
 
         const started = performance.now()
-        const position = positionOf(request.headers["last-event-id"])
+        const position = positionOf(lastEventId, cursors)
         if (position?.event === "end" && keepOpen !== "true") {
           response.writeHead(204, { "x-request-id": requestId, "cache-control": "no-store" })
           response.end()
@@ -108,22 +211,14 @@ export class Sse extends Context.Service<
         response.once("close", onGone)
         fiber.addObserver((exit) => {
           response.off("close", onGone)
-          if (gone) return close()
+          if (gone || response.writableEnded) return close()
           if (Exit.isFailure(exit)) {
             close()
-            const error = Exit.findErrorOption(exit)
-            if (error._tag === "Some") return refuse(response, error.value, requestId)
-            countDefect()
-            run(
-              Effect.annotateLogs(Effect.logError("Streamed search met a defect", exit.cause), {
-                request_id: requestId
-              })
-            )
-            return refuse(response, new InternalError({ requestId }), requestId)
+            return refused(errorOf(exit, requestId))
           }
           const { answer, session, after } = exit.value
           countRequest("sse", "stream/search", 200, performance.now() - started)
-          const stream = new SseStream(response, (code, bytes) => {
+          const stream = new SseConnection(response, requestId, (code, bytes) => {
             open.delete(stream)
             connectionClosed("sse", code, bytes)
             // A stream that was cut may be taken up again, so its session keeps the answer until it is passivated.
@@ -131,13 +226,10 @@ export class Sse extends Context.Service<
           })
           open.add(stream)
           connectionOpened("sse")
-          response.writeHead(200, {
-            "content-type": "text/event-stream; charset=utf-8",
-            "cache-control": "no-cache",
-            "x-accel-buffering": "no",
-            "x-request-id": requestId
+          const events = eventTexts(answer, session, after + 1, cursors)
+          pump(stream, events, () => {
+            if (keepOpen !== "true") stream.end("end", "")
           })
-          stream.start(answer, session, after + 1, keepOpen === "true")
         })
       }
 
@@ -146,109 +238,65 @@ export class Sse extends Context.Service<
   )
 }
 
+const routeNames = new Map([...paths].map((one) => [one, one.replace("/api/v1/", "")]))
+
+const textOf = (header: string | Array<string> | undefined): string | undefined =>
+  typeof header === "string" ? header : undefined
+
 /** Bytes written before it is looked at whether the client reads. */
 const writeBatchBytes = 65_536
 
-class SseStream {
-  readonly #response: ServerResponse
-  readonly #onEnd: (code: string, bytes: number) => void
-  #events: Generator<string> | undefined
-  #bytes = 0
-  #lastSentAt = Date.now()
-  #waitingSince = 0
-  #keepOpen = false
-  #ended = false
-
-  constructor(response: ServerResponse, onEnd: (code: string, bytes: number) => void) {
-    this.#response = response
-    this.#onEnd = onEnd
-    response.on("close", () => this.#finish("gone"))
-    response.on("error", () => this.#finish("gone"))
-  }
-
-  start(answer: SearchAnswer, session: string, from: number, keepOpen: boolean): void {
-    this.#keepOpen = keepOpen
-    this.#events = eventTexts(answer, session, from)
-    this.#pump()
-  }
-
-  /** Writes until all is written or the socket is full; goes on when it has drained. */
-  #pump(): void {
-    while (this.#events !== undefined && !this.#ended) {
-      let text = ""
-      while (text.length < writeBatchBytes) {
-        const next = this.#events.next()
-        if (next.done === true) {
-          this.#events = undefined
-          break
-        }
-        text += next.value
-      }
-      if (text !== "" && !this.#write(text) && this.#events !== undefined) {
-        this.#waitingSince = Date.now()
-        this.#response.once("drain", () => {
-          this.#waitingSince = 0
-          this.#pump()
-        })
-        return
-      }
+/** Writes until all is written or the socket is full; goes on when it has drained. */
+const pump = (stream: SseConnection, events: Generator<string>, done: () => void): void => {
+  for (;;) {
+    if (stream.ended) return
+    let text = ""
+    let last = false
+    while (text.length < writeBatchBytes && !last) {
+      const next = events.next()
+      if (next.done === true) last = true
+      else text += next.value
     }
-    if (!this.#keepOpen && !this.#ended) this.end("end", "")
-  }
-
-  keepAlive(now: number, pingIntervalMillis: number, idleTimeoutMillis: number): void {
-    if (this.#ended) return
-    const unread =
-      this.#waitingSince !== 0 ? this.#waitingSince : this.#response.writableNeedDrain ? this.#lastSentAt : 0
-    if (unread !== 0 && now - unread >= idleTimeoutMillis) {
-      this.#finish("slow")
-      this.#response.destroy()
-      return
-    }
-    if (unread === 0 && now - this.#lastSentAt >= pingIntervalMillis) this.#write(": keep-alive\n\n")
-  }
-
-  end(code: string, last: string): void {
-    if (this.#ended) return
-    this.#response.end(last)
-    this.#finish(code)
-  }
-
-  #write(text: string): boolean {
-    this.#bytes += text.length
-    this.#lastSentAt = Date.now()
-    return this.#response.write(text)
-  }
-
-  #finish(code: string): void {
-    if (this.#ended) return
-    this.#ended = true
-    this.#events = undefined
-    this.#onEnd(code, this.#bytes)
+    const room = text === "" || stream.write(text)
+    if (last) return done()
+    if (!room) return stream.onDrain(() => pump(stream, events, done))
   }
 }
 
-const eventTexts = function* (answer: SearchAnswer, session: string, from: number): Generator<string> {
+const eventTexts = function* (
+  answer: SearchAnswer,
+  session: string,
+  from: number,
+  { sign }: Cursors["Service"]
+): Generator<string> {
   let n = 0
   const last = answer.ids.length + 1
+  const signature = sign(signedText(session, answer.queryId))
   for (const event of Answers.searchEvents(answer, "")) {
-    if (n >= from) yield `id: ${session}.${answer.queryId}.${n === last ? "end" : n}\ndata: ${event}\n\n`
+    if (n >= from) {
+      yield `id: ${session}.${answer.queryId}.${n === last ? "end" : n}.${signature}\ndata: ${event}\n\n`
+    }
     n += 1
   }
 }
 
-const eventId = /^(s_[0-9a-z]{1,64})\.(q_[0-9a-z]{1,64})\.(\d{1,9}|end)$/
+const signedText = (session: string, query: string): string =>
+  [anonymous.tenant, anonymous.id, session, query].join("\n")
 
-const positionOf = (header: string | Array<string> | undefined) => {
-  const match = typeof header === "string" ? eventId.exec(header) : null
-  if (match === null) return undefined
+const eventId = /^(s_[0-9a-z]{1,64})\.(q_[0-9a-z]{1,64})\.(\d{1,9}|end)\.([A-Za-z0-9_-]{22})$/
+
+/** `undefined` where the id is not one of ours: nobody reads another's answer by guessing its name. */
+const positionOf = (id: string | undefined, { isSigned }: Cursors["Service"]) => {
+  const match = id === undefined ? null : eventId.exec(id)
+  if (match === null || !isSigned(signedText(match[1] as string, match[2] as string), match[4] as string))
+    return undefined
   const event = match[3] === "end" ? ("end" as const) : Number(match[3])
   return { session: match[1] as string, query: match[2] as string, event }
 }
 
-const refuse = (response: ServerResponse, error: ApiError, requestId: string): void => {
+const refuse = (response: ServerResponse, error: ApiError, requestId: string, route: string): void => {
   const problem = toProblem(error)
-  countRequest("sse", "stream/search", problem.status, 0)
+  countRequest("sse", route, problem.status, 0)
   response.writeHead(problem.status, {
     "content-type": problemContentType,
     "x-request-id": requestId,

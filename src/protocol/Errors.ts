@@ -13,6 +13,9 @@ export class InvalidInput extends Schema.TaggedError<InvalidInput>()("InvalidInp
   got: Schema.String
 }) {}
 
+/** 400: a cursor that cannot be gone on from here: not one of ours, another's, or of something else than is asked for. */
+export class InvalidCursor extends Schema.TaggedError<InvalidCursor>()("InvalidCursor", {}) {}
+
 /** 401: no credential, or one that is not (or no longer) good. Get another; the same one will not do. */
 export class Unauthenticated extends Schema.TaggedError<Unauthenticated>()("Unauthenticated", {
   /** As RFC 6750 has it: what is told in `WWW-Authenticate`. `missing`: there was no credential at all. */
@@ -124,6 +127,7 @@ export class InternalError extends Schema.TaggedError<InternalError>()("Internal
 /** What any call may answer with. */
 export const ApiError = Schema.Union([
   InvalidInput,
+  InvalidCursor,
   Unauthenticated,
   Forbidden,
   RateLimited,
@@ -188,6 +192,14 @@ export const toProblem = (error: ApiError): Problem => {
         got
       })
     }
+    case "InvalidCursor":
+      return problem(
+        400,
+        "invalid_cursor",
+        "Invalid cursor",
+        "This cursor cannot be gone on from: leave it out to begin anew.",
+        { field: "cursor", expected: "the newest cursor of this very subscription", got: "another" }
+      )
     case "Unauthenticated":
       return problem(401, "unauthenticated", "Not authenticated", error.detail)
     case "Forbidden":

@@ -155,11 +155,13 @@ const integer = (minimum: number, maximum: number) =>
 export const Dimensions = integer(1, Limits.dimensionsMax)
 export const Partitions = integer(1, Limits.partitionsMax)
 export const K = integer(1, Limits.kMax)
+export const StandingK = integer(1, Limits.standingMembersMax)
 export const Ef = integer(1, Limits.efMax)
 export const HnswM = integer(2, 128)
 export const HnswEfConstruction = integer(8, 2_000)
 export const NoticeMillis = integer(0, Limits.noticeMillisMax)
 export const DeadlineMillis = integer(1, Limits.deadlineMillisMax)
+export const Credits = integer(0, Limits.creditsMax)
 
 /** A label given by a client: a request's id, a session's. Printable, bounded. */
 export const ClientId = Schema.String.check(

@@ -4,7 +4,7 @@
  * little-endian float32, one after the other: for a search the query, for an insert those of its `vectors` in order.
  */
 import { Schema } from "effect"
-import { Ack, ClientId, CollectionName, MetadataObject, VectorFromNumbers, VectorId } from "./Fields.ts"
+import { Ack, ClientId, CollectionName, Credits, MetadataObject, VectorFromNumbers, VectorId } from "./Fields.ts"
 import * as Limits from "./Limits.ts"
 import { SearchFrame } from "./Search.ts"
 
@@ -40,27 +40,59 @@ export const CloseFrame = Schema.Struct({
   session: ClientId
 })
 
+/**
+ * Lets a session be sent so many events more: of searches and subscriptions, not answers to other frames. A session that
+ * was never given credits is sent all there is. Not answered.
+ */
+export const CreditFrame = Schema.Struct({ type: Schema.Literal("credit"), ...addressed, events: Credits })
+
 export { SearchFrame }
 
-export const frameTypes = ["search", "insert", "cancel", "ping", "close"] as const
+/** Frames about what a session is subscribed to. */
+export const subscriptionFrameTypes = ["subscribe", "resume", "follow", "unsubscribe"] as const
+
+export const frameTypes = ["search", "insert", "cancel", "ping", "close", "credit", ...subscriptionFrameTypes] as const
 export type FrameType = (typeof frameTypes)[number]
 
-/** Why a WebSocket of ours was closed, and what a client does then. */
+/**
+ * Why a WebSocket of ours was closed, or, in `session_closed`, one session of it, and what a client does then. Those of
+ * ours alone are from 4000 on: the last two digits are of the HTTP status that is nearest.
+ */
 export const closeCodes = {
   /** The client asked for it. */
   normal: 1000,
+  /** Rules of WebSocket were broken, or more was sent than is borne. Not to be tried again. */
+  policyViolation: 1008,
   /** A frame over `maxFrameBytes`. Send smaller ones. */
   frameTooLarge: 1009,
   /** A defect of ours. Connect again. */
   internalError: 1011,
-  /** The node is shutting down. Connect again, elsewhere or in a moment. */
+  /** The node is shutting down. Connect again, elsewhere or in a moment: the reason says `retry=<ms>`. */
   restart: 1012,
   /** A bound of the node is reached. Connect again after some seconds. */
   tryAgainLater: 1013,
-  /** The credential was revoked, or is past its end. Get another, then connect again. */
+  /** No credential, one that has expired, or one that was revoked. Connect again with another. */
   unauthenticated: 4001,
-  /** The client read too slowly and `outboundBytesMax` was reached. Connect again and read faster, or ask for less. */
+  /** Not allowed, with this credential. Not to be tried again with it. */
+  forbidden: 4003,
+  /** Events were read too slowly, or no credits were given for them. Connect, or begin the session, again; read faster or ask for less. */
   slowReader: 4008,
   /** Nothing came for `idleTimeoutMillis`, not even answers to pings. Connect again. */
-  idle: 4009
+  idle: 4009,
+  /** The connection is well. Resume the session or subscription on it now. */
+  resume: 4010,
+  /** Too much was sent, or the node sheds load. Connect again after a while: the reason says `retry=<ms>`. */
+  rateLimited: 4029
 } as const
+
+/**
+ * A reason that spreads those who come back (with {@link closeCodes.restart}, `tryAgainLater` and `rateLimited`): each waits
+ * a random time below it.
+ */
+export const retryReason = (reason: string, retryMillis: number): string => `${reason}, retry=${retryMillis}`
+
+/** The subprotocol of `/ws`, for clients that name one. */
+export const subprotocol = "ruvector.v1"
+
+/** What a subprotocol begins with that is a credential: browsers can send no header. It is never given back. */
+export const bearerSubprotocol = "ruvector.bearer."

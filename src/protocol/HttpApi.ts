@@ -9,6 +9,7 @@ import { CollectionInfo, CollectionRequest, InvalidateRequest, Invalidation } fr
 import { Problem } from "./Errors.ts"
 import * as Fields from "./Fields.ts"
 import * as Limits from "./Limits.ts"
+import { FollowEvent, SubscriptionEvent } from "./Subscription.ts"
 import { TierEvent, TierState } from "./TierPromoter.ts"
 import { WarmReport, WarmRequest } from "./Warming.ts"
 
@@ -101,6 +102,17 @@ const SearchResponse = Schema.Struct({
   missing_partitions: Schema.optionalKey(Schema.Array(Schema.Int)),
   took_ms: Schema.Number
 }).annotate({ identifier: "SearchResponse" })
+
+const SearchStreamEvent = Schema.Union([
+  Schema.Struct({ event: Schema.Literal("search_start"), query_id: Schema.String }),
+  Schema.Struct({ event: Schema.Literal("result"), ...SearchResult.fields }),
+  Schema.Struct({
+    event: Schema.Literal("search_complete"),
+    total_results: Schema.Int,
+    partial: Schema.optionalKey(Schema.Boolean),
+    missing_partitions: Schema.optionalKey(Schema.Array(Schema.Int))
+  })
+]).annotate({ identifier: "SearchStreamEvent" })
 
 const problem = (status: number) => Problem.pipe(HttpApiSchema.status(status))
 const badInput = [problem(400), problem(413), problem(415), problem(429), problem(503)] as const
@@ -213,20 +225,62 @@ const TiersGroup = HttpApiGroup.make("tiers").add(
   })
 )
 
-/** The calls that the router serves: all but `POST /search`, which the gateway answers before it. */
+const ofStream = { collection: Schema.optionalKey(Schema.String), policy: Schema.optionalKey(Schema.String) }
+const lastEventId = { headers: { "last-event-id": Schema.optionalKey(Schema.String) } }
+
+/** Server-Sent Events, each with one of these as its data. */
+const StreamsGroup = HttpApiGroup.make("streams").add(
+  HttpApiEndpoint.get("streamSearch", "/api/v1/stream/search", {
+    query: { ...documented.query, keep_open: Schema.optionalKey(Schema.String) },
+    ...lastEventId,
+    success: SearchStreamEvent,
+    error: searching
+  }).annotate(OpenApi.Description, "A search as Server-Sent Events. `Last-Event-ID` goes on after an event."),
+  HttpApiEndpoint.get("streamSubscribe", "/api/v1/stream/subscribe", {
+    query: {
+      ...ofStream,
+      query_vector_id: Schema.optionalKey(Schema.String),
+      query_b64: Schema.optionalKey(Schema.String),
+      k: Schema.optionalKey(Schema.String),
+      min_score: Schema.optionalKey(Schema.String),
+      filter: Schema.optionalKey(Schema.String),
+      include: Schema.optionalKey(Schema.String),
+      cursor: Schema.optionalKey(Schema.String)
+    },
+    ...lastEventId,
+    success: SubscriptionEvent,
+    error: notFound
+  }).annotate(
+    OpenApi.Description,
+    "A standing query as Server-Sent Events: its answer, then what changes in it. An event's id is its cursor; `Last-Event-ID`, or `cursor`, goes on after it."
+  ),
+  HttpApiEndpoint.get("streamChanges", "/api/v1/stream/changes", {
+    query: { ...ofStream, from: Schema.optionalKey(Schema.String), cursor: Schema.optionalKey(Schema.String) },
+    ...lastEventId,
+    success: FollowEvent,
+    error: notFound
+  }).annotate(
+    OpenApi.Description,
+    "Every change of a collection as Server-Sent Events, in log order per partition. An event's id is its cursor; `Last-Event-ID`, or `cursor`, goes on after it."
+  )
+)
+
+/** The calls that the router serves: all but streams and `POST /search`, which the gateway answers before it. */
 export const RoutedApi = HttpApi.make("ruvector")
   .add(CollectionsGroup)
   .add(VectorsGroup)
   .add(CachedSearchGroup)
   .add(TiersGroup)
 
-/** The REST contract. Streams (`/api/v1/stream/search`, `/api/v1/ws`) are described in its text and in `docs/protocol.md`. */
-export const RuvectorApi = RoutedApi.add(SearchGroup).annotateMerge(
-  OpenApi.annotations({
-    title: "ruvector-streaming",
-    version: "1",
-    description:
-      "Vectors in, searches streamed out. Beside these calls: `GET /api/v1/stream/search` (Server-Sent Events), " +
-      "`GET /api/v1/ws` (WebSocket), `/api/v1/rpc` (Effect RPC). Errors are problem details (RFC 9457)."
-  })
-)
+/** The REST contract. `/api/v1/ws` is described in its text and in `docs/protocol.md`. */
+export const RuvectorApi = RoutedApi.add(SearchGroup)
+  .add(StreamsGroup)
+  .annotateMerge(
+    OpenApi.annotations({
+      title: "ruvector-streaming",
+      version: "1",
+      description:
+        "Vectors in, searches streamed out. Beside these calls: " +
+        "`GET /api/v1/ws` (WebSocket), `/api/v1/rpc` (Effect RPC). Errors are problem details (RFC 9457)."
+    })
+  )

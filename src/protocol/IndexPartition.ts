@@ -103,9 +103,35 @@ export const Change = Schema.Struct({
   index: Schema.Int,
   kind: Schema.Literals(["upsert", "metadata", "delete"]),
   id: Schema.String,
-  version: VersionText
+  version: VersionText,
+  /** The log object has no more: who has had it has had all of that. */
+  last: Schema.optionalKey(Schema.Literal(true))
 })
 export type Change = typeof Change.Type
+
+/** Before the first change of a log object: index -1. After all of one: {@link endOfObject}. */
+export interface ChangePosition {
+  readonly seq: number
+  readonly index: number
+}
+
+/** The index of a position after all changes of a log object. */
+export const endOfObject: number = Number.MAX_SAFE_INTEGER
+
+export const isBefore = (a: ChangePosition, b: ChangePosition): boolean =>
+  a.seq < b.seq || (a.seq === b.seq && a.index < b.index)
+
+const ChangePosition = Schema.Struct({ seq: Schema.Int, index: Schema.Int })
+
+/** What follows a position, as far as it was read. */
+export const ChangePage = Schema.Struct({
+  changes: Schema.Array(Change),
+  /** Position of the partition's last change. */
+  newest: ChangePosition,
+  /** Where to read on, where there was nothing in between. */
+  skippedTo: Schema.optionalKey(ChangePosition)
+})
+export type ChangePage = typeof ChangePage.Type
 
 /** The feed does not reach back that far: read the current state, then follow from `oldestSeq`. */
 export class Compacted extends Schema.TaggedError<Compacted>()("Compacted", { oldestSeq: Schema.Int }) {}
@@ -144,6 +170,12 @@ export const IndexPartition = Entity.make("IndexPartition", [
     success: Change,
     error: Schema.Union([PartitionError, Compacted]),
     stream: true
+  }),
+  /** At most `limit` changes after a position; none where there are none yet. With a limit of 0, how far it is. */
+  Rpc.make("ReadChanges", {
+    payload: { seq: Schema.Int, index: Schema.Int, limit: Schema.Int },
+    success: ChangePage,
+    error: Schema.Union([PartitionError, Compacted])
   }),
   /**
    * The partition's share of a standing query's answer, whole, then its changes. Begins anew with the whole share whenever

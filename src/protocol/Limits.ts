@@ -9,9 +9,6 @@ export const dimensionsMax = 4_096
 /** Results of one search. */
 export const kMax = 10_000
 
-/** Members of a standing query's answer. */
-export const standingMembersMax = 256
-
 /** Width of the search beam (`ef`), candidates. */
 export const efMax = 10_000
 
@@ -42,11 +39,20 @@ export const filterValuesMax = 1_024
 /** Characters of a string that metadata is indexed by, and so of one that a filter can name. */
 export const filterStringCharsMax = 1_024
 
+/** Members of a standing query's answer. */
+export const standingMembersMax = 256
+
+/** Characters of a cursor. */
+export const cursorCharsMax = 8_192
+
 /** Vectors of one insert, ids of one delete. */
 export const batchItemsMax = 10_000
 
 /** Characters of a request id or session label given by a client. */
 export const clientIdCharsMax = 128
+
+/** Events that one frame gives credit for, and that a session has credit for at most. */
+export const creditsMax = 1_000_000
 
 /** Milliseconds a caller may ask to wait. */
 export const deadlineMillisMax = 60_000

@@ -11,6 +11,7 @@ import { Rpc, RpcGroup } from "effect/rpc"
 import { CollectionInfo } from "./Collection.ts"
 import { ApiError } from "./Errors.ts"
 import * as Fields from "./Fields.ts"
+import { Cursor, FollowFrom } from "./Subscription.ts"
 import { TierEvent } from "./TierPromoter.ts"
 import { LastMinutes, TimeMillis, WarmLimit, WarmReport } from "./Warming.ts"
 
@@ -95,6 +96,59 @@ export const RpcSearchEvent = Schema.Union([
 ])
 export type RpcSearchEvent = typeof RpcSearchEvent.Type
 
+/** A record of a standing query's answer. */
+export const RpcMember = Schema.Struct({ ...RpcResult.fields, version: Schema.String })
+export type RpcMember = typeof RpcMember.Type
+
+export const RpcAnswerChange = Schema.Union([
+  Schema.Struct({ type: Schema.Literal("leave"), vector_id: Schema.String }),
+  Schema.Struct({ type: Schema.Literals(["enter", "update"]), ...RpcMember.fields })
+])
+export type RpcAnswerChange = typeof RpcAnswerChange.Type
+
+/** Events of a standing query; the same as on the other wires (`Subscription.ts`). */
+export const RpcSubscriptionEvent = Schema.Union([
+  Schema.Struct({ event: Schema.Literal("subscribed"), results: Schema.Array(RpcMember), cursor: Schema.String }),
+  Schema.Struct({
+    event: Schema.Literal("resumed"),
+    keep: Schema.optionalKey(Schema.Array(Schema.String)),
+    changes: Schema.Array(RpcAnswerChange),
+    cursor: Schema.String
+  }),
+  Schema.Struct({ event: Schema.Literal("changes"), changes: Schema.Array(RpcAnswerChange), cursor: Schema.String })
+])
+export type RpcSubscriptionEvent = typeof RpcSubscriptionEvent.Type
+
+/** Events of a change feed. */
+export const RpcFollowEvent = Schema.Union([
+  Schema.Struct({ event: Schema.Literals(["following", "resync"]), cursor: Schema.String }),
+  Schema.Struct({
+    event: Schema.Literal("change"),
+    kind: Schema.Literals(["upsert", "metadata", "delete"]),
+    vector_id: Schema.String,
+    version: Schema.String,
+    cursor: Schema.String
+  })
+])
+export type RpcFollowEvent = typeof RpcFollowEvent.Type
+
+const SubscribePayload = Schema.Struct({
+  ...collection,
+  /** Exactly one of `query` and `query_vector_id`, the id of a vector of the collection. */
+  query: Schema.optionalKey(Fields.VectorFromBytes),
+  query_vector_id: Schema.optionalKey(VectorId),
+  k: Schema.optionalKey(number(Fields.StandingK)),
+  min_score: Schema.optionalKey(Schema.Finite),
+  /** JSON text of a filter. */
+  filter: Schema.optionalKey(Schema.String),
+  include_metadata: Schema.optionalKey(Schema.Boolean),
+  include_vector: Schema.optionalKey(Schema.Boolean),
+  /** Of the last event that was had: what followed that. The rest has to be what it was. */
+  cursor: Schema.optionalKey(text(Cursor))
+})
+/** What is subscribed to. */
+export type SubscribePayload = typeof SubscribePayload.Type
+
 export const RuvectorRpcs = RpcGroup.make(
   /** What is left out takes the server's defaults. Found as it is where it is there with the same parameters. */
   Rpc.make("CreateCollection", {
@@ -136,6 +190,19 @@ export const RuvectorRpcs = RpcGroup.make(
   }),
   Rpc.make("Search", { payload: SearchPayload, success: RpcSearchResponse, error: ApiError }),
   Rpc.make("SearchStream", { payload: SearchPayload, success: RpcSearchEvent, error: ApiError, stream: true }),
+  /** The answer as it is, then whatever changes in it. Ends with an error, or with the caller. */
+  Rpc.make("Subscribe", { payload: SubscribePayload, success: RpcSubscriptionEvent, error: ApiError, stream: true }),
+  /** Every change of a collection, in log order per partition: those to come, those after a cursor, or all that are kept. */
+  Rpc.make("Changes", {
+    payload: {
+      ...collection,
+      from: Schema.optionalKey(FollowFrom),
+      cursor: Schema.optionalKey(text(Cursor))
+    },
+    success: RpcFollowEvent,
+    error: ApiError,
+    stream: true
+  }),
   Rpc.make("Get", { payload: { ...collection, id: VectorId }, success: RpcRecord, error: ApiError }),
   Rpc.make("UpdateMetadata", {
     /** JSON text of an object: its fields are set, `null` removes one. */

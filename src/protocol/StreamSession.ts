@@ -48,8 +48,6 @@ export const SearchAnswer = Schema.Struct({
 export type SearchAnswer = typeof SearchAnswer.Type
 
 export const StreamSession = Entity.make("StreamSession", [
-  /** Makes the session. Idempotent. */
-  Rpc.make("Open", { success: Schema.Void, error: ApiError }),
   Rpc.make("Search", { payload: SessionQuery.fields, success: SearchAnswer, error: ApiError }),
   /** An answer given before; `null` where it is no longer kept. */
   Rpc.make("Resume", { payload: { queryId: Schema.String }, success: Schema.NullOr(SearchAnswer), error: ApiError }),

@@ -56,6 +56,8 @@ export interface PartitionLogOptions {
   readonly snapshotsKept?: number
   /** The same for everybody who opens the partition. 0: look at the manifest with every append, prune at any time. */
   readonly leaseMillis?: number
+  /** The log is kept this long for followers, whatever the snapshots need. By default no longer. */
+  readonly retainMillis?: number
   /** Passes over snapshots at or after this position, for a caller that could not open them; they are given up for good. */
   readonly snapshotsBefore?: number
   /**
@@ -236,6 +238,9 @@ const doubtsMax = 4
 const takeOversMax = 100_000
 /** Age of a claim, in leases, from which its owner prunes. */
 const pruneAfterLeases = 4
+
+/** Marks of how far the log was, over the time that it is kept for. */
+const marksKept = 16
 /** Recovered segments that wait to be reported; beyond, the partition has to be opened again. */
 const recoveredMax = 64
 /** Bytes of a snapshot read at one time for its checksum. */
@@ -256,6 +261,7 @@ class Log {
   readonly #store: Store
   readonly #snapshotsKept: number
   readonly #leaseMillis: number
+  readonly #retainMillis: number
   readonly #snapshotsBefore: number
   readonly #deferVerification: boolean
   readonly #pruneLimit: (prefix: string) => number
@@ -291,6 +297,7 @@ class Log {
     this.#prefix = prefix
     this.#snapshotsKept = Math.max(1, options.snapshotsKept ?? snapshotsKeptDefault)
     this.#leaseMillis = options.leaseMillis ?? leaseMillisDefault
+    this.#retainMillis = options.retainMillis ?? 0
     this.#snapshotsBefore = options.snapshotsBefore ?? Number.POSITIVE_INFINITY
     this.#deferVerification = options.deferVerification ?? false
   }
@@ -778,8 +785,19 @@ class Log {
     const snapshots = [snapshot, ...others].slice(0, this.#snapshotsKept)
     // With fewer snapshots than are kept the whole log stays beside them.
     const oldest = snapshots.length === this.#snapshotsKept ? (snapshots.at(-1)?.seq ?? 0) : 0
-    const upTo = Math.min(oldest, this.#pruneLimit(this.#prefix))
-    return { ...manifest, snapshots, prunedSeq: Math.max(manifest.prunedSeq, upTo) }
+    const limit = Math.min(oldest, this.#pruneLimit(this.#prefix))
+    const { marks: before = [], ...rest } = manifest
+    if (this.#retainMillis === 0) return { ...rest, snapshots, prunedSeq: Math.max(manifest.prunedSeq, limit) }
+    const now = snapshot.createdMillis
+    // What was in the log when it was marked is as old as the mark, or older.
+    const isOld = ({ millis }: { readonly millis: number }) => now - millis >= this.#retainMillis
+    const old = before.findLast(isOld)
+    const upTo = Math.min(limit, old?.seq ?? 0)
+    const newest = before.at(-1)
+    const isDue = newest === undefined || now - newest.millis >= this.#retainMillis / marksKept
+    const kept = before.filter((mark) => mark === old || !isOld(mark))
+    const marks = isDue ? [...kept, { seq: snapshot.seq, millis: now }] : kept
+    return { ...rest, snapshots, marks, prunedSeq: Math.max(manifest.prunedSeq, upTo) }
   }
 
   #storeFile = Effect.fnUntraced(function* (this: Log, key: string, file: string) {

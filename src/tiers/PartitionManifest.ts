@@ -32,7 +32,9 @@ export const PartitionManifest = Schema.Struct({
   /** Log objects up to this position are not part of the log any more, also where they are still there. */
   prunedSeq: Schema.Int,
   /** Newest first. */
-  snapshots: Schema.Array(Snapshot)
+  snapshots: Schema.Array(Snapshot),
+  /** How far the log was at some times, oldest first: what it is kept by for followers. Absent where it is kept for none. */
+  marks: Schema.optionalKey(Schema.Array(Schema.Struct({ seq: Schema.Int, millis: Schema.Int })))
 })
 export type PartitionManifest = typeof PartitionManifest.Type
 
@@ -50,9 +52,9 @@ export class ManifestFault {
 }
 
 export const encodeManifest = (manifest: PartitionManifest): Uint8Array => {
-  const { epoch, owner, prunedSeq, snapshots } = manifest
+  const { epoch, owner, prunedSeq, snapshots, marks } = manifest
   const text = JSON.stringify(
-    { format: manifestFormat, checksum: noChecksum, epoch, owner, prunedSeq, snapshots },
+    { format: manifestFormat, checksum: noChecksum, epoch, owner, prunedSeq, snapshots, marks },
     null,
     1
   )

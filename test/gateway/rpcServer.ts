@@ -11,6 +11,7 @@ import { defaultSettings, Settings, type SettingValues } from "../../src/config.
 import { Promoter } from "../../src/gateway/Promoter.ts"
 import * as RpcGateway from "../../src/gateway/RpcGateway.ts"
 import { Sessions } from "../../src/gateway/Sessions.ts"
+import { Subscriptions } from "../../src/gateway/Subscriptions.ts"
 import type { Collection } from "../../src/protocol/Collection.ts"
 import {
   CollectionConflict,
@@ -70,7 +71,8 @@ export const startRpcServer = Effect.fnUntraced(function* (given: Partial<Settin
     Layer.succeed(Router, router),
     Layer.succeed(Sessions, countedSessions(router, seen)),
     Layer.succeed(Promoter, noPromoter),
-    Layer.provide(Shedding.layer, Layer.succeed(Settings, settings))
+    Layer.provide(Shedding.layer, Layer.succeed(Settings, settings)),
+    Layer.succeed(Subscriptions, noSubscriptions)
   )
   return yield* Effect.gen(function* () {
     const scope = yield* Effect.scope
@@ -214,21 +216,26 @@ const mapRouter = (seen: Seen): Router["Service"] => {
   })
 }
 
-const countedSessions = (router: Router["Service"], seen: Seen): Sessions["Service"] =>
-  Sessions.of({
+const countedSessions = (router: Router["Service"], seen: Seen): Sessions["Service"] => {
+  const openUnsafe = () => {
+    if (seen.sessionsOpen >= 100) return new Overloaded({ bound: "sessionsMax", retryAfterMillis: 5_000 })
+    seen.sessionsOpen += 1
+    seen.sessionsOpened += 1
+    const ended = Effect.sync(() => {
+      seen.sessionsOpen -= 1
+    })
+    return { id: `s${seen.sessionsOpened}`, search: router.search, close: ended, abandon: ended }
+  }
+  return Sessions.of({
     open: Effect.suspend(() => {
-      if (seen.sessionsOpen >= 100)
-        return Effect.fail(new Overloaded({ bound: "sessionsMax", retryAfterMillis: 5_000 }))
-      seen.sessionsOpen += 1
-      seen.sessionsOpened += 1
-      const ended = Effect.sync(() => {
-        seen.sessionsOpen -= 1
-      })
-      return Effect.succeed({ id: `s${seen.sessionsOpened}`, search: router.search, close: ended, abandon: ended })
+      const link = openUnsafe()
+      return link instanceof Overloaded ? Effect.fail(link) : Effect.succeed(link)
     }),
+    openUnsafe,
     answer: () => Effect.succeed(undefined),
     count: () => seen.sessionsOpen
   })
+}
 
 /** The tiers' own calls are tested against a whole node, `tiers.test.ts`. */
 const untiered = new Overloaded({ bound: "warmsMax", retryAfterMillis: 1_000 })
@@ -236,6 +243,14 @@ const noPromoter: Promoter["Service"] = {
   state: Effect.fail(untiered),
   warm: () => Effect.fail(untiered),
   events: () => Stream.fail(untiered)
+}
+
+/** Subscriptions are tested against a whole node, `subscriptions.test.ts` and `resume.test.ts`. */
+const unsubscribed = new Overloaded({ bound: "subscriptionsMax", retryAfterMillis: 1_000 })
+const noSubscriptions: Subscriptions["Service"] = {
+  subscribe: () => Effect.fail(unsubscribed),
+  follow: () => Effect.fail(unsubscribed),
+  count: () => 0
 }
 
 const product = (a: Float32Array, b: Float32Array): number =>

@@ -2,32 +2,33 @@
  * The newest changes of one partition, kept for followers. A follower holds nothing here but its position: it asks for
  * what follows that, so a slow one costs no memory. What has left the buffer is read from the log.
  */
-import { Deferred, Effect } from "effect"
-import type { Change } from "../protocol/IndexPartition.ts"
-
-export interface Position {
-  readonly seq: number
-  readonly index: number
-}
+import { type Change, type ChangePosition, isBefore } from "../protocol/IndexPartition.ts"
 
 export class ChangeFeed {
   readonly #capacity: number
   /** Ring: change number n is at n modulo capacity. */
   readonly #ring: Array<Change> = []
+  readonly #listeners = new Set<() => void>()
   #published = 0
   /** The position just before the oldest change in the ring. */
-  #floor: Position
-  #news = Deferred.makeUnsafe<void>()
+  #floor: ChangePosition
+  #newest: ChangePosition
 
   /** `floor` is the last position before any change that will be published. */
-  constructor(capacity: number, floor: Position) {
+  constructor(capacity: number, floor: ChangePosition) {
     this.#capacity = capacity
     this.#floor = floor
+    this.#newest = floor
   }
 
   /** The position just before the oldest change that is kept. */
-  get floor(): Position {
+  get floor(): ChangePosition {
     return this.#floor
+  }
+
+  /** The position of the last change, or the floor where there was none. */
+  get newest(): ChangePosition {
+    return this.#newest
   }
 
   publish(changes: ReadonlyArray<Change>): void {
@@ -39,21 +40,21 @@ export class ChangeFeed {
       this.#ring[at] = change
       this.#published += 1
     }
-    const news = this.#news
-    this.#news = Deferred.makeUnsafe()
-    Deferred.doneUnsafe(news, Effect.void)
+    this.#newest = changes[changes.length - 1] as Change
+    for (const listener of [...this.#listeners]) listener()
   }
 
   /** At most `limit` changes after a position, oldest first; `undefined` where the buffer does not reach back to it. */
-  after(position: Position, limit: number): ReadonlyArray<Change> | undefined {
-    if (before(position, this.#floor)) return undefined
+  after(position: ChangePosition, limit: number): ReadonlyArray<Change> | undefined {
+    if (isBefore(position, this.#floor)) return undefined
+    if (!isBefore(position, this.#newest)) return nothing
     const oldest = Math.max(0, this.#published - this.#capacity)
     // Binary search for the first change after the position: the ring is in log order.
     let low = oldest
     let high = this.#published
     while (low < high) {
       const middle = (low + high) >>> 1
-      if (before(position, this.#ring[middle % this.#capacity] as Change)) high = middle
+      if (isBefore(position, this.#ring[middle % this.#capacity] as Change)) high = middle
       else low = middle + 1
     }
     const found: Array<Change> = []
@@ -62,10 +63,11 @@ export class ChangeFeed {
     return found
   }
 
-  /** Completes with the next publication after this was read. */
-  get news(): Effect.Effect<void> {
-    return Deferred.await(this.#news)
+  /** Called after each publication, until what it answers is called. It must not throw. */
+  onNews(listener: () => void): () => void {
+    this.#listeners.add(listener)
+    return () => this.#listeners.delete(listener)
   }
 }
 
-const before = (a: Position, b: Position): boolean => a.seq < b.seq || (a.seq === b.seq && a.index < b.index)
+const nothing: ReadonlyArray<Change> = []

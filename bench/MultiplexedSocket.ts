@@ -1,0 +1,67 @@
+/** A WebSocket of a client that carries many sessions: searches awaited by their ids. */
+import { WebSocket } from "ws"
+import { openWebSocket } from "./wires.ts"
+
+export class MultiplexedSocket {
+  readonly #socket: WebSocket
+  readonly #waiting = new Map<string, { resolve: () => void; reject: (error: Error) => void }>()
+  #asked = 0
+
+  private constructor(socket: WebSocket) {
+    this.#socket = socket
+    socket.on("message", (data: Buffer) => {
+      const event = JSON.parse(data.toString()) as { readonly event: string; readonly id?: string }
+      const waiting = this.#waiting.get(event.id ?? "")
+      if (waiting === undefined) return
+      this.#waiting.delete(event.id ?? "")
+      if (event.event === "results") waiting.resolve()
+      else waiting.reject(new Error(`not an answer to a search: ${data.toString()}`))
+    })
+    socket.on("error", () => {})
+    socket.on("close", (code) => {
+      for (const { reject } of this.#waiting.values()) reject(new Error(`closed with ${code}`))
+    })
+  }
+
+  static async open(url: string): Promise<MultiplexedSocket> {
+    return new MultiplexedSocket(await openWebSocket(new URL(url)))
+  }
+
+  get isOpen(): boolean {
+    return this.#socket.readyState === WebSocket.OPEN
+  }
+
+  /** Ten nearest; `session` empty for the connection's own. */
+  search(session: string, query: string): Promise<void> {
+    const id = String(this.#asked++)
+    const named = session === "" ? "" : `"session":"${session}",`
+    return new Promise((resolve, reject) => {
+      this.#waiting.set(id, { resolve, reject })
+      this.#socket.send(`{"type":"search","id":"${id}",${named}"query":${query},"k":10}`)
+    })
+  }
+
+  /** Ends it without a word. */
+  end(): void {
+    this.#socket.removeAllListeners("close")
+    this.#socket.terminate()
+  }
+}
+
+/** Milliseconds, sorted when they are asked for. */
+export class Latencies {
+  readonly #millis: Array<number> = []
+
+  add(millis: number): void {
+    this.#millis.push(millis)
+  }
+
+  at(share: number): number {
+    this.#millis.sort((a, b) => a - b)
+    return this.#millis[Math.min(this.#millis.length - 1, Math.floor(this.#millis.length * share))] ?? Number.NaN
+  }
+
+  text(): string {
+    return `p50 ${this.at(0.5).toFixed(1)} ms, p99 ${this.at(0.99).toFixed(1)} ms, max ${this.at(1).toFixed(1)} ms`
+  }
+}

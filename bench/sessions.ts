@@ -1,0 +1,295 @@
+/**
+ * What WebSockets and their logical sessions cost, each part against a server of its own:
+ *
+ *   idle      a connection that does nothing, beside one of bare `ws` in the same run
+ *   memory    a session that has just searched, and one that is asleep
+ *   overhead  CPU of the main thread a search, at 64 under way
+ *   streams   100,000 sessions on 100 connections, 1,000 searches/s among them
+ *   storm     10,000 connections cut at once, and another client's searches meanwhile
+ *
+ *   node scripts/run.mjs --with bench bench/sessions.ts [part]... [--vectors N] [--seconds N]
+ *
+ * A process may open so many files and no more (`ulimit -n`): a part that needs more connections says so and takes as many
+ * as it may. Sessions are not files.
+ */
+import { execFileSync, fork } from "node:child_process"
+import { mkdtempSync, rmSync } from "node:fs"
+import { tmpdir } from "node:os"
+import { join } from "node:path"
+import { fileURLToPath } from "node:url"
+import { parseArgs } from "node:util"
+import { Latencies, MultiplexedSocket } from "./MultiplexedSocket.ts"
+import { mainThreadMicros, residentBytes, settledBytes } from "./processTree.ts"
+import { type Server, startBareWebSockets, startOurs } from "./servers.ts"
+import { loadWords, vectorText } from "./words.ts"
+
+const { values, positionals } = parseArgs({
+  allowPositionals: true,
+  options: {
+    vectors: { type: "string", default: "20000" },
+    seconds: { type: "string", default: "30" },
+    probe: { type: "string" }
+  }
+})
+const vectors = Number(values.vectors)
+const seconds = Number(values.seconds)
+const { base, queries } = loadWords({ count: vectors, queries: 1_000, seed: 1 })
+const queryTexts = queries.words.map((_, row) => vectorText(queries, row))
+const queryText = (n: number): string => queryTexts[n % queryTexts.length] as string
+
+const parts: Record<string, () => Promise<void>> = {
+  idle: async () => {
+    const count = within(5_000)
+    const bare = await startBareWebSockets()
+    const ours = await served()
+    const each = async (server: Pick<Server, "url" | "pid">): Promise<number> => {
+      // Code and buffers that the first connections make are not theirs.
+      const first = await openSome(server.url, 200)
+      for (const socket of first) socket.end()
+      const before = await settledBytes(server.pid)
+      const sockets = await openSome(server.url, count)
+      const after = await settledBytes(server.pid)
+      const open = sockets.filter((socket) => socket.isOpen).length
+      if (open !== count) throw new Error(`${count - open} of ${count} connections were closed`)
+      for (const socket of sockets) socket.end()
+      return (after - before) / count
+    }
+    const bareBytes = await each(bare)
+    const oursBytes = await each(ours)
+    say(`idle connection: ${kb(oursBytes)} KB, of bare ws ${kb(bareBytes)} KB (${count} of each)`)
+    await bare.stop()
+    await ours.stop()
+  },
+
+  memory: async () => {
+    const connections = 100
+    const each = 100
+    const count = connections * each
+    for (const what of ["active", "asleep"] as const) {
+      // Asleep as soon as may be, or not while this is measured.
+      const server = await served(["--session-idle-millis", what === "active" ? "600000" : "5000"])
+      const sockets = await openSome(server.url, connections)
+      const search = (from: number, to: number) =>
+        Promise.all(
+          sockets.map(async (socket) => {
+            for (let n = from; n < to; n++) await socket.search(`s${n}`, queryText(n))
+          })
+        )
+      // The first of them make what all share.
+      await search(0, 10)
+      const before = await settledBytes(server.pid)
+      await search(10, 10 + each)
+      if (what === "asleep") await untilAsleep(server.url)
+      const after = await settledBytes(server.pid)
+      say(`${what} session: ${kb((after - before) / count)} KB (${count} sessions on ${connections} connections)`)
+      for (const socket of sockets) socket.end()
+      await server.stop()
+    }
+  },
+
+  overhead: async () => {
+    const server = await served()
+    const [socket] = (await openSome(server.url, 1)) as [MultiplexedSocket]
+    const lanes = 64
+    const run = async (until: number): Promise<number> => {
+      let searches = 0
+      await Promise.all(
+        Array.from({ length: lanes }, async (_, lane) => {
+          for (let n = lane; performance.now() < until; n += lanes) {
+            await socket.search(`s${lane}`, queryText(n))
+            searches++
+          }
+        })
+      )
+      return searches
+    }
+    await run(performance.now() + 4_000)
+    const before = mainThreadMicros(server.pid)
+    const started = performance.now()
+    const searches = await run(started + 10_000)
+    const micros = mainThreadMicros(server.pid) - before
+    say(
+      `search over WebSocket: ${(micros / searches).toFixed(0)} us CPU of the main thread (${searches} searches, ${Math.round(searches / 10)}/s)`
+    )
+    socket.end()
+    await server.stop()
+  },
+
+  streams: async () => {
+    const connections = 100
+    const each = 1_000
+    const rate = 1_000
+    const server = await served()
+    const before = residentBytes(server.pid)
+    const sockets = await openSome(server.url, connections)
+    const session = (n: number) => `s${Math.floor(n / connections)}`
+    // Each session searches once, so that each is known to the server.
+    const all = connections * each
+    let made = 0
+    await Promise.all(
+      sockets.map(async (socket, connection) => {
+        for (let n = connection; n < all; n += connections) {
+          await socket.search(session(n), queryText(n))
+          if (++made % 20_000 === 0) say(`${made} sessions`)
+        }
+      })
+    )
+    const latencies = new Latencies()
+    const cpuBefore = mainThreadMicros(server.pid)
+    const asked: Array<Promise<void>> = []
+    const started = performance.now()
+    let n = 0
+    let peak = 0
+    // A fixed rate, whatever the answers take; latency counts from when the search was due.
+    while (n < rate * seconds) {
+      const due = Math.min(rate * seconds, Math.floor(((performance.now() - started) * rate) / 1_000))
+      for (; n < due; n++) {
+        // Any order that comes to all of them.
+        const which = (n * 7_919) % all
+        const at = started + (n * 1_000) / rate
+        const socket = sockets[which % connections] as MultiplexedSocket
+        asked.push(socket.search(session(which), queryText(n)).then(() => latencies.add(performance.now() - at)))
+      }
+      if (n % 1_000 < 20) peak = Math.max(peak, residentBytes(server.pid))
+      await new Promise((resolve) => setTimeout(resolve, 2))
+    }
+    await Promise.all(asked)
+    const cpu = (mainThreadMicros(server.pid) - cpuBefore) / 1e4 / ((performance.now() - started) / 1_000)
+    const known = await metric(server.url, "ruvector_sessions")
+    const awake = await metric(server.url, "ruvector_sessions_resident")
+    const open = sockets.filter((socket) => socket.isOpen).length
+    say(
+      `${all} sessions on ${connections} connections, ${rate} searches/s for ${seconds} s: ${latencies.text()}; ` +
+        `${asked.length} answered, ${known} sessions of ${all} and ${open} connections there, ${awake} awake at the end; ` +
+        `RSS at most ${mb(peak)} MB (${mb(before)} before), main thread ${cpu.toFixed(0)} % busy`
+    )
+    for (const socket of sockets) socket.end()
+    await server.stop()
+  },
+
+  storm: async () => {
+    const count = within(10_000)
+    const spreadMillis = 5_000
+    const server = await served()
+    let sockets = await openSome(server.url, count)
+    await Promise.all(sockets.map((socket, n) => socket.search("", queryText(n))))
+    say(`${count} connections, each with a session`)
+    const calm = await probed(server.url, 10)
+    const during = probed(server.url, 15)
+    // The other client is there first.
+    await new Promise((resolve) => setTimeout(resolve, 1_500))
+    const started = performance.now()
+    for (const socket of sockets) socket.end()
+    const back = new Latencies()
+    sockets = await Promise.all(
+      Array.from({ length: count }, async (_, n) => {
+        await new Promise((resolve) => setTimeout(resolve, Math.random() * spreadMillis))
+        const socket = await MultiplexedSocket.open(server.url)
+        await socket.search("", queryText(n))
+        back.add(performance.now() - started)
+        return socket
+      })
+    )
+    const all = (performance.now() - started) / 1_000
+    const storm = await during
+    say(
+      `${count} connections cut at once, back over ${spreadMillis / 1_000} s: all back, and answered, after ${all.toFixed(1)} s; ` +
+        `searches of another client: p99 ${calm.p99.toFixed(1)} ms before, ${storm.p99.toFixed(1)} ms meanwhile ` +
+        `(${(storm.p99 / calm.p99).toFixed(2)} x), p50 ${calm.p50.toFixed(1)} and ${storm.p50.toFixed(1)} ms`
+    )
+    for (const socket of sockets) socket.end()
+    await server.stop()
+  }
+}
+
+const served = async (flags: ReadonlyArray<string> = []): Promise<Server> => {
+  const directory = mkdtempSync(join(tmpdir(), "ruvector-sessions-"))
+  process.on("exit", () => rmSync(directory, { recursive: true, force: true }))
+  // Every search is one: queries come again, and their answers are not kept.
+  const server = await startOurs(directory, ["--result-cache-bytes", "0", ...flags])
+  const batch = 500
+  for (let at = 0; at < vectors; at += batch) {
+    const body = Array.from(
+      { length: Math.min(batch, vectors - at) },
+      (_, i) => `{"id":${JSON.stringify(base.words[at + i])},"vector":${vectorText(base, at + i)}}`
+    )
+    const response = await fetch(`${server.url}/api/v1/insert`, {
+      method: "POST",
+      headers: { "content-type": "application/json" },
+      body: `{"vectors":[${body.join(",")}]}`
+    })
+    if (response.status !== 200) throw new Error(`insert answered ${response.status}: ${await response.text()}`)
+  }
+  return server
+}
+
+const openSome = async (url: string, count: number): Promise<Array<MultiplexedSocket>> => {
+  const sockets: Array<MultiplexedSocket> = []
+  let opening = 0
+  await Promise.all(
+    Array.from({ length: 32 }, async () => {
+      while (opening < count) {
+        opening++
+        sockets.push(await MultiplexedSocket.open(url))
+      }
+    })
+  )
+  return sockets
+}
+
+/** Files that this process may open leave room for so many connections. */
+const within = (count: number): number => {
+  const limit = Number(execFileSync("sh", ["-c", "ulimit -n"]).toString())
+  const may = Number.isFinite(limit) ? limit - 500 : count
+  if (may < count) say(`only ${may} connections: the limit of open files is ${limit} (ulimit -n)`)
+  return Math.min(may, count)
+}
+
+const metric = async (url: string, name: string): Promise<number> => {
+  const text = await (await fetch(`${url}/metrics`)).text()
+  return Number(new RegExp(`^${name} (\\S+)`, "m").exec(text)?.[1])
+}
+
+const untilAsleep = async (url: string): Promise<void> => {
+  while ((await metric(url, "ruvector_sessions_resident")) > 0) await new Promise((resolve) => setTimeout(resolve, 500))
+}
+
+/** Searches of another client, a process of its own, at 100/s. */
+const probed = (url: string, forSeconds: number): Promise<{ readonly p50: number; readonly p99: number }> =>
+  new Promise((resolve, reject) => {
+    const child = fork(fileURLToPath(import.meta.url), [
+      ...["--vectors", values.vectors, "--seconds", String(forSeconds), "--probe", url]
+    ])
+    child.on("message", resolve as (message: unknown) => void)
+    child.on("exit", (code) => reject(new Error(`the other client ended with ${code}`)))
+  })
+
+const probe = async (url: string): Promise<void> => {
+  const socket = await MultiplexedSocket.open(url)
+  const latencies = new Latencies()
+  const started = performance.now()
+  for (let n = 0; performance.now() < started + seconds * 1_000; n++) {
+    const at = started + n * 10
+    const wait = at - performance.now()
+    if (wait > 0) await new Promise((resolve) => setTimeout(resolve, wait))
+    const sent = performance.now()
+    await socket.search("probe", queryText(n))
+    if (sent > started + 1_000) latencies.add(performance.now() - sent)
+  }
+  process.send?.({ p50: latencies.at(0.5), p99: latencies.at(0.99) })
+  process.disconnect()
+  socket.end()
+}
+
+const say = (text: string): void => console.log(text)
+const kb = (bytes: number): string => (bytes / 1_000).toFixed(1)
+const mb = (bytes: number): string => (bytes / 1e6).toFixed(0)
+
+if (values.probe !== undefined) await probe(values.probe)
+else {
+  for (const name of positionals.length === 0 ? Object.keys(parts) : positionals) {
+    const part = parts[name]
+    if (part === undefined) throw new Error(`no part ${name}: one of ${Object.keys(parts).join(", ")}`)
+    await part()
+  }
+}
