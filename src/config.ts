@@ -322,6 +322,21 @@ export const settings = {
     1_024,
     1_024 * mebibyte
   ),
+  grpcMessageBytesMax: integer("bytes of a gRPC message, inflated", "bytes", 4 * mebibyte, 1_024, 256 * mebibyte),
+  grpcPartialBytesMax: integer(
+    "bytes of gRPC messages that have not come whole, all calls together",
+    "bytes",
+    64 * mebibyte,
+    mebibyte,
+    4_096 * mebibyte
+  ),
+  grpcCompressBytesMin: integer(
+    "bytes from which on a message is compressed for a gRPC client that compresses its own",
+    "bytes",
+    1_024,
+    1,
+    256 * mebibyte
+  ),
   drainMillis: integer("for open requests to end when shutting down", "ms", 8_000, 0, 600_000)
 } as const satisfies Record<string, SettingSpec<string> | SettingSpec<number>>
 
