@@ -92,6 +92,7 @@ export class GrpcCall {
   #held = false
   #inputEnded = false
   #ending = false
+  #finished = false
   #over = false
   #sentBytes = 0
   #unflushed = 0
@@ -149,7 +150,7 @@ export class GrpcCall {
       return true
     }
     if (!this.#queue(source)) return false
-    if (!this.#full) this.#pump()
+    this.#pump()
     return true
   }
 
@@ -167,7 +168,7 @@ export class GrpcCall {
     this.#ending = true
     this.#trailers = trailers
     this.#stopInput()
-    if (!this.#full) this.#pump()
+    this.#pump()
   }
 
   /** Ends the call at once; what waits is dropped. */
@@ -275,7 +276,7 @@ export class GrpcCall {
   /** Writes until all is written or the stream is full; goes on when it has drained. */
   #pump(): void {
     const { stream } = this
-    while (!this.#over && !stream.destroyed) {
+    while (!this.#over && !this.#finished && !this.#full && !stream.destroyed) {
       const source = this.#sources[0]
       if (source === undefined) {
         if (this.#trailers !== undefined) this.#finish(undefined)
@@ -286,17 +287,17 @@ export class GrpcCall {
       if (done) {
         this.#sources.shift()
         this.#options.outbound.bytes -= source.bytes
-        source.onSent?.()
       }
-      if (done && this.#sources.length === 0 && this.#trailers !== undefined) return this.#finish(piece)
-      if (!this.#write(piece)) {
+      if (done && this.#sources.length === 0 && this.#trailers !== undefined) this.#finish(piece)
+      else if (!this.#write(piece)) {
         this.#full = true
         stream.once("drain", () => {
           this.#full = false
           this.#pump()
         })
-        return
       }
+      // May send more, or end the call.
+      if (done) source.onSent?.()
     }
   }
 
@@ -322,6 +323,7 @@ export class GrpcCall {
 
   #finish(last: Buffer | undefined): void {
     const { stream } = this
+    this.#finished = true
     if (!this.#headSent && (last === undefined || last.length === 0)) {
       // Without a message the status comes with the head.
       this.#headSent = true

@@ -39,6 +39,14 @@ export interface Seen {
   sessionsOpened: number
 }
 
+export const nothingSeen = (): Seen => ({
+  queries: [],
+  searchesUnderWay: 0,
+  searchesInterrupted: 0,
+  sessionsOpen: 0,
+  sessionsOpened: 0
+})
+
 interface StoredRecord {
   readonly vector: Float32Array
   readonly metadata: string
@@ -54,13 +62,7 @@ export const bulky = "bulky"
 
 export const startRpcServer = Effect.fnUntraced(function* (given: Partial<SettingValues> = {}) {
   const settings: SettingValues = { ...defaultSettings, ...given }
-  const seen: Seen = {
-    queries: [],
-    searchesUnderWay: 0,
-    searchesInterrupted: 0,
-    sessionsOpen: 0,
-    sessionsOpened: 0
-  }
+  const seen = nothingSeen()
   const router = mapRouter(seen)
   const logged: Array<string> = []
   const services = Layer.mergeAll(
@@ -98,7 +100,7 @@ export const openRpcServer = async (settings: Partial<SettingValues>) => {
   return { ...server, close: () => Effect.runPromise(Scope.close(scope, Exit.void)) }
 }
 
-const mapRouter = (seen: Seen): Router["Service"] => {
+export const mapRouter = (seen: Seen): Router["Service"] => {
   const collections = new Map<string, { collection: Collection; records: Map<string, StoredRecord> }>()
   let written = 0
 
@@ -212,7 +214,7 @@ const mapRouter = (seen: Seen): Router["Service"] => {
   })
 }
 
-const countedSessions = (router: Router["Service"], seen: Seen): Sessions["Service"] =>
+export const countedSessions = (router: Router["Service"], seen: Seen): Sessions["Service"] =>
   Sessions.of({
     open: Effect.suspend(() => {
       if (seen.sessionsOpen >= 100)
