@@ -305,7 +305,10 @@ export class GrpcCall {
     if (!this.#headSent) {
       this.#headSent = true
       this.stream.respond(this.#head(), { waitForTrailers: true })
-      this.stream.once("wantTrailers", () => this.stream.sendTrailers(this.#trailers as Trailers))
+      this.stream.once("wantTrailers", () => {
+        this.stream.sendTrailers(this.#trailers as Trailers)
+        this.#stopClient()
+      })
     }
     this.#sentBytes += piece.length
     if (this.#unflushed === 0) this.#progressAt = Date.now()
@@ -328,18 +331,20 @@ export class GrpcCall {
       // Without a message the status comes with the head.
       this.#headSent = true
       stream.respond({ ...this.#head(), ...this.#trailers }, { endStream: true })
+      this.#stopClient()
     } else {
       if (last !== undefined) this.#write(last)
       stream.end()
     }
-    if (!stream.readableEnded) {
-      // The client is told that the rest of what it sends is not read.
-      const stop = () => {
-        if (!stream.readableEnded && !stream.closed) stream.close(constants.NGHTTP2_NO_ERROR)
-      }
-      if (stream.writableFinished) stop()
-      else stream.once("finish", () => setImmediate(stop))
-    }
+  }
+
+  /** Once all is sent: a client that sends more is told that it is not read. Sooner, and what is not sent yet is lost. */
+  #stopClient(): void {
+    const { stream } = this
+    if (stream.readableEnded) return
+    setImmediate(() => {
+      if (!stream.readableEnded && !stream.closed) stream.close(constants.NGHTTP2_NO_ERROR)
+    })
   }
 
   #closed(): void {

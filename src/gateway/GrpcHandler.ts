@@ -109,7 +109,9 @@ export class GrpcHandler extends Context.Service<
           stream.respond({ ...trailersOnly, ...trailers }, { endStream: true })
           // What it still sends is not read.
           stream.resume()
-          if (!stream.readableEnded) stream.close(constants.NGHTTP2_NO_ERROR)
+          setImmediate(() => {
+            if (!stream.readableEnded && !stream.closed) stream.close(constants.NGHTTP2_NO_ERROR)
+          })
         }
         const path = headers[":path"] ?? ""
         const method = methods.get(path)
