@@ -62,6 +62,8 @@ export interface CallOptions {
   readonly encoding: Encoding
   /** Until which the call has to end; 0: it names none. */
   readonly timeoutMillis: number
+  /** So much of its messages has come. */
+  readonly onBytes: (bytes: number) => void
   /** The call is over: `grpc-status`, or `gone` where the client has left. */
   readonly onOver: (status: string, bytes: number) => void
   /** Its stream is closed. */
@@ -118,6 +120,7 @@ export class GrpcCall {
     const { stream } = this
     if (this.outboundIsHigh) this.holdForOutbound()
     stream.on("data", (chunk: Buffer) => {
+      this.#options.onBytes(chunk.length)
       this.#reader.push(chunk)
       if (!this.#reader.reading) stream.pause()
     })

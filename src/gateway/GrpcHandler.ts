@@ -10,14 +10,16 @@ import {
   type OutgoingHttpHeaders,
   type ServerHttp2Stream
 } from "node:http2"
-import { Context, Effect, Layer, Result } from "effect"
+import { Context, Effect, Layer, Option, Result } from "effect"
 import { Settings } from "../config.ts"
-import { InvalidInput, ShuttingDown } from "../protocol/Errors.ts"
+import { type ApiError, InvalidInput, ShuttingDown, toProblem } from "../protocol/Errors.ts"
+import { anonymous, type Principal } from "../protocol/Principal.ts"
 import { Router } from "../shards/Router.ts"
+import { Access, isPrincipal } from "./Access.ts"
 import { type CallHandler, GrpcCall, Outbound } from "./GrpcCall.ts"
 import { acceptedEncodings, encodingOf, PartialBytes } from "./GrpcFrames.ts"
 import { healthCheck, healthWatch } from "./GrpcHealth.ts"
-import { BidirectionalSearch, streamSearch } from "./GrpcSearch.ts"
+import { BidirectionalSearch, type Caller, streamSearch } from "./GrpcSearch.ts"
 import { grpcMessage, grpcStatus, type Trailers, trailersOf } from "./GrpcStatus.ts"
 import { connectionClosed, connectionOpened, countRequest } from "./Instruments.ts"
 import { Readiness } from "./Readiness.ts"
@@ -26,7 +28,15 @@ import { Sessions } from "./Sessions.ts"
 export class GrpcHandler extends Context.Service<
   GrpcHandler,
   {
-    readonly handleStream: (stream: ServerHttp2Stream, headers: IncomingHttpHeaders) => void
+    /**
+     * Called for every stream whose content type begins with `application/grpc`; answers and ends it. `onBytes` is told how
+     * much of its messages has come, which the port must not take for noise.
+     */
+    readonly handleStream: (
+      stream: ServerHttp2Stream,
+      headers: IncomingHttpHeaders,
+      onBytes: (bytes: number) => void
+    ) => void
     /** Begins no more searches, and ends every call that is open once what it has under way is answered. */
     readonly drain: Effect.Effect<void>
     /** Calls that are open. */
@@ -37,6 +47,7 @@ export class GrpcHandler extends Context.Service<
     GrpcHandler,
     Effect.gen(function* () {
       const settings = yield* Settings
+      const access = yield* Effect.serviceOption(Access)
       const hub = {
         settings,
         router: yield* Router,
@@ -44,18 +55,30 @@ export class GrpcHandler extends Context.Service<
         readiness: yield* Readiness,
         services: new Set<string>(["ruvector.v1.VectorSearch", "grpc.health.v1.Health"]),
         run: Effect.runForkWith(yield* Effect.context<never>()),
-        isDraining: () => draining
+        isDraining: () => draining,
+        mayRead: (caller: Caller, collection: string) =>
+          Option.isNone(access)
+            ? undefined
+            : (access.value.admit(caller.principal, caller.address) ??
+              access.value.allow(caller.principal, "read", collection))
       }
       const methods: ReadonlyMap<string, Method> = new Map<string, Method>([
-        ["/ruvector.v1.VectorSearch/StreamSearch", { name: "StreamSearch", start: (call) => streamSearch(hub, call) }],
+        [
+          "/ruvector.v1.VectorSearch/StreamSearch",
+          { name: "StreamSearch", start: (call, caller) => streamSearch(hub, call, caller) }
+        ],
         [
           "/ruvector.v1.VectorSearch/BidirectionalSearch",
-          { name: "BidirectionalSearch", start: (call) => new BidirectionalSearch(hub, call), isLong: true }
+          {
+            name: "BidirectionalSearch",
+            start: (call, caller) => new BidirectionalSearch(hub, call, caller),
+            isLong: true
+          }
         ],
-        ["/grpc.health.v1.Health/Check", { name: "Check", start: (call) => healthCheck(hub, call), always: true }],
+        ["/grpc.health.v1.Health/Check", { name: "Check", start: (call) => healthCheck(hub, call), isOpen: true }],
         [
           "/grpc.health.v1.Health/Watch",
-          { name: "Watch", start: (call) => healthWatch(hub, call), isLong: true, always: true }
+          { name: "Watch", start: (call) => healthWatch(hub, call), isLong: true, isOpen: true }
         ]
       ])
       const open = new Map<GrpcCall, StartedHandler>()
@@ -94,57 +117,72 @@ export class GrpcHandler extends Context.Service<
         )
       )
 
-      const handleStream = (stream: ServerHttp2Stream, headers: IncomingHttpHeaders): void => {
+      const handleStream: GrpcHandler["Service"]["handleStream"] = (stream, headers, onBytes) => {
         stream.on("error", () => {})
         const { session } = stream
         if (session === undefined || stream.destroyed) return
         const wrong = wrongRequest(headers)
         if (wrong !== undefined) {
           countRequest("grpc", "refused", wrong[":status"], 0)
-          stream.respond(wrong, { endStream: true })
-          return
+          return respondLast(stream, wrong)
         }
-        const refuse = (trailers: Trailers) => {
-          countRequest("grpc", "refused", 400, 0)
-          stream.respond({ ...trailersOnly, ...trailers }, { endStream: true })
-          // What it still sends is not read.
-          stream.resume()
-          setImmediate(() => {
-            if (!stream.readableEnded && !stream.closed) stream.close(constants.NGHTTP2_NO_ERROR)
-          })
+        const refuse = (trailers: Trailers, status: number) => {
+          countRequest("grpc", "refused", status, 0)
+          respondLast(stream, { ...trailersOnly, ...trailers })
         }
+        const fail = (error: ApiError) => refuse(trailersOf(error), toProblem(error).status)
+
         const path = headers[":path"] ?? ""
         const method = methods.get(path)
-        if (method === undefined) return refuse(unimplemented(`There is no method ${path}.`))
-        const { encoding: encodingName = "identity", timeout } = {
-          encoding: headers["grpc-encoding"] as string | undefined,
-          timeout: headers["grpc-timeout"] as string | undefined
-        }
+        if (method === undefined) return refuse(unimplemented(`There is no method ${path}.`), 404)
+        const encodingName = (headers["grpc-encoding"] as string | undefined) ?? "identity"
         const encoding = encodingOf(encodingName)
-        if (encoding === undefined) return refuse(unimplemented(`Messages in ${encodingName} are not read.`))
-        const timeoutMillis = timeout === undefined ? Result.succeed(0) : timeoutOf(timeout)
-        if (Result.isFailure(timeoutMillis)) return refuse(trailersOf(timeoutMillis.failure))
-        if (draining && method.always !== true) return refuse(trailersOf(shuttingDown))
+        if (encoding === undefined) return refuse(unimplemented(`Messages in ${encodingName} are not read.`), 415)
+        const timeoutMillis = timeoutOf(headers["grpc-timeout"] as string | undefined)
+        if (Result.isFailure(timeoutMillis)) return fail(timeoutMillis.failure)
+        if (draining && method.isOpen !== true) return fail(shuttingDown)
 
-        if (method.isLong) connectionOpened("grpc")
-        const call = new GrpcCall(stream, {
-          messageBytesMax: settings.grpcMessageBytesMax,
-          outboundBytesMax: settings.outboundBytesMax,
-          compressBytesMin: settings.grpcCompressBytesMin,
-          requestTimeoutMillis: settings.requestTimeoutMillis,
-          idleTimeoutMillis: settings.idleTimeoutMillis,
-          partial,
-          outbound: outboundOf(session),
-          encoding,
-          timeoutMillis: timeoutMillis.success,
-          onOver: (status, bytes) => {
-            if (method.isLong) connectionClosed("grpc", status, bytes)
-          },
-          onClosed: () => open.delete(call)
-        })
-        const handler = method.start(call)
-        open.set(call, handler)
-        call.start(handler)
+        const begin = (caller: Caller) => {
+          if (method.isLong) connectionOpened("grpc")
+          const call = new GrpcCall(stream, {
+            messageBytesMax: settings.grpcMessageBytesMax,
+            outboundBytesMax: settings.outboundBytesMax,
+            compressBytesMin: settings.grpcCompressBytesMin,
+            requestTimeoutMillis: settings.requestTimeoutMillis,
+            idleTimeoutMillis: settings.idleTimeoutMillis,
+            partial,
+            outbound: outboundOf(session),
+            encoding,
+            timeoutMillis: timeoutMillis.success,
+            onBytes,
+            onOver: (status, bytes) => {
+              if (method.isLong) connectionClosed("grpc", status, bytes)
+            },
+            onClosed: () => {
+              open.delete(call)
+              stopWatching?.()
+            }
+          })
+          const handler = method.start(call, caller)
+          open.set(call, handler)
+          call.start(handler)
+          const stopWatching =
+            method.isLong && Option.isSome(access)
+              ? access.value.watch(caller.principal, (error) => call.fail(error))
+              : undefined
+        }
+
+        const address = session.socket.remoteAddress ?? ""
+        if (method.isOpen || Option.isNone(access)) return begin({ principal: anonymous, address })
+        // Until it is known who asks nothing is read.
+        const known = (who: Principal | ApiError) => {
+          if (stream.destroyed) return
+          if (isPrincipal(who)) begin({ principal: who, address })
+          else fail(who)
+        }
+        const who = access.value.authenticate({ headers, address })
+        if (who instanceof Promise) void who.then(known)
+        else known(who)
       }
 
       return GrpcHandler.of({ handleStream, drain, count: () => open.size })
@@ -159,17 +197,30 @@ interface StartedHandler extends CallHandler {
 
 interface Method {
   readonly name: string
-  readonly start: (call: GrpcCall) => StartedHandler
+  readonly start: (call: GrpcCall, caller: Caller) => StartedHandler
   /** Kept open, and so counted among connections. */
   readonly isLong?: boolean
-  /** Also while the node shuts down. */
-  readonly always?: boolean
+  /** To everybody, also while the node shuts down. */
+  readonly isOpen?: boolean
 }
 
 const trailersOnly = {
   ":status": 200,
   "content-type": "application/grpc+proto",
   "grpc-accept-encoding": acceptedEncodings
+}
+
+/** Whether a request of HTTP/2 is a call. */
+export const isGrpc = (headers: IncomingHttpHeaders): boolean =>
+  headers["content-type"]?.startsWith("application/grpc") ?? false
+
+const respondLast = (stream: ServerHttp2Stream, headers: OutgoingHttpHeaders): void => {
+  stream.respond(headers, { endStream: true })
+  // What it still sends is not read.
+  stream.resume()
+  setImmediate(() => {
+    if (!stream.readableEnded && !stream.closed) stream.close(constants.NGHTTP2_NO_ERROR)
+  })
 }
 
 const unimplemented = (message: string): Trailers => ({
@@ -188,8 +239,9 @@ const wrongRequest = (headers: IncomingHttpHeaders): (OutgoingHttpHeaders & { ":
 
 const unitMillis: Readonly<Record<string, number>> = { H: 3_600_000, M: 60_000, S: 1_000, m: 1, u: 1e-3, n: 1e-6 }
 
-/** `grpc-timeout`: at most eight digits and a unit. */
-const timeoutOf = (text: string): Result.Result<number, InvalidInput> => {
+/** Milliseconds of `grpc-timeout`: at most eight digits and a unit; 0: there is none. */
+const timeoutOf = (text: string | undefined): Result.Result<number, InvalidInput> => {
+  if (text === undefined) return Result.succeed(0)
   const match = /^(\d{1,8})([HMSmun])$/.exec(text)
   if (match === null) {
     const expected = "at most 8 digits and one of H M S m u n"

@@ -3,6 +3,7 @@ import { Effect, Exit, type Fiber, Result } from "effect"
 import type { SettingValues } from "../config.ts"
 import { type ApiError, InternalError, InvalidInput, Overloaded, ShuttingDown, toProblem } from "../protocol/Errors.ts"
 import { ClientId, decoderOf, describe } from "../protocol/Fields.ts"
+import type { Principal } from "../protocol/Principal.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import type { Router } from "../shards/Router.ts"
 import { type CallHandler, type GrpcCall, pieceBytes, type Source } from "./GrpcCall.ts"
@@ -26,10 +27,17 @@ export interface SearchHub {
   readonly sessions: Sessions["Service"]
   readonly run: <A, E>(effect: Effect.Effect<A, E>) => Fiber.Fiber<A, E>
   readonly isDraining: () => boolean
+  /** Whether one may search there, and now: what a call is asked once for each of its messages. */
+  readonly mayRead: (caller: Caller, collection: string) => ApiError | undefined
+}
+
+export interface Caller {
+  readonly principal: Principal
+  readonly address: string
 }
 
 /** One search, and the end. */
-export const streamSearch = (hub: SearchHub, call: GrpcCall): CallHandler => {
+export const streamSearch = (hub: SearchHub, call: GrpcCall, caller: Caller): CallHandler => {
   let fiber: Fiber.Fiber<SearchAnswer, ApiError> | undefined
   return {
     onMessage: (bytes) => {
@@ -38,6 +46,8 @@ export const streamSearch = (hub: SearchHub, call: GrpcCall): CallHandler => {
       if (fiber !== undefined) return call.fail(new InvalidInput({ field: "", expected: "one message", got: "more" }))
       const query = queryOf(message)
       if (Result.isFailure(query)) return call.fail(query.failure)
+      const refused = hub.mayRead(caller, query.success.collection)
+      if (refused !== undefined) return call.fail(refused)
       const started = performance.now()
       fiber = hub.run(hub.router.search(query.success))
       fiber.addObserver((exit) => {
@@ -63,6 +73,7 @@ export const streamSearch = (hub: SearchHub, call: GrpcCall): CallHandler => {
 export class BidirectionalSearch implements CallHandler {
   readonly #hub: SearchHub
   readonly #call: GrpcCall
+  readonly #caller: Caller
   /** Requests whose search is under way, by id (by a number where they have none). */
   readonly #searches = new Map<string | number, Fiber.Fiber<SearchAnswer, ApiError>>()
   /** Those, and requests whose answer waits to be sent. */
@@ -73,9 +84,10 @@ export class BidirectionalSearch implements CallHandler {
   #draining = false
   #closed = false
 
-  constructor(hub: SearchHub, call: GrpcCall) {
+  constructor(hub: SearchHub, call: GrpcCall, caller: Caller) {
     this.#hub = hub
     this.#call = call
+    this.#caller = caller
   }
 
   onMessage(bytes: Buffer): void {
@@ -124,6 +136,8 @@ export class BidirectionalSearch implements CallHandler {
     if (this.#hub.isDraining()) return this.#refuse(shuttingDown, requestId)
     const query = queryOf(message)
     if (Result.isFailure(query)) return this.#refuse(query.failure, requestId)
+    const refused = this.#hub.mayRead(this.#caller, query.success.collection)
+    if (refused !== undefined) return this.#refuse(refused, requestId)
     this.#search(query.success, requestId)
   }
 

@@ -9,17 +9,22 @@ export const grpcStatus = {
   deadlineExceeded: 4,
   notFound: 5,
   alreadyExists: 6,
+  permissionDenied: 7,
   resourceExhausted: 8,
   unimplemented: 12,
   internal: 13,
   unavailable: 14,
-  dataLoss: 15
+  dataLoss: 15,
+  unauthenticated: 16
 } as const
 
 export const statusOf = (error: ApiError): number => statuses[error._tag]
 
 const statuses: Readonly<Record<ApiError["_tag"], number>> = {
   InvalidInput: grpcStatus.invalidArgument,
+  Unauthenticated: grpcStatus.unauthenticated,
+  Forbidden: grpcStatus.permissionDenied,
+  RateLimited: grpcStatus.resourceExhausted,
   CollectionNotFound: grpcStatus.notFound,
   VectorNotFound: grpcStatus.notFound,
   RouteNotFound: grpcStatus.unimplemented,

@@ -96,7 +96,7 @@ export class Http2Wire {
       this.#handlers.onRefused("headers", rawProblems.headersTooLarge.status)
       return refuseStream(stream, rawProblems.headersTooLarge)
     }
-    if (isGrpc(headers)) return this.#handlers.onGrpc(stream, headers)
+    if (isGrpc(headers)) return this.#handlers.onGrpc(stream, headers, (bytes) => session.receivedMessages(bytes))
     // Bytes of a body are on their way: they are to come to an end.
     if ((flags & Http2.constants.NGHTTP2_FLAG_END_STREAM) === 0) session.receives(stream)
     compatibility(...event)
@@ -146,6 +146,7 @@ class Session {
   /** Streams whose body is not whole yet, and since when, oldest first. */
   #receiving: Map<Http2.ServerHttp2Stream, number> | undefined
   #received = false
+  #messageBytes = 0
   #heardAt = Date.now()
   #pingedAt = 0
   #seenRead = 0
@@ -180,6 +181,11 @@ class Session {
     })
   }
 
+  /** Bytes of messages on calls, which have no end by which their receiving could be told. */
+  receivedMessages(bytes: number): void {
+    this.#messageBytes += bytes
+  }
+
   /** Streams whose body began before `time` and is not whole. */
   *late(time: number): Generator<Http2.ServerHttp2Stream> {
     if (this.#receiving === undefined) return
@@ -201,9 +207,12 @@ class Session {
     this.#seenStreams += streams
     const receiving = this.#received || (this.#receiving?.size ?? 0) > 0
     this.#received = false
+    const messages = this.#messageBytes
+    this.#messageBytes = 0
 
     // Pings, settings, priorities, empty frames: a peer that reads causes some, in a measure to what it is sent.
-    const allowed = settings.h2OverheadBytesPerSecond + streams * settings.maxHeaderBytes + written / 2
+    // A short message has as much again around it.
+    const allowed = settings.h2OverheadBytesPerSecond + streams * settings.maxHeaderBytes + written / 2 + 2 * messages
     if (!receiving && read > allowed) {
       this.#cut(Http2.constants.NGHTTP2_ENHANCE_YOUR_CALM)
       return "frame_flood"

@@ -8,12 +8,12 @@
  */
 import * as NodeHttpServer from "@effect/platform-node/NodeHttpServer"
 import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
-import { Context, Effect, Layer, Option, Scope } from "effect"
+import { Context, Effect, Layer, Scope } from "effect"
 import { HttpRouter, HttpServerRequest, HttpServerResponse } from "effect/http"
 import { OpenApi } from "effect/http-api"
 import { Settings } from "../config.ts"
 import { RuvectorApi } from "../protocol/HttpApi.ts"
-import { GrpcHandler, grpcStatus, refuseGrpc } from "./GrpcHandler.ts"
+import { GrpcHandler } from "./GrpcHandler.ts"
 import { countRequest } from "./Instruments.ts"
 import { OnePort } from "./OnePort.ts"
 import * as Operations from "./Operations.ts"
@@ -43,6 +43,7 @@ export class HttpGateway extends Context.Service<
       const sse = yield* Sse.Sse
       const search = yield* SearchEndpoint.SearchEndpoint
       const webSockets = yield* WebSocketGateway.WebSocketGateway
+      const grpc = yield* GrpcHandler
       // Requests under way live in a scope of their own, which is closed after the drain below has waited for them.
       const handlers = yield* Scope.fork(yield* Effect.scope, "parallel")
 
@@ -63,8 +64,6 @@ export class HttpGateway extends Context.Service<
       const upgrade = yield* NodeHttpServer.makeUpgradeHandler(Effect.succeed(rpcSockets), answered, {
         scope: handlers
       })
-
-      const grpc = yield* Effect.serviceOption(GrpcHandler)
 
       let requests = 0
       const nextRequestId = () => `req_${instance}${(requests++).toString(36)}_${settings.region}_${instance}`
@@ -90,10 +89,7 @@ export class HttpGateway extends Context.Service<
           request.headers[requestIdHeader] = nextRequestId()
           upgrade(request, socket, head)
         },
-        onGrpc: Option.match(grpc, {
-          onNone: () => (stream) => refuseGrpc(stream, grpcStatus.unimplemented, "This server has no gRPC."),
-          onSome: ({ handleStream }) => handleStream
-        }),
+        onGrpc: grpc.handleStream,
         onRefused: (reason, status) => countRequest("http", reason, status, 0)
       })
       const address = yield* port.listen(settings.port, settings.host)
@@ -105,7 +101,7 @@ export class HttpGateway extends Context.Service<
           yield* sse.drain
           yield* webSockets.drain
           yield* Effect.sync(() => rpcSockets.drain())
-          if (Option.isSome(grpc)) yield* grpc.value.drain
+          yield* grpc.drain
           const until = Date.now() + settings.drainMillis
           while (port.connections > 0 && Date.now() < until) {
             port.closeIdle()
@@ -117,7 +113,12 @@ export class HttpGateway extends Context.Service<
       return HttpGateway.of({ host: settings.host, port: address.port })
     })
   ).pipe(
-    Layer.provide([Sse.Sse.layer, SearchEndpoint.SearchEndpoint.layer, WebSocketGateway.WebSocketGateway.layer]),
+    Layer.provide([
+      Sse.Sse.layer,
+      SearchEndpoint.SearchEndpoint.layer,
+      WebSocketGateway.WebSocketGateway.layer,
+      GrpcHandler.layer
+    ]),
     Layer.provide(NodeHttpServer.layerHttpServices)
   )
 }

@@ -42,7 +42,7 @@ export const openGrpcServer = async (given: Partial<SettingValues> = {}): Promis
     sessions.add(session)
     session.on("close", () => sessions.delete(session))
   })
-  server.on("stream", handler.handleStream)
+  server.on("stream", (stream, headers) => handler.handleStream(stream, headers, () => {}))
   await new Promise<void>((resolve) => {
     server.listen(0, "127.0.0.1", resolve)
   })

@@ -140,7 +140,7 @@ export const framesIn = (bytes: Buffer): Array<{ readonly flag: number; readonly
 }
 
 export interface RawAnswer {
-  readonly headers: http2.IncomingHttpHeaders
+  readonly headers: http2.IncomingHttpHeaders & http2.IncomingHttpStatusHeader
   readonly body: Buffer
   readonly trailers: http2.IncomingHttpHeaders
   readonly rstCode: number
@@ -189,7 +189,7 @@ export class RawConnection {
 
 export const answerOf = (stream: http2.ClientHttp2Stream): Promise<RawAnswer> =>
   new Promise((resolve) => {
-    let headers: http2.IncomingHttpHeaders = {}
+    let headers: RawAnswer["headers"] = {}
     let trailers: http2.IncomingHttpHeaders = {}
     const chunks: Array<Buffer> = []
     stream.on("response", (received) => {
