@@ -6,10 +6,15 @@
  * waits is counted for the whole connection (`Outbound`): there is one bound for a client that does not read, over however
  * many calls.
  */
-import { constants, type OutgoingHttpHeaders, type ServerHttp2Stream } from "node:http2"
+import {
+  constants,
+  type OutgoingHttpHeaders,
+  type ServerHttp2Stream,
+  type ServerStreamResponseOptions
+} from "node:http2"
 import { deflateSync, gzipSync } from "node:zlib"
 import { type ApiError, DeadlineExceeded, InvalidInput } from "../protocol/Errors.ts"
-import { acceptedEncodings, type Encoding, FrameReader, type PartialBytes } from "./GrpcFrames.ts"
+import { type Encoding, type FrameLimits, FrameReader, type FrameReceiver } from "./GrpcFrames.ts"
 import { frameHeadBytes } from "./GrpcMessages.ts"
 import { okTrailers, type Trailers, trailersOf } from "./GrpcStatus.ts"
 
@@ -50,13 +55,15 @@ export class Outbound {
   }
 }
 
-export interface CallOptions {
-  readonly messageBytesMax: number
+/** What holds for every call of this node. */
+export interface CallLimits extends FrameLimits {
   readonly outboundBytesMax: number
   readonly compressBytesMin: number
   readonly requestTimeoutMillis: number
   readonly idleTimeoutMillis: number
-  readonly partial: PartialBytes
+}
+
+export interface CallOptions {
   readonly outbound: Outbound
   /** Of the client's messages; ours are compressed the same way where that pays. */
   readonly encoding: Encoding
@@ -64,11 +71,16 @@ export interface CallOptions {
   readonly timeoutMillis: number
   /** So much of its messages has come. */
   readonly onBytes: (bytes: number) => void
-  /** The call is over: `grpc-status`, or `gone` where the client has left. */
-  readonly onOver: (status: string, bytes: number) => void
-  /** Its stream is closed. */
-  readonly onClosed: () => void
+  /** The call is over: `grpc-status`, or `gone` where the client has left. Its stream may be open for a while yet. */
+  readonly onOver: (call: GrpcCall, status: string, bytes: number) => void
+  readonly onClosed: (call: GrpcCall) => void
 }
+
+export const grpcContentType = "application/grpc+proto"
+
+// Node's types do not know that the date can be left out.
+const withTrailers: ServerStreamResponseOptions = Object.assign({ waitForTrailers: true }, { sendDate: false })
+export const withoutBody: ServerStreamResponseOptions = Object.assign({ endStream: true }, { sendDate: false })
 
 /** Bytes of one piece of what is sent. */
 export const pieceBytes = 65_536
@@ -76,8 +88,9 @@ export const pieceBytes = 65_536
 /** Longest time a timer of Node's can have. */
 const timerMillisMax = 2_147_483_647
 
-export class GrpcCall {
+export class GrpcCall implements FrameReceiver {
   readonly stream: ServerHttp2Stream
+  readonly #limits: CallLimits
   readonly #options: CallOptions
   readonly #reader: FrameReader
   readonly #startedAt = Date.now()
@@ -99,20 +112,11 @@ export class GrpcCall {
   #sentBytes = 0
   #unflushed = 0
 
-  constructor(stream: ServerHttp2Stream, options: CallOptions) {
+  constructor(stream: ServerHttp2Stream, limits: CallLimits, options: CallOptions) {
     this.stream = stream
+    this.#limits = limits
     this.#options = options
-    this.#reader = new FrameReader({
-      messageBytesMax: options.messageBytesMax,
-      partial: options.partial,
-      encoding: options.encoding,
-      onMessage: (message) => {
-        this.#messages += 1
-        this.#handler?.onMessage(message)
-      },
-      onReading: () => this.#letIn(),
-      onFault: (error) => this.fail(error)
-    })
+    this.#reader = new FrameReader(limits, options.encoding, this)
   }
 
   start(handler: CallHandler): void {
@@ -136,6 +140,19 @@ export class GrpcCall {
         Math.min(timeoutMillis, timerMillisMax)
       )
     }
+  }
+
+  onMessage(message: Buffer): void {
+    this.#messages += 1
+    this.#handler?.onMessage(message)
+  }
+
+  onReading(): void {
+    this.#letIn()
+  }
+
+  onFault(error: ApiError): void {
+    this.fail(error)
   }
 
   /** Whether nothing more is to be done for it: it has ended, or is ending with what was sent. */
@@ -221,12 +238,12 @@ export class GrpcCall {
   }
 
   get outboundIsHigh(): boolean {
-    return this.#options.outbound.bytes > this.#options.outboundBytesMax / 2
+    return this.#options.outbound.bytes > this.#limits.outboundBytesMax / 2
   }
 
   /** Called now and then: gives up a client that does not read, and one that does not finish its message. */
   lookAfter(now: number): void {
-    const { idleTimeoutMillis, requestTimeoutMillis } = this.#options
+    const { idleTimeoutMillis, requestTimeoutMillis } = this.#limits
     if (this.#unflushed > 0 && now - this.#progressAt >= idleTimeoutMillis) {
       return this.stream.close(constants.NGHTTP2_ENHANCE_YOUR_CALM)
     }
@@ -239,7 +256,8 @@ export class GrpcCall {
   }
 
   #queue(source: Source): boolean {
-    const { outbound, outboundBytesMax } = this.#options
+    const { outbound } = this.#options
+    const { outboundBytesMax } = this.#limits
     if (source.bytes > 0 && outbound.bytes > 0 && outbound.bytes + source.bytes > outboundBytesMax) return false
     outbound.bytes += source.bytes
     this.#sources.push(source)
@@ -267,13 +285,10 @@ export class GrpcCall {
   }
 
   #head(): OutgoingHttpHeaders {
-    const head: OutgoingHttpHeaders = {
-      ":status": 200,
-      "content-type": "application/grpc+proto",
-      "grpc-accept-encoding": acceptedEncodings
-    }
-    if (this.#options.encoding !== "identity") head["grpc-encoding"] = this.#options.encoding
-    return head
+    const { encoding } = this.#options
+    return encoding === "identity"
+      ? { ":status": 200, "content-type": grpcContentType }
+      : { ":status": 200, "content-type": grpcContentType, "grpc-encoding": encoding }
   }
 
   /** Writes until all is written or the stream is full; goes on when it has drained. */
@@ -307,7 +322,7 @@ export class GrpcCall {
   #write(piece: Buffer): boolean {
     if (!this.#headSent) {
       this.#headSent = true
-      this.stream.respond(this.#head(), { waitForTrailers: true })
+      this.stream.respond(this.#head(), withTrailers)
       this.stream.once("wantTrailers", () => {
         this.stream.sendTrailers(this.#trailers as Trailers)
         this.#stopClient()
@@ -324,7 +339,7 @@ export class GrpcCall {
     if (this.#unflushed < bytes) return
     this.#unflushed -= bytes
     this.#progressAt = Date.now()
-    this.#options.outbound.release(bytes, this.#options.outboundBytesMax / 4)
+    this.#options.outbound.release(bytes, this.#limits.outboundBytesMax / 4)
   }
 
   #finish(last: Buffer | undefined): void {
@@ -333,7 +348,7 @@ export class GrpcCall {
     if (!this.#headSent && (last === undefined || last.length === 0)) {
       // Without a message the status comes with the head.
       this.#headSent = true
-      stream.respond({ ...this.#head(), ...this.#trailers }, { endStream: true })
+      stream.respond({ ...this.#head(), ...this.#trailers }, withoutBody)
       this.#stopClient()
     } else {
       if (last !== undefined) this.#write(last)
@@ -356,18 +371,19 @@ export class GrpcCall {
     clearTimeout(this.#deadline)
     this.#reader.close()
     this.#dropSources()
-    const { outbound, outboundBytesMax } = this.#options
+    const { outbound } = this.#options
+    const { outboundBytesMax } = this.#limits
     outbound.held.delete(this)
     outbound.release(this.#unflushed, outboundBytesMax / 4)
     this.#unflushed = 0
     this.#leave()
-    this.#options.onClosed()
+    this.#options.onClosed(this)
   }
 
   #isOver(status: string): void {
     if (this.#over) return
     this.#over = true
-    this.#options.onOver(status, this.#sentBytes)
+    this.#options.onOver(this, status, this.#sentBytes)
   }
 
   #leave(): void {
@@ -385,7 +401,8 @@ export class GrpcCall {
 
   /** Messages that are worth it compressed, where the client compresses its own. */
   #compressed(frames: Buffer): Buffer {
-    const { encoding, compressBytesMin } = this.#options
+    const { encoding } = this.#options
+    const { compressBytesMin } = this.#limits
     if (encoding === "identity") return frames
     const parts: Array<Buffer> = []
     for (let at = 0; at < frames.length; ) {

@@ -35,11 +35,13 @@ export class PartialBytes {
   }
 }
 
-export interface FrameReaderOptions {
+export interface FrameLimits {
   readonly messageBytesMax: number
   readonly partial: PartialBytes
-  readonly encoding: Encoding
-  /** A whole message, inflated. Its bytes are its receiver's only until it returns. */
+}
+
+export interface FrameReceiver {
+  /** A whole message, inflated. Its bytes are the receiver's only until it returns. */
   readonly onMessage: (message: Buffer) => void
   /** A message that was inflated is done with: more may come. */
   readonly onReading: () => void
@@ -51,7 +53,9 @@ export interface FrameReaderOptions {
 const firstBytes = 4_096
 
 export class FrameReader {
-  readonly #options: FrameReaderOptions
+  readonly #limits: FrameLimits
+  readonly #encoding: Encoding
+  readonly #receiver: FrameReceiver
   /** A frame that has not come whole, from its first byte on: as much of it as `#filled`. */
   #kept: Buffer | undefined
   #filled = 0
@@ -63,8 +67,10 @@ export class FrameReader {
   /** When the frame that has not come whole began to come; 0: there is none. */
   waitingSince = 0
 
-  constructor(options: FrameReaderOptions) {
-    this.#options = options
+  constructor(limits: FrameLimits, encoding: Encoding, receiver: FrameReceiver) {
+    this.#limits = limits
+    this.#encoding = encoding
+    this.#receiver = receiver
   }
 
   /** Whether what has come is read: if not, no more should be let in. */
@@ -99,13 +105,13 @@ export class FrameReader {
   close(): void {
     if (this.#closed) return
     this.#closed = true
-    this.#options.partial.give((this.#kept?.length ?? 0) + (this.#later?.length ?? 0))
+    this.#limits.partial.give((this.#kept?.length ?? 0) + (this.#later?.length ?? 0))
     this.#kept = undefined
     this.#later = undefined
   }
 
   #hold(chunk: Buffer): void {
-    if (!this.#options.partial.take(chunk.length)) return void this.#fault(tooManyHeld())
+    if (!this.#limits.partial.take(chunk.length)) return void this.#fault(tooManyHeld())
     this.#later = this.#later === undefined ? chunk : Buffer.concat([this.#later, chunk])
   }
 
@@ -113,7 +119,7 @@ export class FrameReader {
     const later = this.#later
     if (later === undefined || this.#closed || !this.reading) return
     this.#later = undefined
-    this.#options.partial.give(later.length)
+    this.#limits.partial.give(later.length)
     this.push(later)
   }
 
@@ -139,9 +145,9 @@ export class FrameReader {
   #lengthAt(bytes: Buffer, at: number): number | undefined {
     const flag = bytes[at] as number
     const length = bytes.readUInt32BE(at + 1)
-    const { encoding, messageBytesMax } = this.#options
+    const { messageBytesMax } = this.#limits
     if (flag > 1) return this.#fault(malformed("a frame that begins with 0 or 1", String(flag)))
-    if (flag === 1 && encoding === "identity") {
+    if (flag === 1 && this.#encoding === "identity") {
       return this.#fault(malformed("grpc-encoding, where messages are compressed", "none"))
     }
     if (length > messageBytesMax) return this.#fault(new TooLarge({ what: "message", limitBytes: messageBytesMax }))
@@ -163,7 +169,7 @@ export class FrameReader {
           this.#kept = undefined
           this.#filled = 0
           this.waitingSince = 0
-          this.#options.partial.give(kept.length)
+          this.#limits.partial.give(kept.length)
           this.#frame(frame[0] as number, frame.subarray(frameHeadBytes))
           return used
         }
@@ -183,7 +189,7 @@ export class FrameReader {
 
   /** Room for so many bytes of the frame. */
   #keep(bytes: number): boolean {
-    const { partial } = this.#options
+    const { partial } = this.#limits
     const before = this.#kept
     if (!partial.take(bytes - (before?.length ?? 0))) {
       this.#fault(tooManyHeld())
@@ -196,9 +202,10 @@ export class FrameReader {
 
   #frame(flag: number, message: Buffer): void {
     if (this.#closed) return
-    if (flag === 0) return this.#options.onMessage(message)
+    if (flag === 0) return this.#receiver.onMessage(message)
     this.#inflating = true
-    const { encoding, messageBytesMax } = this.#options
+    const { messageBytesMax } = this.#limits
+    const encoding = this.#encoding
     const open = encoding === "gzip" ? gunzip : inflate
     // On a thread of Node's, one message of a call at a time.
     open(message, { maxOutputLength: messageBytesMax }, (error, inflated) => {
@@ -210,15 +217,15 @@ export class FrameReader {
         this.#fault(large ? new TooLarge(what) : malformed(`a message compressed with ${encoding}`, error.message))
         return
       }
-      this.#options.onMessage(inflated)
+      this.#receiver.onMessage(inflated)
       this.#readLater()
-      if (this.reading) this.#options.onReading()
+      if (this.reading) this.#receiver.onReading()
     })
   }
 
   #fault(error: ApiError): undefined {
     this.close()
-    this.#options.onFault(error)
+    this.#receiver.onFault(error)
     return undefined
   }
 }

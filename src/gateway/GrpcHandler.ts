@@ -16,10 +16,10 @@ import { type ApiError, InvalidInput, ShuttingDown, toProblem } from "../protoco
 import { anonymous, type Principal } from "../protocol/Principal.ts"
 import { Router } from "../shards/Router.ts"
 import { Access, isPrincipal } from "./Access.ts"
-import { type CallHandler, GrpcCall, Outbound } from "./GrpcCall.ts"
+import { type CallHandler, type CallLimits, GrpcCall, grpcContentType, Outbound, withoutBody } from "./GrpcCall.ts"
 import { acceptedEncodings, encodingOf, PartialBytes } from "./GrpcFrames.ts"
 import { healthCheck, healthWatch } from "./GrpcHealth.ts"
-import { BidirectionalSearch, type Caller, streamSearch } from "./GrpcSearch.ts"
+import { BidirectionalSearch, type Caller, StreamSearch } from "./GrpcSearch.ts"
 import { grpcMessage, grpcStatus, type Trailers, trailersOf } from "./GrpcStatus.ts"
 import { connectionClosed, connectionOpened, countRequest } from "./Instruments.ts"
 import { Readiness } from "./Readiness.ts"
@@ -65,7 +65,7 @@ export class GrpcHandler extends Context.Service<
       const methods: ReadonlyMap<string, Method> = new Map<string, Method>([
         [
           "/ruvector.v1.VectorSearch/StreamSearch",
-          { name: "StreamSearch", start: (call, caller) => streamSearch(hub, call, caller) }
+          { name: "StreamSearch", start: (call, caller) => new StreamSearch(hub, call, caller) }
         ],
         [
           "/ruvector.v1.VectorSearch/BidirectionalSearch",
@@ -83,8 +83,21 @@ export class GrpcHandler extends Context.Service<
       ])
       const open = new Map<GrpcCall, StartedHandler>()
       const outbounds = new WeakMap<Http2Session, Outbound>()
-      const partial = new PartialBytes(settings.grpcPartialBytesMax)
+      const limits: CallLimits = {
+        messageBytesMax: settings.grpcMessageBytesMax,
+        partial: new PartialBytes(settings.grpcPartialBytesMax),
+        outboundBytesMax: settings.outboundBytesMax,
+        compressBytesMin: settings.grpcCompressBytesMin,
+        requestTimeoutMillis: settings.requestTimeoutMillis,
+        idleTimeoutMillis: settings.idleTimeoutMillis
+      }
       let draining = false
+
+      const isClosed = (call: GrpcCall) => {
+        open.delete(call)
+      }
+      const shortIsOver = () => {}
+      const longIsOver = (_: GrpcCall, status: string, bytes: number) => connectionClosed("grpc", status, bytes)
 
       const outboundOf = (session: Http2Session): Outbound => {
         const found = outbounds.get(session)
@@ -118,7 +131,7 @@ export class GrpcHandler extends Context.Service<
       )
 
       const handleStream: GrpcHandler["Service"]["handleStream"] = (stream, headers, onBytes) => {
-        stream.on("error", () => {})
+        stream.on("error", ignored)
         const { session } = stream
         if (session === undefined || stream.destroyed) return
         const wrong = wrongRequest(headers)
@@ -144,32 +157,20 @@ export class GrpcHandler extends Context.Service<
 
         const begin = (caller: Caller) => {
           if (method.isLong) connectionOpened("grpc")
-          const call = new GrpcCall(stream, {
-            messageBytesMax: settings.grpcMessageBytesMax,
-            outboundBytesMax: settings.outboundBytesMax,
-            compressBytesMin: settings.grpcCompressBytesMin,
-            requestTimeoutMillis: settings.requestTimeoutMillis,
-            idleTimeoutMillis: settings.idleTimeoutMillis,
-            partial,
+          const call = new GrpcCall(stream, limits, {
             outbound: outboundOf(session),
             encoding,
             timeoutMillis: timeoutMillis.success,
             onBytes,
-            onOver: (status, bytes) => {
-              if (method.isLong) connectionClosed("grpc", status, bytes)
-            },
-            onClosed: () => {
-              open.delete(call)
-              stopWatching?.()
-            }
+            onOver: method.isLong ? longIsOver : shortIsOver,
+            onClosed: isClosed
           })
           const handler = method.start(call, caller)
           open.set(call, handler)
           call.start(handler)
-          const stopWatching =
-            method.isLong && Option.isSome(access)
-              ? access.value.watch(caller.principal, (error) => call.fail(error))
-              : undefined
+          if (!method.isLong || method.isOpen || Option.isNone(access)) return
+          const stop = access.value.watch(caller.principal, (error) => call.fail(error))
+          stream.once("close", stop)
         }
 
         const address = session.socket.remoteAddress ?? ""
@@ -190,6 +191,9 @@ export class GrpcHandler extends Context.Service<
   )
 }
 
+/** That a stream broke is told by its end. */
+const ignored = () => {}
+
 interface StartedHandler extends CallHandler {
   /** The node shuts down. A call that does not know is short, and is left to end. */
   readonly drain?: () => void
@@ -206,7 +210,7 @@ interface Method {
 
 const trailersOnly = {
   ":status": 200,
-  "content-type": "application/grpc+proto",
+  "content-type": grpcContentType,
   "grpc-accept-encoding": acceptedEncodings
 }
 
@@ -215,7 +219,7 @@ export const isGrpc = (headers: IncomingHttpHeaders): boolean =>
   headers["content-type"]?.startsWith("application/grpc") ?? false
 
 const respondLast = (stream: ServerHttp2Stream, headers: OutgoingHttpHeaders): void => {
-  stream.respond(headers, { endStream: true })
+  stream.respond(headers, withoutBody)
   // What it still sends is not read.
   stream.resume()
   setImmediate(() => {

@@ -323,9 +323,9 @@ class Reader {
 
   floats(count: number): Float32Array {
     const from = this.#take(count * 4)
-    const floats = new Float32Array(count)
-    new Uint8Array(floats.buffer).set(this.#bytes.subarray(from, this.#at))
-    return floats
+    const start = this.#bytes.byteOffset + from
+    // A copy, whatever the alignment; it outlives the bytes it came in.
+    return new Float32Array(this.#bytes.buffer.slice(start, start + count * 4))
   }
 
   skip(tag: number, levels = groupLevelsMax): void {

@@ -37,35 +37,48 @@ export interface Caller {
 }
 
 /** One search, and the end. */
-export const streamSearch = (hub: SearchHub, call: GrpcCall, caller: Caller): CallHandler => {
-  let fiber: Fiber.Fiber<SearchAnswer, ApiError> | undefined
-  return {
-    onMessage: (bytes) => {
-      const message = readMessage(bytes)
-      if (message === undefined) return call.fail(malformed)
-      if (fiber !== undefined) return call.fail(new InvalidInput({ field: "", expected: "one message", got: "more" }))
-      const query = queryOf(message)
-      if (Result.isFailure(query)) return call.fail(query.failure)
-      const refused = hub.mayRead(caller, query.success.collection)
-      if (refused !== undefined) return call.fail(refused)
-      const started = performance.now()
-      fiber = hub.run(hub.router.search(query.success))
-      fiber.addObserver((exit) => {
-        if (Exit.isFailure(exit)) {
-          const error = errorOf(hub, exit)
-          countRequest("grpc", "StreamSearch", statusOfExit(error), performance.now() - started)
-          return call.fail(error ?? shuttingDown)
-        }
-        const answer = exit.value
-        countRequest("grpc", "StreamSearch", 200, performance.now() - started)
-        const sent = call.sendLast(new AnswerSource(answer, message.requestId, false), summaryTrailers(answer))
-        if (!sent) call.fail(tooMuchWaiting)
-      })
-    },
-    onEnd: () => {
-      if (fiber === undefined) call.fail(new InvalidInput({ field: "", expected: "one message", got: "none" }))
-    },
-    onClose: () => fiber?.interruptUnsafe()
+export class StreamSearch implements CallHandler {
+  readonly #hub: SearchHub
+  readonly #call: GrpcCall
+  readonly #caller: Caller
+  #search: Fiber.Fiber<SearchAnswer, ApiError> | undefined
+
+  constructor(hub: SearchHub, call: GrpcCall, caller: Caller) {
+    this.#hub = hub
+    this.#call = call
+    this.#caller = caller
+  }
+
+  onMessage(bytes: Buffer): void {
+    const call = this.#call
+    const message = readMessage(bytes)
+    if (message === undefined) return call.fail(malformed)
+    if (this.#search !== undefined) return call.fail(oneMessage("more"))
+    const query = queryOf(message)
+    if (Result.isFailure(query)) return call.fail(query.failure)
+    const refused = this.#hub.mayRead(this.#caller, query.success.collection)
+    if (refused !== undefined) return call.fail(refused)
+    const started = performance.now()
+    this.#search = this.#hub.run(this.#hub.router.search(query.success))
+    this.#search.addObserver((exit) => {
+      const millis = performance.now() - started
+      if (Exit.isFailure(exit)) {
+        const error = errorOf(this.#hub, exit)
+        countRequest("grpc", "StreamSearch", statusOfExit(error), millis)
+        return call.fail(error ?? shuttingDown)
+      }
+      countRequest("grpc", "StreamSearch", 200, millis)
+      const source = new AnswerSource(exit.value, message.requestId, false)
+      if (!call.sendLast(source, summaryTrailers(exit.value))) call.fail(tooMuchWaiting)
+    })
+  }
+
+  onEnd(): void {
+    if (this.#search === undefined) this.#call.fail(oneMessage("none"))
+  }
+
+  onClose(): void {
+    this.#search?.interruptUnsafe()
   }
 }
 
@@ -252,9 +265,8 @@ class AnswerSource implements Source {
     const { buffer, next } = resultFrames(this.#answer, this.#next, pieceBytes, this.#requestId)
     this.#next = next
     this.#done = next === this.#answer.ids.length
-    return this.#done && this.#withSummary
-      ? Buffer.concat([buffer, summaryFrame(this.#requestId, this.#answer)])
-      : buffer
+    if (!this.#done || !this.#withSummary) return buffer
+    return Buffer.concat([buffer, summaryFrame(this.#requestId, this.#answer)])
   }
 
   done(): boolean {
@@ -275,6 +287,8 @@ const malformed = new InvalidInput({
   expected: "a message ruvector.v1.SearchRequest",
   got: "bytes that are not one"
 })
+
+const oneMessage = (got: string) => new InvalidInput({ field: "", expected: "one message", got })
 
 const tooMuchWaiting = new Overloaded({ bound: "outboundBytesMax", retryAfterMillis: 1_000 })
 
@@ -315,12 +329,8 @@ const queryOf = (message: SearchMessage): Result.Result<SessionQuery, InvalidInp
   return queryOfBody(request)
 }
 
-const summaryTrailers = ({ queryId, ids, missing }: SearchAnswer): Trailers => {
-  const trailers: Trailers = {
-    "grpc-status": "0",
-    "ruvector-query-id": queryId,
-    "ruvector-total-results": String(ids.length)
-  }
+const summaryTrailers = ({ queryId, missing }: SearchAnswer): Trailers => {
+  const trailers: Trailers = { "grpc-status": "0", "ruvector-query-id": queryId }
   if (missing.length > 0) {
     trailers["ruvector-partial"] = "true"
     trailers["ruvector-missing-partitions"] = missing.join(",")

@@ -23,8 +23,7 @@ def channel(**options):
 def outcome(call):
     try:
         results = [result.vector_id for result in call]
-        trailers = dict(call.trailing_metadata())
-        return {"results": results, "total": trailers["ruvector-total-results"]}
+        return {"results": results, "partial": "ruvector-partial" in dict(call.trailing_metadata())}
     except grpc.RpcError as error:
         trailers = dict(error.trailing_metadata() or ())
         return {"status": error.code().name, "details": error.details(), "code": trailers.get("ruvector-code", "")}
