@@ -3,6 +3,7 @@ import { createServer, type Http2Session } from "node:http2"
 import type { AddressInfo } from "node:net"
 import { Context, Effect, Exit, Layer, Logger, Scope } from "effect"
 import { defaultSettings, Settings, type SettingValues } from "../../src/config.ts"
+import { Access } from "../../src/gateway/Access.ts"
 import { GrpcHandler } from "../../src/gateway/GrpcHandler.ts"
 import { Readiness } from "../../src/gateway/Readiness.ts"
 import { Sessions } from "../../src/gateway/Sessions.ts"
@@ -20,7 +21,10 @@ export interface GrpcTestServer {
   readonly close: () => Promise<void>
 }
 
-export const openGrpcServer = async (given: Partial<SettingValues> = {}): Promise<GrpcTestServer> => {
+export const openGrpcServer = async (
+  given: Partial<SettingValues> = {},
+  access?: Access["Service"]
+): Promise<GrpcTestServer> => {
   const seen = nothingSeen()
   const router = mapRouter(seen)
   const logged: Array<string> = []
@@ -30,7 +34,8 @@ export const openGrpcServer = async (given: Partial<SettingValues> = {}): Promis
     Layer.provide([
       Layer.succeed(Settings, { ...defaultSettings, ...given }),
       Layer.succeed(Router, router),
-      Layer.succeed(Sessions, countedSessions(router, seen))
+      Layer.succeed(Sessions, countedSessions(router, seen)),
+      access === undefined ? Layer.empty : Layer.succeed(Access, access)
     ]),
     Layer.provideMerge(Logger.layer([Logger.map(Logger.formatJson, (line) => void logged.push(line))]))
   )
