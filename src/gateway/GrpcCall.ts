@@ -65,8 +65,10 @@ export interface CallLimits extends FrameLimits {
 
 export interface CallOptions {
   readonly outbound: Outbound
-  /** Of the client's messages; ours are compressed the same way where that pays. */
+  /** Of the client's messages. */
   readonly encoding: Encoding
+  /** Of ours, where it pays. */
+  readonly replyEncoding: Encoding
   /** Until which the call has to end; 0: it names none. */
   readonly timeoutMillis: number
   /** So much of its messages has come. */
@@ -285,7 +287,7 @@ export class GrpcCall implements FrameReceiver {
   }
 
   #head(): OutgoingHttpHeaders {
-    const { encoding } = this.#options
+    const encoding = this.#options.replyEncoding
     return encoding === "identity"
       ? { ":status": 200, "content-type": grpcContentType }
       : { ":status": 200, "content-type": grpcContentType, "grpc-encoding": encoding }
@@ -401,7 +403,7 @@ export class GrpcCall implements FrameReceiver {
 
   /** Messages that are worth it compressed, where the client compresses its own. */
   #compressed(frames: Buffer): Buffer {
-    const { encoding } = this.#options
+    const encoding = this.#options.replyEncoding
     const { compressBytesMin } = this.#limits
     if (encoding === "identity") return frames
     const parts: Array<Buffer> = []

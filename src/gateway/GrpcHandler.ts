@@ -17,7 +17,7 @@ import { anonymous, type Principal } from "../protocol/Principal.ts"
 import { Router } from "../shards/Router.ts"
 import { Access, isPrincipal } from "./Access.ts"
 import { type CallHandler, type CallLimits, GrpcCall, grpcContentType, Outbound, withoutBody } from "./GrpcCall.ts"
-import { acceptedEncodings, encodingOf, PartialBytes } from "./GrpcFrames.ts"
+import { acceptedEncodings, type Encoding, encodingOf, PartialBytes } from "./GrpcFrames.ts"
 import { healthCheck, healthWatch } from "./GrpcHealth.ts"
 import { BidirectionalSearch, type Caller, StreamSearch } from "./GrpcSearch.ts"
 import { grpcMessage, grpcStatus, type Trailers, trailersOf } from "./GrpcStatus.ts"
@@ -160,6 +160,7 @@ export class GrpcHandler extends Context.Service<
           const call = new GrpcCall(stream, limits, {
             outbound: outboundOf(session),
             encoding,
+            replyEncoding: accepts(headers, encoding) ? encoding : "identity",
             timeoutMillis: timeoutMillis.success,
             onBytes,
             onOver: method.isLong ? longIsOver : shortIsOver,
@@ -239,6 +240,12 @@ const wrongRequest = (headers: IncomingHttpHeaders): (OutgoingHttpHeaders & { ":
   if (!/^application\/grpc(?:\+proto)?(?:;|$)/.test(headers["content-type"] ?? "")) return { ":status": 415 }
   if (headers[":method"] !== "POST") return { ":status": 405, allow: "POST" }
   return undefined
+}
+
+/** Whether a client that compresses its messages so can read them too: it can, unless it says what else it can. */
+const accepts = (headers: IncomingHttpHeaders, encoding: Encoding): boolean => {
+  const accepted = headers["grpc-accept-encoding"] as string | undefined
+  return accepted === undefined || accepted.split(",").some((name) => name.trim() === encoding)
 }
 
 const unitMillis: Readonly<Record<string, number>> = { H: 3_600_000, M: 60_000, S: 1_000, m: 1, u: 1e-3, n: 1e-6 }

@@ -182,9 +182,9 @@ export const answerBytes = ({ ids, metadata, vectors }: SearchAnswer): number =>
 /** The last message of a request on a bidirectional call, as a frame. */
 export const summaryFrame = (requestId: string, outcome: SearchAnswer | SearchFault): Buffer => {
   const summary = "code" in outcome ? faultSummary(outcome) : answerSummary(outcome)
-  const message = new Parts()
+  const message = new Message()
   message.text(4, requestId)
-  message.bytes(6, summary.joined())
+  message.message(6, summary)
   return message.frame()
 }
 
@@ -214,22 +214,20 @@ export const faultOf = (error: ApiError): SearchFault => {
   }
 }
 
-const answerSummary = ({ queryId, ids, missing, tookMillis }: SearchAnswer): Parts => {
-  const summary = new Parts()
+const answerSummary = ({ queryId, ids, missing, tookMillis }: SearchAnswer): Message => {
+  const summary = new Message()
   summary.text(1, queryId)
   summary.number(2, ids.length)
   if (missing.length > 0) {
     summary.number(3, 1)
-    const packed = new Parts()
-    for (const partition of missing) packed.varint(partition)
-    summary.bytes(4, packed.joined())
+    summary.packed(4, missing)
   }
   summary.double(5, Math.round(tookMillis * 1_000) / 1_000)
   return summary
 }
 
-const faultSummary = (fault: SearchFault): Parts => {
-  const error = new Parts()
+const faultSummary = (fault: SearchFault): Message => {
+  const error = new Message()
   error.number(1, fault.code)
   error.text(2, fault.message)
   error.text(4, fault.problem)
@@ -238,8 +236,8 @@ const faultSummary = (fault: SearchFault): Parts => {
   error.text(7, fault.got ?? "")
   error.number(8, fault.retryAfterMillis ?? 0)
   error.text(9, fault.serverRequestId ?? "")
-  const summary = new Parts()
-  summary.bytes(6, error.joined())
+  const summary = new Message()
+  summary.message(6, error)
   return summary
 }
 
@@ -391,25 +389,25 @@ const numberBytes = new Uint8Array(number.buffer)
 
 /** Writes into a buffer whose size was counted before. */
 class Writer {
-  readonly buffer: Buffer
-  #at = 0
+  buffer: Buffer
+  at = 0
 
   constructor(bytes: number) {
     this.buffer = Buffer.allocUnsafe(bytes)
   }
 
   frameHead(length: number): void {
-    const { buffer } = this
-    buffer[this.#at] = 0
-    buffer[this.#at + 1] = length >>> 24
-    buffer[this.#at + 2] = length >>> 16
-    buffer[this.#at + 3] = length >>> 8
-    buffer[this.#at + 4] = length
-    this.#at += frameHeadBytes
+    const { buffer, at } = this
+    buffer[at] = 0
+    buffer[at + 1] = length >>> 24
+    buffer[at + 2] = length >>> 16
+    buffer[at + 3] = length >>> 8
+    buffer[at + 4] = length
+    this.at += frameHeadBytes
   }
 
   byte(value: number): void {
-    this.buffer[this.#at++] = value
+    this.buffer[this.at++] = value
   }
 
   varint(value: number): void {
@@ -422,69 +420,100 @@ class Writer {
   text(text: string, bytes: number): void {
     this.varint(bytes)
     if (bytes === text.length && bytes <= shortText) {
-      for (let i = 0; i < bytes; i++) this.buffer[this.#at + i] = text.charCodeAt(i)
+      for (let i = 0; i < bytes; i++) this.buffer[this.at + i] = text.charCodeAt(i)
     } else {
-      this.buffer.write(text, this.#at, bytes, "utf8")
+      this.buffer.write(text, this.at, bytes, "utf8")
     }
-    this.#at += bytes
+    this.at += bytes
   }
 
   float(value: number): void {
     number.setFloat32(0, value, true)
-    for (let i = 0; i < 4; i++) this.buffer[this.#at + i] = numberBytes[i] as number
-    this.#at += 4
+    this.#number(4)
+  }
+
+  double(value: number): void {
+    number.setFloat64(0, value, true)
+    this.#number(8)
   }
 
   /** Length and content of packed floats. */
   floats(from: Float32Array, start: number, count: number): void {
     this.varint(count * 4)
-    this.buffer.set(new Uint8Array(from.buffer, from.byteOffset + start * 4, count * 4), this.#at)
-    this.#at += count * 4
+    this.raw(new Uint8Array(from.buffer, from.byteOffset + start * 4, count * 4))
+  }
+
+  raw(bytes: Uint8Array): void {
+    this.buffer.set(bytes, this.at)
+    this.at += bytes.length
+  }
+
+  #number(bytes: number): void {
+    for (let i = 0; i < bytes; i++) this.buffer[this.at + i] = numberBytes[i] as number
+    this.at += bytes
   }
 }
 
-/** A message put together of its fields where it is not worth counting beforehand; what is 0 or empty is left out. */
-class Parts {
-  readonly #parts: Array<Buffer> = []
+/** Bytes that most messages of this kind are below. */
+const usualBytes = 96
+
+/** More than the tag and the number of a field, or its tag and length. */
+const fieldBytes = 16
+
+/** A message whose size is not counted beforehand; what is 0 or empty is left out. */
+class Message {
+  readonly #writer = new Writer(usualBytes)
 
   number(at: number, value: number): void {
-    if (value === 0) return
-    this.varint(field(at, wire.varint))
-    this.varint(value)
+    if (value !== 0) this.#begin(at, wire.varint, 0).varint(value)
   }
 
   double(at: number, value: number): void {
-    if (value === 0) return
-    this.varint(field(at, wire.fixed64))
-    const bytes = Buffer.allocUnsafe(8)
-    bytes.writeDoubleLE(value)
-    this.#parts.push(bytes)
+    if (value !== 0) this.#begin(at, wire.fixed64, 0).double(value)
   }
 
   text(at: number, text: string): void {
-    if (text !== "") this.bytes(at, Buffer.from(text))
+    if (text === "") return
+    const bytes = utf8Bytes(text)
+    this.#begin(at, wire.bytes, bytes).text(text, bytes)
   }
 
-  bytes(at: number, content: Buffer): void {
-    this.varint(field(at, wire.bytes))
-    this.varint(content.length)
-    this.#parts.push(content)
+  message(at: number, message: Message): void {
+    const { length } = message
+    const writer = this.#begin(at, wire.bytes, length)
+    writer.varint(length)
+    writer.raw(message.#writer.buffer.subarray(0, length))
   }
 
-  varint(value: number): void {
-    const writer = new Writer(varintBytes(value))
-    writer.varint(value)
-    this.#parts.push(writer.buffer)
+  packed(at: number, values: ReadonlyArray<number>): void {
+    let length = 0
+    for (const value of values) length += varintBytes(value)
+    const writer = this.#begin(at, wire.bytes, length)
+    writer.varint(length)
+    for (const value of values) writer.varint(value)
   }
 
-  joined(): Buffer {
-    return Buffer.concat(this.#parts)
+  get length(): number {
+    return this.#writer.at
   }
 
   frame(): Buffer {
-    const message = this.joined()
-    const writer = new Writer(frameHeadBytes)
-    writer.frameHead(message.length)
-    return Buffer.concat([writer.buffer, message])
+    const frame = new Writer(frameHeadBytes + this.length)
+    frame.frameHead(this.length)
+    frame.raw(this.#writer.buffer.subarray(0, this.length))
+    return frame.buffer
+  }
+
+  /** The tag of a field, and room for it and content of so many bytes. */
+  #begin(at: number, type: number, content: number): Writer {
+    const writer = this.#writer
+    const need = writer.at + fieldBytes + content
+    if (need > writer.buffer.length) {
+      const larger = Buffer.allocUnsafe(Math.max(need, writer.buffer.length * 2))
+      writer.buffer.copy(larger, 0, 0, writer.at)
+      writer.buffer = larger
+    }
+    writer.byte(field(at, type))
+    return writer
   }
 }

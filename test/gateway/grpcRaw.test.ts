@@ -92,6 +92,10 @@ describe("frames", () => {
     const plain = await raw.call(searchPath, [frameOf(large)], { "grpc-encoding": "gzip" })
     assert.isTrue(framesIn(plain.body).every(({ flag }) => flag === 1))
     assert.isBelow(plain.body.length, 20_000)
+    const onlyDeflate = { "grpc-encoding": "gzip", "grpc-accept-encoding": "identity, deflate" }
+    const unread = await raw.call(searchPath, [frameOf(large)], onlyDeflate)
+    assert.strictEqual(unread.headers["grpc-encoding"], undefined)
+    assert.isTrue(framesIn(unread.body).every(({ flag }) => flag === 0))
     const none = await raw.call(searchPath, [frameOf(large)])
     assert.isTrue(framesIn(none.body).every(({ flag }) => flag === 0))
     const mixed = Buffer.concat([packed, frameOf(search), packed, packed, frameOf(search)])
