@@ -296,7 +296,8 @@ export class GrpcCall implements FrameReceiver {
   /** Writes until all is written or the stream is full; goes on when it has drained. */
   #pump(): void {
     const { stream } = this
-    while (!this.#over && !this.#finished && !this.#full && !stream.destroyed) {
+    // Closed by the client, a stream answers no more; that it is closed may be told only later.
+    while (!this.#over && !this.#finished && !this.#full && !stream.destroyed && !stream.closed) {
       const source = this.#sources[0]
       if (source === undefined) {
         if (this.#trailers !== undefined) this.#finish(undefined)
@@ -326,6 +327,7 @@ export class GrpcCall implements FrameReceiver {
       this.#headSent = true
       this.stream.respond(this.#head(), withTrailers)
       this.stream.once("wantTrailers", () => {
+        if (this.stream.destroyed || this.stream.closed) return
         this.stream.sendTrailers(this.#trailers as Trailers)
         this.#stopClient()
       })

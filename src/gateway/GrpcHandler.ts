@@ -12,7 +12,7 @@ import {
 } from "node:http2"
 import { Context, Effect, Layer, Option, Result } from "effect"
 import { Settings } from "../config.ts"
-import { type ApiError, InvalidInput, ShuttingDown, toProblem } from "../protocol/Errors.ts"
+import { type ApiError, InvalidInput, Overloaded, ShuttingDown, toProblem } from "../protocol/Errors.ts"
 import { anonymous, type Principal } from "../protocol/Principal.ts"
 import { Router } from "../shards/Router.ts"
 import { Access, isPrincipal } from "./Access.ts"
@@ -92,6 +92,7 @@ export class GrpcHandler extends Context.Service<
         idleTimeoutMillis: settings.idleTimeoutMillis
       }
       let draining = false
+      let watches = 0
 
       const isClosed = (call: GrpcCall) => {
         open.delete(call)
@@ -154,6 +155,8 @@ export class GrpcHandler extends Context.Service<
         const timeoutMillis = timeoutOf(headers["grpc-timeout"] as string | undefined)
         if (Result.isFailure(timeoutMillis)) return fail(timeoutMillis.failure)
         if (draining && method.isOpen !== true) return fail(shuttingDown)
+        if (open.size >= settings.grpcCallsMax) return fail(tooMany("grpcCallsMax"))
+        if (method.name === "Watch" && watches >= settings.grpcWatchesMax) return fail(tooMany("grpcWatchesMax"))
 
         const begin = (caller: Caller) => {
           if (method.isLong) connectionOpened("grpc")
@@ -168,6 +171,12 @@ export class GrpcHandler extends Context.Service<
           })
           const handler = method.start(call, caller)
           open.set(call, handler)
+          if (method.name === "Watch") {
+            watches += 1
+            stream.once("close", () => {
+              watches -= 1
+            })
+          }
           call.start(handler)
           if (!method.isLong || method.isOpen || Option.isNone(access)) return
           const stop = access.value.watch(caller.principal, (error) => call.fail(error))
@@ -178,7 +187,7 @@ export class GrpcHandler extends Context.Service<
         if (method.isOpen || Option.isNone(access)) return begin({ principal: anonymous, address })
         // Until it is known who asks nothing is read.
         const known = (who: Principal | ApiError) => {
-          if (stream.destroyed) return
+          if (stream.destroyed || stream.closed) return
           if (isPrincipal(who)) begin({ principal: who, address })
           else fail(who)
         }
@@ -232,6 +241,8 @@ const unimplemented = (message: string): Trailers => ({
   "grpc-status": String(grpcStatus.unimplemented),
   "grpc-message": grpcMessage(message)
 })
+
+const tooMany = (bound: string) => new Overloaded({ bound, retryAfterMillis: 1_000 })
 
 const shuttingDown = new ShuttingDown({ retryAfterMillis: 1_000 })
 

@@ -199,15 +199,38 @@ describe("hostile clients", () => {
 
   it("calls that are reset at once leave nothing behind", async () => {
     const request = frameOf(requestBytes({ collection: endless, query: [1] }))
-    for (let i = 0; i < 300; i++) {
+    for (let i = 0; i < 600; i++) {
       const stream = raw.open(i % 2 ? searchPath : bidirectionalPath)
-      stream.write(request)
-      if (i % 3) await new Promise((resolve) => setImmediate(resolve))
+      // Half of them are being answered meanwhile.
+      stream.write(i % 4 < 2 ? request : frameOf(search))
+      for (let turn = 0; turn < i % 5; turn++) await new Promise((resolve) => setImmediate(resolve))
       stream.close(constants.NGHTTP2_CANCEL)
     }
     await until(() => server.handler.count() === 0 && server.seen.searchesUnderWay === 0, "a call is kept")
     await until(() => server.seen.sessionsOpen === 0, "a session is kept")
   })
+})
+
+it("calls have a bound, and those that watch the health", async () => {
+  await restart({ grpcCallsMax: 6, grpcWatchesMax: 2 })
+  const refused = async (path: string) => {
+    const answer = await raw.call(path, [frameOf(Buffer.alloc(0))])
+    const problem = String(answer.headers["ruvector-problem-bin"] ?? "")
+    return (JSON.parse(Buffer.from(problem, "base64").toString() || "{}") as { field?: string }).field
+  }
+  const watchPath = "/grpc.health.v1.Health/Watch"
+  const watches = [1, 2].map(() => raw.open(watchPath))
+  for (const watch of watches) watch.write(frameOf(Buffer.alloc(0)))
+  await until(() => server.handler.count() === 2, "not both are open")
+  assert.strictEqual(await refused(watchPath), "grpcWatchesMax")
+  const sessions = [1, 2, 3, 4].map(() => raw.open(bidirectionalPath))
+  await until(() => server.handler.count() === 6, "not all are open")
+  assert.strictEqual(await refused(searchPath), "grpcCallsMax")
+  for (const stream of [...watches, ...sessions]) stream.close(constants.NGHTTP2_CANCEL)
+  await until(() => server.handler.count() === 0, "a call is kept")
+  const watch = raw.open(watchPath)
+  watch.write(frameOf(Buffer.alloc(0)))
+  await until(() => server.handler.count() === 1, "a watch is refused")
 })
 
 describe("clients that do not read", () => {
