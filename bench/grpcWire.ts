@@ -21,7 +21,7 @@ const service = "/ruvector.v1.VectorSearch/"
 export const openGrpc = async (options: SearchOptions): Promise<Wire> => {
   const { queries, onFailure } = options
   const session = await openSession(options.url, onFailure)
-  const frames = queries.words.map((_, query) => frameOf(options, query, ""))
+  const frames = queries.words.map((_, query) => frameOf(messageOf(options, query)))
   const answers = new Array<Buffer | undefined>(frames.length)
   return {
     ask: (_, query, onAnswer) => {
@@ -42,13 +42,14 @@ export const openGrpc = async (options: SearchOptions): Promise<Wire> => {
   }
 }
 
-/** All on one `BidirectionalSearch`. */
+/** All on one `BidirectionalSearch`, where a request is known by its lane: the same query may be under way on two. */
 export const openGrpcSession = async (options: SearchOptions): Promise<Wire> => {
-  const { queries, onFailure } = options
+  const { queries, lanes, onFailure } = options
   const session = await openSession(options.url, onFailure)
-  const frames = queries.words.map((_, query) => frameOf(options, query, String(query)))
-  const answers = new Array<Array<string> | undefined>(frames.length)
-  const waiting = new Map<string, { readonly found: Array<string>; readonly onAnswer: () => void }>()
+  const messages = queries.words.map((_, query) => messageOf(options, query))
+  const ids = Array.from({ length: lanes }, (_, lane) => Buffer.from(request.encode({ requestId: `${lane}` }).finish()))
+  const answers = new Array<Array<string> | undefined>(messages.length)
+  const waiting = new Map<string, { readonly query: number; readonly found: Array<string>; onAnswer: () => void }>()
   const stream = openStream(session, "BidirectionalSearch", onFailure)
   let rest: Buffer | undefined
   stream.on("data", (chunk: Buffer) => {
@@ -59,23 +60,23 @@ export const openGrpcSession = async (options: SearchOptions): Promise<Wire> => 
       if (end > bytes.length) break
       const { vectorId, requestId, summary } = result.decode(bytes.subarray(at + 5, end)) as unknown as Result
       at = end
-      const request = waiting.get(requestId)
-      if (request === undefined) return onFailure(new Error(`an answer to ${requestId}, which was not asked`))
+      const asked = waiting.get(requestId)
+      if (asked === undefined) return onFailure(new Error(`an answer to ${requestId}, which was not asked`))
       if (summary === null) {
-        request.found.push(vectorId)
+        asked.found.push(vectorId)
         continue
       }
       if (summary.error !== null) return onFailure(new Error(`a search failed: ${summary.error.message}`))
       waiting.delete(requestId)
-      answers[Number(requestId)] = request.found
-      request.onAnswer()
+      answers[asked.query] = asked.found
+      asked.onAnswer()
     }
     rest = at === bytes.length ? undefined : bytes.subarray(at)
   })
   return {
-    ask: (_, query, onAnswer) => {
-      waiting.set(String(query), { found: [], onAnswer })
-      stream.write(frames[query])
+    ask: (lane, query, onAnswer) => {
+      waiting.set(String(lane), { query, found: [], onAnswer })
+      stream.write(frameOf(messages[query] as Buffer, ids[lane] as Buffer))
     },
     answers: () => answers,
     close: () => session.destroy()
@@ -108,19 +109,26 @@ const openStream = (
   return stream
 }
 
-const frameOf = ({ queries, ef, filter }: SearchOptions, query: number, requestId: string): Buffer => {
-  const message = request
-    .encode({
-      query: vectorOf(queries, query),
-      k: truthK,
-      ...(ef === undefined ? {} : { ef }),
-      ...(filter === undefined ? {} : { filter: JSON.stringify(filterOf(filter, query)) }),
-      requestId
-    })
-    .finish()
+const messageOf = ({ queries, ef, filter }: SearchOptions, query: number): Buffer =>
+  Buffer.from(
+    request
+      .encode({
+        query: vectorOf(queries, query),
+        k: truthK,
+        ...(ef === undefined ? {} : { ef }),
+        ...(filter === undefined ? {} : { filter: JSON.stringify(filterOf(filter, query)) })
+      })
+      .finish()
+  )
+
+/** A message of so many parts, each some of its fields. */
+const frameOf = (...parts: ReadonlyArray<Buffer>): Buffer => {
   const head = Buffer.alloc(5)
-  head.writeUInt32BE(message.length, 1)
-  return Buffer.concat([head, message])
+  head.writeUInt32BE(
+    parts.reduce((bytes, part) => bytes + part.length, 0),
+    1
+  )
+  return Buffer.concat([head, ...parts])
 }
 
 const resultsIn = function* (bytes: Buffer): Generator<Result> {

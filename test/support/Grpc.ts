@@ -151,8 +151,10 @@ export const bidirectionalPath = "/ruvector.v1.VectorSearch/BidirectionalSearch"
 
 export class RawConnection {
   readonly session: http2.ClientHttp2Session
+  readonly port: number
 
   constructor(port: number, options: http2.ClientSessionOptions = {}) {
+    this.port = port
     this.session = http2.connect(`http://127.0.0.1:${port}`, options)
     this.session.on("error", () => {})
   }
