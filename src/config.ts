@@ -458,6 +458,23 @@ export const settings = {
     1_024,
     1_024 * mebibyte
   ),
+  grpcCallsMax: integer("open gRPC calls on this node", "calls", 100_000, 1, 10_000_000),
+  grpcWatchesMax: integer("of which watch its health, which needs no credential", "calls", 1_024, 1, 1_000_000),
+  grpcMessageBytesMax: integer("bytes of a gRPC message, inflated", "bytes", 4 * mebibyte, 1_024, 256 * mebibyte),
+  grpcPartialBytesMax: integer(
+    "bytes of gRPC messages that have not come whole, all calls together",
+    "bytes",
+    64 * mebibyte,
+    mebibyte,
+    4_096 * mebibyte
+  ),
+  grpcCompressBytesMin: integer(
+    "bytes from which on a message is compressed for a gRPC client that compresses its own",
+    "bytes",
+    1_024,
+    1,
+    256 * mebibyte
+  ),
   drainNoticeMillis: integer(
     "between readiness off and the end of new connections when shutting down, for load balancers",
     "ms",

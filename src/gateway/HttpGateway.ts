@@ -9,14 +9,14 @@
 import type { ServerResponse } from "node:http"
 import * as NodeHttpServer from "@effect/platform-node/NodeHttpServer"
 import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
-import { Context, Effect, Layer, Option, Scope } from "effect"
+import { Context, Effect, Layer, Scope } from "effect"
 import { HttpRouter, HttpServerRequest, HttpServerResponse } from "effect/http"
 import { OpenApi } from "effect/http-api"
 import { Settings } from "../config.ts"
 import { RuvectorApi } from "../protocol/HttpApi.ts"
-import { Shedding } from "../shards/Shedding.ts"
+import { overloadedBy, Shedding } from "../shards/Shedding.ts"
 import { ClientAddresses } from "./ClientAddresses.ts"
-import { GrpcHandler, grpcStatus, refuseGrpc } from "./GrpcHandler.ts"
+import { GrpcHandler } from "./GrpcHandler.ts"
 import { countRefusal, countRequest } from "./Instruments.ts"
 import * as OnePort from "./OnePort.ts"
 import * as Operations from "./Operations.ts"
@@ -50,6 +50,7 @@ export class HttpGateway extends Context.Service<
       const sse = yield* Sse.Sse
       const search = yield* SearchEndpoint.SearchEndpoint
       const webSockets = yield* WebSocketGateway.WebSocketGateway
+      const grpc = yield* GrpcHandler
       // Requests under way live in a scope of their own, which is closed after the drain below has waited for them.
       const handlers = yield* Scope.fork(yield* Effect.scope, "parallel")
 
@@ -71,14 +72,13 @@ export class HttpGateway extends Context.Service<
         scope: handlers
       })
 
-      const grpc = yield* Effect.serviceOption(GrpcHandler)
-
       let requests = 0
       const nextRequestId = () => `req_${instance}${(requests++).toString(36)}_${settings.region}_${instance}`
       const origins = new Origins(settings.corsOrigins, settings.host)
       const rejected = new RejectedConnections(shedding)
+      const addresses = yield* ClientAddresses
       let draining = false
-      const port = yield* OnePort.make(settings, yield* ClientAddresses, {
+      const port = yield* OnePort.make(settings, addresses, {
         onConnection: (socket) => rejected.opened(socket),
         onRequest: (request, response) => {
           const id = nextRequestId()
@@ -95,7 +95,7 @@ export class HttpGateway extends Context.Service<
           if (path === SearchEndpoint.path && request.method === "POST") return search.handle(request, response, id)
           // Calls of RPC are refused one by one.
           const shed =
-            isOperators || rpcPaths.has(path) ? undefined : shedding.refusal(askerOf(request.socket.remoteAddress))
+            isOperators || rpcPaths.has(path) ? undefined : shedding.refusal(askerOf(addresses.clientAddress(request)))
           if (shed !== undefined) {
             countRequest("http", routeOf(path), 429, 0)
             return refuseRequest(request, response, id, shed)
@@ -120,18 +120,14 @@ export class HttpGateway extends Context.Service<
           request.headers[requestIdHeader] = nextRequestId()
           upgrade(request, socket, head)
         },
-        onGrpc: (stream, headers) => {
-          if (draining) return refuseGrpc(stream, grpcStatus.unavailable, "This node is shutting down.")
-          if (rejected.refusal(stream.session?.socket ?? {}) !== undefined) {
-            countRequest("grpc", "connection", 503, 0)
-            return refuseGrpc(
-              stream,
-              grpcStatus.unavailable,
-              "New connections are rejected while the node is overloaded."
-            )
-          }
-          if (Option.isSome(grpc)) return grpc.value.handleStream(stream, headers)
-          refuseGrpc(stream, grpcStatus.unimplemented, "This server has no gRPC.")
+        onGrpc: (stream, headers, onBytes) => {
+          const { socket } = stream.session ?? {}
+          const isHealth = headers[":path"]?.startsWith("/grpc.health.v1.Health/") ?? false
+          const refusal = isHealth
+            ? undefined
+            : (rejected.refusal(socket ?? {}) ?? shedding.refusal(askerOf(addresses.streamAddress(stream, headers))))
+          if (refusal !== undefined) return grpc.refuse(stream, overloadedBy(refusal))
+          grpc.handleStream(stream, headers, onBytes)
         },
         onRefused: countRefusal
       })
@@ -150,7 +146,7 @@ export class HttpGateway extends Context.Service<
           yield* sse.drain
           yield* webSockets.drain
           yield* Effect.sync(() => rpcSockets.drain())
-          if (Option.isSome(grpc)) yield* grpc.value.drain
+          yield* grpc.drain
           while (port.connections() > 0 && Date.now() < until) {
             port.closeIdle()
             yield* Effect.sleep(20)
@@ -164,7 +160,8 @@ export class HttpGateway extends Context.Service<
       ClientAddresses.layer,
       Sse.Sse.layer,
       SearchEndpoint.SearchEndpoint.layer,
-      WebSocketGateway.WebSocketGateway.layer
+      WebSocketGateway.WebSocketGateway.layer,
+      GrpcHandler.layer
     ]),
     Layer.provide(NodeHttpServer.layerHttpServices)
   )

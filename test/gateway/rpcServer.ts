@@ -41,6 +41,14 @@ export interface Seen {
   sessionsOpened: number
 }
 
+export const nothingSeen = (): Seen => ({
+  queries: [],
+  searchesUnderWay: 0,
+  searchesInterrupted: 0,
+  sessionsOpen: 0,
+  sessionsOpened: 0
+})
+
 interface StoredRecord {
   readonly vector: Float32Array
   readonly metadata: string
@@ -56,13 +64,7 @@ export const bulky = "bulky"
 
 export const startRpcServer = Effect.fnUntraced(function* (given: Partial<SettingValues> = {}) {
   const settings: SettingValues = { ...defaultSettings, ...given }
-  const seen: Seen = {
-    queries: [],
-    searchesUnderWay: 0,
-    searchesInterrupted: 0,
-    sessionsOpen: 0,
-    sessionsOpened: 0
-  }
+  const seen = nothingSeen()
   const router = mapRouter(seen)
   const logged: Array<string> = []
   const services = Layer.mergeAll(
@@ -102,7 +104,7 @@ export const openRpcServer = async (settings: Partial<SettingValues>) => {
   return { ...server, close: () => Effect.runPromise(Scope.close(scope, Exit.void)) }
 }
 
-const mapRouter = (seen: Seen): Router["Service"] => {
+export const mapRouter = (seen: Seen): Router["Service"] => {
   const collections = new Map<string, { collection: Collection; records: Map<string, StoredRecord> }>()
   let written = 0
 
@@ -216,7 +218,7 @@ const mapRouter = (seen: Seen): Router["Service"] => {
   })
 }
 
-const countedSessions = (router: Router["Service"], seen: Seen): Sessions["Service"] => {
+export const countedSessions = (router: Router["Service"], seen: Seen): Sessions["Service"] => {
   const openUnsafe = () => {
     if (seen.sessionsOpen >= 100) return new Overloaded({ bound: "sessionsMax", retryAfterMillis: 5_000 })
     seen.sessionsOpen += 1
