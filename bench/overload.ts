@@ -2,7 +2,8 @@
  * Measures a server that is asked for more than it can do: real word vectors, a server process of its own, and a client
  * process that sends on a schedule whether it is answered or not. The peak is what the server answers to a closed loop.
  *
- *   npm run bench:overload -- [--seconds 60] [--count 100000] [--ef 128] [--sockets 32] [--factor 3] [--seed 1] [--json FILE]
+ *   npm run bench:overload -- [--seconds 60] [--count 100000] [--ef 128] [--sockets 32] [--factor 3] [--seed 1]
+ *                             [--only overload,refusals] [--json FILE]
  */
 import { type ChildProcess, fork } from "node:child_process"
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs"
@@ -39,6 +40,7 @@ const main = async (): Promise<void> => {
       sockets: { type: "string", default: "32" },
       factor: { type: "string", default: "3" },
       seed: { type: "string", default: "1" },
+      only: { type: "string", default: "overload,refusals" },
       json: { type: "string" }
     }
   })
@@ -50,8 +52,37 @@ const main = async (): Promise<void> => {
   process.on("exit", () => rmSync(directory, { recursive: true, force: true, maxRetries: 3 }))
   for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => process.exit(1))
 
+  const only = values.only.split(",")
+  if (only.includes("overload"))
+    await overload(options, `${directory}/data`, {
+      seconds,
+      ef,
+      sockets: Number(values.sockets),
+      factor: Number(values.factor)
+    })
+  if (only.includes("refusals")) await refusals(options, directory)
+
+  const width = Math.max(...rows.map(({ figure }) => figure.length))
+  for (const { figure, value, unit, asked } of rows) {
+    console.log(`${figure.padEnd(width)} ${String(value).padStart(9)} ${unit.padEnd(10)} ${asked}`)
+  }
+  if (values.json !== undefined) writeFileSync(values.json, `${JSON.stringify(rows, null, 2)}\n`)
+}
+
+interface Overload {
+  readonly seconds: number
+  readonly ef: number
+  readonly sockets: number
+  readonly factor: number
+}
+
+const overload = async (
+  options: DataOptions,
+  directory: string,
+  { ef, factor, seconds, sockets }: Overload
+): Promise<void> => {
   // Every search asks the index: what a cache answers is no load.
-  const server = await startOurs(`${directory}/data`, ["--result-cache-bytes", "0"])
+  const server = await startOurs(directory, ["--result-cache-bytes", "0"])
   const client = new LoadClient(options)
   await client.run({ type: "insert", url: server.url, part: "base", from: 0, inFlight: 2 })
   await settled(server)
@@ -70,26 +101,17 @@ const main = async (): Promise<void> => {
   await client.close()
 
   const open = new OpenClient(options)
-  const round = { url: server.url, seconds, warmUpSeconds: 2, sockets: Number(values.sockets), ef }
+  const round = { url: server.url, seconds, warmUpSeconds: 2, sockets, ef }
   const usual = await measured(server, () => open.run({ ...round, perSecond: peak * 0.8 }))
   report("at 80 %", usual)
-  const over = await measured(server, () => open.run({ ...round, perSecond: peak * Number(values.factor) }))
-  report(`at ${values.factor} x`, over)
+  const over = await measured(server, () => open.run({ ...round, perSecond: peak * factor }))
+  report(`at ${factor} x`, over)
   row("goodput over peak", over.perSecond / peak, "", ">= 0.9")
   row("p99 of admitted over that at 80 %", over.p99 / usual.p99, "x", "<= 2")
   row("refusals that are not typed", over.untyped, "", "0")
   row("never answered", over.unanswered + over.wrong, "", "0")
-  process.stderr.write(`  ${await (await fetch(`${server.url}/api/v1/load`)).text()}\n`)
   open.close()
   await server.stop()
-
-  await refusals(options, directory)
-
-  const width = Math.max(...rows.map(({ figure }) => figure.length))
-  for (const { figure, value, unit, asked } of rows) {
-    console.log(`${figure.padEnd(width)} ${String(value).padStart(9)} ${unit.padEnd(10)} ${asked}`)
-  }
-  if (values.json !== undefined) writeFileSync(values.json, `${JSON.stringify(rows, null, 2)}\n`)
 }
 
 const report = (what: string, outcome: Outcome & { readonly micros: number }): void => {
@@ -106,9 +128,17 @@ const report = (what: string, outcome: Outcome & { readonly micros: number }): v
 /** With the server's CPU time for each search offered, warm-up included in both. */
 const measured = async (server: Server, run: () => Promise<Outcome>): Promise<Outcome & { micros: number }> => {
   const before = cpuMicros(server.pid)
+  const look = setInterval(async () => {
+    const { level, searches } = (await (await fetch(`${server.url}/api/v1/load`)).json()) as Record<string, unknown>
+    process.stderr.write(`    level ${level} ${JSON.stringify(searches)}\n`)
+  }, lookMillis)
   const outcome = await run()
+  clearInterval(look)
   return { ...outcome, micros: (cpuMicros(server.pid) - before) / outcome.offered }
 }
+
+/** Between two looks at the server's load. */
+const lookMillis = 1_000
 
 /** Until the graph is built: nothing is left to be put into it. */
 const settled = async (server: Server): Promise<void> => {
@@ -124,7 +154,7 @@ const settled = async (server: Server): Promise<void> => {
  * nothing else in it: nothing is ever searched.
  */
 const refusals = async (options: DataOptions, directory: string): Promise<void> => {
-  const connections = 10
+  const connections = 40
   const flags = ["--connections-max", String(connections), "--load-sample-millis", "50", "--load-raise-millis", "0"]
   const server = await startOurs(`${directory}/refusing`, [...flags, "--shed-percent", "100"])
   const url = new URL(server.url)
@@ -134,7 +164,7 @@ const refusals = async (options: DataOptions, directory: string): Promise<void> 
     throw error
   }
   const socket = await openWebSocket(url)
-  const https = await Promise.all(Array.from({ length: connections - 1 }, () => HttpConnection.open(url, fail)))
+  const https = await Promise.all(Array.from({ length: connections - 2 }, () => HttpConnection.open(url, fail)))
   await new Promise((resolve) => setTimeout(resolve, 500))
 
   const total = 30_000

@@ -5,10 +5,10 @@
  *
  * **The queue** is of controlled delay (CoDel, as in Facebook's "Fail at Scale"). A burst may wait up to
  * `searchQueueBurstMillis`, first come first served. When in all of that time nobody waited less than
- * `searchQueueStandingMillis`, it is no burst but more than can be done: then nobody waits longer than `searchQueueMillis`, and
- * the queue holds no more than what is answered in that time, so that nearly all who are refused are refused at the door. That
- * ends when hardly anybody had to be refused for a second. Clients that wait for their answers before they ask again, some
- * dozens of them, are a queue that stands and does not grow: they are all served.
+ * `searchQueueStandingMillis`, it is no burst but more than can be done: then the queue holds no more than what is answered in
+ * `searchQueueMillis` (but `searchQueueMin`), so that nearly all who are refused are refused at the door. That ends when
+ * hardly anybody had to be refused for a second. Clients that wait for their answers before they ask again, some dozens of
+ * them, are a queue that stands and does not grow: they are all served.
  *
  * Newest first, which that paper adds, is not done: of a queue this short it would leave the oldest to run out of time in it,
  * and a refusal would cost what a search costs before it begins.
@@ -81,9 +81,6 @@ export class Admission extends Context.Service<
 
 /** Periods of `loadSampleMillis` whose latencies are remembered. */
 const latencyPeriods = 10
-
-/** However few searches are answered, so many may wait. */
-const waitingMin = 2
 
 /** Longest time to come back that is computed. */
 const retryMillisMax = 30_000
@@ -176,9 +173,17 @@ class Door {
     return this.#premium.size + this.#standard.size
   }
 
-  /** What a search takes is the least that waiting for one is measured by. */
+  /** Under overload, so many wait at most: what is answered in `searchQueueMillis`, but some in any case. */
+  get #room(): number {
+    const { searchQueueMax, searchQueueMillis, searchQueueMin } = this.#settings
+    const inTime = Math.ceil((this.#limit.perSecond * searchQueueMillis) / 1_000)
+    return Math.min(searchQueueMax, Math.max(searchQueueMin, inTime))
+  }
+
+  /** And so long: twice what those take, since some take longer than others. */
   get #patienceMillis(): number {
-    return Math.max(this.#settings.searchQueueMillis, this.#limit.meanMillis)
+    const { perSecond } = this.#limit
+    return Math.max(this.#settings.searchQueueMillis, perSecond === 0 ? 0 : (2_000 * this.#room) / perSecond)
   }
 
   get #burstMillis(): number {
@@ -186,16 +191,12 @@ class Door {
   }
 
   get #standingMillis(): number {
-    return Math.max(this.#settings.searchQueueStandingMillis, 2 * this.#patienceMillis)
+    return Math.max(this.#settings.searchQueueStandingMillis, this.#patienceMillis)
   }
 
   #isFull(tier: Tier): boolean {
-    const { searchQueueMax } = this.#settings
-    const room =
-      this.#isTight && this.#limit.perSecond > 0
-        ? Math.max(waitingMin, Math.ceil((this.#limit.perSecond * this.#patienceMillis) / 1_000))
-        : searchQueueMax
-    return (tier === "premium" ? this.#premium.size : this.#waiting) >= Math.min(room, searchQueueMax)
+    const room = this.#isTight && this.#limit.perSecond > 0 ? this.#room : this.#settings.searchQueueMax
+    return (tier === "premium" ? this.#premium.size : this.#waiting) >= room
   }
 
   /** Why this search may not wait; where it may, it has a place. */
