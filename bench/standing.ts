@@ -310,6 +310,7 @@ const events = async (node: Node, data: Data, standing: number, rate: number, se
     return done / ((performance.now() - from) / 1_000)
   }
   const without = await most()
+  written.clear()
 
   const opened = performance.now()
   await run(
