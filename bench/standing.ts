@@ -14,6 +14,7 @@ import { Context, Effect, Exit, Layer, Scope } from "effect"
 import { defaultSettings, Settings } from "../src/config.ts"
 import { actors, Router, StandingQueries } from "../src/index.ts"
 import { partitionPrefix } from "../src/tiers/CatalogueObject.ts"
+import { collectGarbage } from "../src/tiers/collectGarbage.ts"
 import { DataDirectory } from "../src/tiers/DataDirectory.ts"
 import * as FileObjectStore from "../src/tiers/FileObjectStore.ts"
 import { Bitset } from "../src/tiers/index/Bitset.ts"
@@ -34,6 +35,8 @@ const k = 10
 const ef = 256
 const changesMeasured = 400
 const collection = "words"
+/** Writes under way at once, where as many are made as go. */
+const atOnce = 64
 /** Queries opened at once. */
 const openedAtOnce = 64
 
@@ -48,7 +51,7 @@ const main = async (): Promise<void> => {
       seed: { type: "string", default: "1" }
     }
   })
-  const numbers = values.queries.split(",").map(Number)
+  const numbers = values.queries === "" ? [] : values.queries.split(",").map(Number)
   const standing = Number(values.standing)
   const count = Number(values.count)
   const data = loadWords({ count, queries: Math.max(standing, ...numbers), seed: Number(values.seed) })
@@ -57,8 +60,8 @@ const main = async (): Promise<void> => {
   const node = await start(directory)
   try {
     const snapshot = await load(node, data)
-    await costs(data, snapshot, numbers)
-    await events(node, data, standing, Number(values.rate), Number(values.seconds))
+    if (numbers.length > 0) await costs(data, snapshot, numbers)
+    if (standing > 0) await events(node, data, standing, Number(values.rate), Number(values.seconds))
   } finally {
     await node.stop()
   }
@@ -80,7 +83,7 @@ const start = async (directory: string): Promise<Node> => {
   const layer = actors.pipe(
     Layer.provideMerge(FileObjectStore.layer({ directory: join(directory, "objects") })),
     Layer.provideMerge(DataDirectory.layer({ path: directory })),
-    Layer.provideMerge(Layer.succeed(Settings, { ...defaultSettings, snapshotIdleMillis: 1_000 }))
+    Layer.provideMerge(Layer.succeed(Settings, { ...defaultSettings }))
   )
   const context = await run(Layer.buildWithScope(layer, scope))
   return {
@@ -275,6 +278,40 @@ const events = async (node: Node, data: Data, standing: number, rate: number, se
   const latencies: Array<number> = []
   let told = 0
   const vectors = Array.from({ length: standing }, (_, i) => vectorOf(data.queries, i).slice())
+  let number = 0
+  const changed: Array<string> = []
+  /** Every other change is right beside a query, so that its event is sure; the rest are words. */
+  const recordOf = () => {
+    number += 1
+    const beside = number % 2 === 0
+    const id = `n${number}`
+    changed.push(id)
+    const vector = beside
+      ? vectors[(number * 31) % standing]!.map((component, i) => component * (1 + ((i + number) % 7) * 1e-5))
+      : vectorOf(data.reserve, number % data.reserve.words.length).slice()
+    if (beside) written.set(id, performance.now())
+    return { id, vector, metadata: "" }
+  }
+  const write = () => run(router.upsert(collection, [recordOf()]))
+
+  /** Changes a second, as many as go, so many at once. */
+  const most = async (): Promise<number> => {
+    const from = performance.now()
+    const until = from + seconds * 500
+    let done = 0
+    await Promise.all(
+      Array.from({ length: atOnce }, async () => {
+        while (performance.now() < until) {
+          await write()
+          done += 1
+        }
+      })
+    )
+    return done / ((performance.now() - from) / 1_000)
+  }
+  const without = await most()
+  written.clear()
+
   const opened = performance.now()
   await run(
     Effect.forEach(
@@ -309,22 +346,6 @@ const events = async (node: Node, data: Data, standing: number, rate: number, se
   )
   const openMillis = (performance.now() - opened) / standing
 
-  let number = 0
-  const changed: Array<string> = []
-  /** Every other change is right beside a query, so that its event is sure; the rest are words. */
-  const recordOf = () => {
-    number += 1
-    const beside = number % 2 === 0
-    const id = `n${number}`
-    changed.push(id)
-    const vector = beside
-      ? vectors[(number * 31) % standing]!.map((component, i) => component * (1 + ((i + number) % 7) * 1e-5))
-      : vectorOf(data.reserve, number % data.reserve.words.length).slice()
-    if (beside) written.set(id, performance.now())
-    return { id, vector, metadata: "" }
-  }
-  const write = () => run(router.upsert(collection, [recordOf()]))
-
   // At a rate.
   const began = performance.now()
   const pending: Array<Promise<unknown>> = []
@@ -357,20 +378,10 @@ const events = async (node: Node, data: Data, standing: number, rate: number, se
     ]
   ])
 
-  // As many as go, 64 at once.
-  const until = performance.now() + seconds * 500
-  let done = 0
-  const from = performance.now()
-  await Promise.all(
-    Array.from({ length: 64 }, async () => {
-      while (performance.now() < until) {
-        await write()
-        done += 1
-      }
-    })
+  const withThem = await most()
+  process.stdout.write(
+    `As many as go, ${atOnce} at once: ${withThem.toFixed(0)} changes/s, ${without.toFixed(0)} without standing queries\n`
   )
-  const most = done / ((performance.now() - from) / 1_000)
-  process.stdout.write(`As many as go, 64 at once: ${most.toFixed(0)} changes/s\n`)
   for (let i = 0; i < changed.length; i += 1_000) await run(router.remove(collection, changed.slice(i, i + 1_000)))
 }
 
@@ -379,9 +390,9 @@ const events = async (node: Node, data: Data, standing: number, rate: number, se
 const mean = (values: ReadonlyArray<number>): number => values.reduce((sum, one) => sum + one, 0) / values.length
 
 const memory = (): number => {
-  globalThis.gc?.()
-  const { heapUsed, external, arrayBuffers } = process.memoryUsage()
-  return heapUsed + external + arrayBuffers
+  collectGarbage()
+  const { heapUsed, external } = process.memoryUsage()
+  return heapUsed + external
 }
 
 const drained = <A>(work: Work<A>): A => {

@@ -184,6 +184,24 @@ describe("standing queries", () => {
             await settled(all, model, metric)
             for (let i = 0; i < 2; i++) all.splice(source.below(all.length), 1)[0]?.opened.close()
           }
+          // The nearest go until what is held beyond the answers is used up, and more has to be searched for.
+          for (let i = 0; i < 10; i++) {
+            const records = Array.from({ length: 20 }, (_, n) => ({
+              id: `far${i}-${n}`,
+              vector: vectorOf(source),
+              metadata: ""
+            }))
+            await run(node.router.upsert("c", records))
+            for (const { id, ...record } of records) model.set(id, record)
+          }
+          for (let round = 0; round < 8; round++) {
+            for (const one of all.slice(0, 6)) {
+              const ids = one.opened.state().members.map(({ id }) => id)
+              await run(node.router.remove("c", ids))
+              for (const id of ids) model.delete(id)
+            }
+            await settled(all, model, metric)
+          }
           // All goes, all comes back.
           await run(node.router.remove("c", [...model.keys()]))
           model.clear()
