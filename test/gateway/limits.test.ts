@@ -109,13 +109,13 @@ const fields = (headers: Record<string, string>): Buffer =>
       Buffer.from(value)
     ])
   )
-const get = (path: string) => fields({ ":method": "GET", ":scheme": "http", ":authority": "x", ":path": path })
+const get = (path: string) => fields({ ":method": "GET", ":scheme": "http", ":authority": "localhost", ":path": path })
 
 const problem = (text: string) => JSON.parse(text.slice(text.indexOf("{"))) as Record<string, unknown>
 
 describe("peers that take their time", () => {
   it("HTTP/1.1: headers, body, and a connection that says nothing", async () => {
-    const head = "POST /api/v1/search HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    const head = "POST /api/v1/search HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     const slow = [
       new RawClient(node.port),
       new RawClient(node.port, "P"),
@@ -184,7 +184,7 @@ describe("peers that take their time", () => {
 
   it("answers that are not read end with their connection, on HTTP/1.1 and HTTP/2", { timeout: 30_000 }, async () => {
     const search = '{"query":[1,2,3],"k":60,"include":["metadata"]}'
-    const head = `POST /api/v1/search HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: ${search.length}`
+    const head = `POST /api/v1/search HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: ${search.length}`
     const request = `${head}\r\n\r\n${search}`
     // One after the other on one connection, so that more waits than the system's buffers hold.
     const one = net.connect(node.port, "127.0.0.1")
@@ -250,7 +250,7 @@ describe("HTTP/2 by its frames", () => {
     const search = fields({
       ":method": "POST",
       ":scheme": "http",
-      ":authority": "x",
+      ":authority": "localhost",
       ":path": "/api/v1/search",
       "content-type": "application/json"
     })
@@ -399,7 +399,7 @@ describe("connections", () => {
         })
         socket.on("error", () => {})
         socket.once("close", () => resolve(text))
-        socket.write("GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        socket.write("GET /health/live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
       })
     const fourth = await from("127.0.0.1")
     assert.match(fourth, /^HTTP\/1\.1 429 .*\r\nretry-after: 1\r\n/s)
@@ -427,7 +427,7 @@ describe("connections", () => {
 
   it("end after so many requests, without one being lost", async () => {
     const few = await startNode({ requestsPerConnectionMax: 3 })
-    const request = "GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+    const request = "GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n"
     const one = new RawClient(few.port, request.repeat(3))
     const text = await one.closed
     assert.strictEqual(text.match(/HTTP\/1\.1 200 /g)?.length, 3)

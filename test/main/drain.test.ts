@@ -68,13 +68,13 @@ describe("told to stop under load", () => {
         halfAnswer += chunk.toString()
       })
       half.write(
-        `POST /api/v1/insert HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: ${text.length}\r\n\r\n${text.slice(0, 20)}`
+        `POST /api/v1/insert HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: ${text.length}\r\n\r\n${text.slice(0, 20)}`
       )
       const halfClosed = new Promise((resolve) => half.once("close", resolve))
       const dead = net.connect({ port, host: "127.0.0.1", allowHalfOpen: true })
       dead.on("error", () => {})
       dead.write(
-        `POST /api/v1/insert HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{`
+        `POST /api/v1/insert HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{`
       )
       await new Promise((resolve) => setTimeout(resolve, 500))
 
