@@ -257,7 +257,7 @@ class Session {
     if (this.waitingBytes() === 0 || this.#seenWritten - this.#writtenThen >= readBytesMin) {
       this.#readSince = now
       this.#writtenThen = this.#seenWritten
-    } else if (now - this.#readSince >= settings.idleTimeoutMillis + slowReaderGraceMillis) {
+    } else if (now - this.#readSince >= slowReaderMillis(settings)) {
       this.#cut(Http2.constants.NGHTTP2_ENHANCE_YOUR_CALM)
       return "slow_reader"
     }
@@ -265,7 +265,8 @@ class Session {
       this.#heardAt = now
       return undefined
     }
-    if (now - this.#heardAt >= settings.idleTimeoutMillis) {
+    const unanswered = this.#pingedAt > this.#heardAt ? now - this.#pingedAt : 0
+    if (unanswered >= settings.idleTimeoutMillis - settings.pingIntervalMillis) {
       this.#cut(Http2.constants.NGHTTP2_CANCEL)
       return "peer_gone"
     }
@@ -287,8 +288,9 @@ class Session {
 /** Bytes that a peer takes at the least in the time for it, or it is not reading: answers to its pings are some too. */
 const readBytesMin = 16_384
 
-/** Milliseconds more than the streams have that close a slow reader in their own words. */
-export const slowReaderGraceMillis = 5_000
+/** Milliseconds for a peer to read something: more than the streams wait that close a slow reader in their own words. */
+export const slowReaderMillis = ({ idleTimeoutMillis }: SettingValues): number =>
+  idleTimeoutMillis + Math.min(5_000, idleTimeoutMillis / 2)
 
 /** Milliseconds that a session which was told to go has for it. */
 const goodbyeMillis = 2_000

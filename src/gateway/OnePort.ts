@@ -12,7 +12,7 @@ import { Data, Effect } from "effect"
 import type { SettingValues } from "../config.ts"
 import { type ClientAddresses, networkOf, plainAddress } from "./ClientAddresses.ts"
 import type { GrpcHandler } from "./GrpcHandler.ts"
-import { Http2Wire, slowReaderGraceMillis } from "./Http2Wire.ts"
+import { Http2Wire, slowReaderMillis } from "./Http2Wire.ts"
 import { malformed, type RawProblem, rawProblems } from "./RawProblems.ts"
 import * as TlsWire from "./TlsWire.ts"
 
@@ -102,7 +102,9 @@ class Port {
     this.#http1 = (socket) => http1.call(server, socket)
     server.on("connection", (socket) => this.#connected(socket))
     server.on("request", (request, response) => {
-      if (this.#draining) response.setHeader("connection", "close")
+      // Node says so by itself when the bound on requests is reached, and then does not close.
+      const isLast = (response as { maxRequestsOnConnectionReached?: boolean }).maxRequestsOnConnectionReached
+      if (this.#draining || isLast === true) response.setHeader("connection", "close")
       handlers.onRequest(request, response)
     })
     server.on("upgrade", handlers.onUpgrade)
@@ -274,7 +276,7 @@ class Port {
       if (unread === "" || unread !== peer.unread) {
         peer.unread = unread
         peer.since = now
-      } else if (now - peer.since >= this.#settings.idleTimeoutMillis + slowReaderGraceMillis) {
+      } else if (now - peer.since >= slowReaderMillis(this.#settings)) {
         this.#handlers.onRefused("slow_reader")
         socket.destroy()
       }

@@ -73,6 +73,6 @@ it("a call does not cover for a flood of frames that belong to none", async () =
     await sleep(10)
     for (let i = 0; i < 20 && !socket.destroyed; i++) socket.write(unknown)
   }
-  assert.deepStrictEqual(refused, ["frame_flood"])
+  assert.deepStrictEqual(refused, ["h2OverheadBytesPerSecond"])
   noisy.close()
 })

@@ -188,7 +188,7 @@ describe("a body", () => {
         got: "application/json"
       })
 
-      const encoded = yield* post(url, "{}", { "content-type": "application/ndjson", "content-encoding": "gzip" })
+      const encoded = yield* post(url, "{}", { "content-type": "application/ndjson", "content-encoding": "compress" })
       assert.deepStrictEqual([encoded.status, encoded.type], [415, "application/x-ndjson"])
       assert.deepStrictEqual(defectsOf(messagesOf(encoded.text)), ["Send a body that is not encoded, not gzip."])
 
