@@ -31,6 +31,9 @@ class Partition {
   changedAt = 0
   inFlight = 0
   demotable = true
+  /** Written since its snapshot, of one that is mapped. */
+  recent = 0
+  merges = 0
   readonly scope = Scope.makeUnsafe()
 
   constructor(process: Process, name: string, full: number, mapped: number | undefined) {
@@ -41,7 +44,7 @@ class Partition {
   }
 
   get bytes(): number {
-    return this.form === "full" ? this.full : (this.mapped ?? this.full)
+    return this.form === "full" ? this.full : (this.mapped ?? this.full) + this.recent
   }
 
   get resident(): ResidentPartition {
@@ -62,6 +65,13 @@ class Partition {
         this.changedAt = Date.now()
         if (this.demotable) this.form = "mapped"
         return this.demotable
+      }),
+      recentBytes: () => (this.form === "full" ? 0 : this.recent),
+      merge: Effect.sync(() => {
+        this.changedAt = Date.now()
+        this.recent = 0
+        this.merges += 1
+        return true
       }),
       passivate: Effect.suspend(() => {
         this.process.partitions.delete(this.name)
