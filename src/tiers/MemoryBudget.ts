@@ -282,10 +282,18 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
         collectedAt = Date.now()
       }
       sample()
-      stuck = room() < 0 && !(yield* makeRoom(0))
     }
   })
   yield* Effect.forkScoped(look)
+
+  // Apart from looking: what gives way may take seconds, and that is when most is held.
+  const keep = Effect.gen(function* () {
+    while (true) {
+      yield* Effect.sleep(lookMillis)
+      stuck = room() < 0 && !(yield* makeRoom(0))
+    }
+  })
+  yield* Effect.forkScoped(keep)
 
   return MemoryBudget.of({
     reserve,
