@@ -14,7 +14,7 @@
 import { Context, Effect, Layer, Metric, type Scope, Semaphore } from "effect"
 import { Settings } from "../config.ts"
 import { Overloaded } from "../protocol/Errors.ts"
-import { collectGarbage } from "./collectGarbage.ts"
+import { collectGrown } from "./collectGarbage.ts"
 import type { IndexForm } from "./VectorIndex.ts"
 
 /** A resident partition, as the budget sees it. Everything is cheap to ask; `measure` asks its thread. */
@@ -152,7 +152,7 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
   const gate = yield* Semaphore.make(1)
   const samples: Array<{ readonly at: number; readonly bytes: number }> = []
   let reservedBytes = 0
-  const collect = options.collect ?? collectGarbage
+  const collect = options.collect ?? collectGrown
   const collectors = new Set<() => void>()
   let collectedAt = 0
   let stuck = false

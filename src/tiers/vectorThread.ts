@@ -8,7 +8,7 @@
  * answers as many as fit into the rest, and all that have waited for too long.
  */
 import { parentPort, receiveMessageOnPort, workerData } from "node:worker_threads"
-import { collectGarbage } from "./collectGarbage.ts"
+import { collectGarbage, collectGrown } from "./collectGarbage.ts"
 import { BlockCache } from "./index/BlockCache.ts"
 import { FileFault } from "./index/RecordsFile.ts"
 import { type Hits, Resident } from "./index/Resident.ts"
@@ -363,14 +363,21 @@ const close = (seat: Seat): void => {
 /** What was let go of since garbage was last collected here. */
 let closedBytes = 0
 let collectedAt = 0
+/** Whether memory is said to be short. */
+let isShort = false
+/** So much is worth it then. */
+const collectBytesWhereShort = 4 * 1_048_576
 
 /** V8 does not see that WebAssembly's memories of what was let go of are of no use any more. */
 const collectWhereDue = (): void => {
-  if (closedBytes < collectBytes) return
+  if (closedBytes < collectBytes && !isShort) return
   if (ready.length > 0 && performance.now() - collectedAt < collectEveryMillis) return
   flush()
-  closedBytes = 0
-  collectGarbage()
+  if (closedBytes >= (isShort ? collectBytesWhereShort : collectBytes)) {
+    closedBytes = 0
+    collectGarbage()
+  } else collectGrown()
+  isShort = false
   collectedAt = performance.now()
 }
 
@@ -475,7 +482,7 @@ const take = (message: ToThread): void => {
       for (const seat of seats.values()) seat.parked.delete(request)
     }
   }
-  if (message.collect === true) closedBytes = collectBytes
+  if (message.collect === true) isShort = true
   if (message.stop === true) {
     isStopping = true
     for (const seat of [...seats.values()]) close(seat)
