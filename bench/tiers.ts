@@ -304,6 +304,7 @@ const inserts = async (data: Data, directory: string): Promise<void> => {
   try {
     await gcs.createBucket("tiers")
     const rates: Record<string, Array<number>> = { files: [], objects: [] }
+    const grouped: Record<string, Array<number>> = { files: [], objects: [] }
     for (let round = 0; round < 3; round++) {
       for (const place of ["files", "objects"] as const) {
         const isLocal = place === "files"
@@ -314,6 +315,8 @@ const inserts = async (data: Data, directory: string): Promise<void> => {
         )
         const to = Math.min(20_000, data.base.words.length)
         rates[place]!.push(await load(server, data.base, { collection: "default", lanes: 8, to }))
+        const objects = await metric(server, "ruvector_log_objects")
+        grouped[place]!.push((await metric(server, "ruvector_log_writes")) / objects)
         await server.stop()
       }
     }
@@ -321,6 +324,8 @@ const inserts = async (data: Data, directory: string): Promise<void> => {
     const objects = quantile(rates["objects"]!, 0.5)
     row("inserts", "directory, 8 in flight, batches of 100", files, "vectors/s")
     row("inserts", "object store, the same", objects, "vectors/s")
+    row("inserts", "inserts committed as one log object, directory", quantile(grouped["files"]!, 0.5), "", "> 1")
+    row("inserts", "inserts committed as one log object, object store", quantile(grouped["objects"]!, 0.5), "", "> 1")
     row("inserts", "object store beside directory", objects / files, "x", ">= 0.8")
   } finally {
     await gcs.stop()
