@@ -5,6 +5,7 @@
  * A snapshot with a sketch is opened in its mapped form, which takes milliseconds; the full form is loaded behind it where
  * the memory budget has room (`ResidentIndex`). Without one the full form is opened at once: the records are few.
  */
+import { availableParallelism } from "node:os"
 import { Context, Effect, Exit, Layer, Result, Scope, Semaphore, Stream } from "effect"
 import { Settings } from "../config.ts"
 import type { Collection } from "../protocol/Collection.ts"
@@ -122,9 +123,12 @@ export class PartitionOpener extends Context.Service<
       )
       // One at a time: each takes a vector thread's time from searches.
       const promotions = yield* Semaphore.make(1)
+      // As many snapshots are made at once as there are threads to make them: each takes memory meanwhile.
+      const { threads } = yield* Settings
+      const snapshots = yield* Semaphore.make(threads || Math.max(1, availableParallelism() - 1))
       return PartitionOpener.of({
         open: (address, collection, options) =>
-          open(address, collection, options, promotions).pipe(
+          open(address, collection, options, { promotions, snapshots }).pipe(
             Effect.annotateLogs({ collection: address.collection, partition: address.partition }),
             Effect.provideContext(services)
           )
@@ -144,6 +148,12 @@ const fullFactor = 1.35
 const mappedFactor = 1.25
 
 const fullBytesOf = ({ records, graph }: Snapshot): number => (records.bytes + graph.bytes) * fullFactor
+/** Of the graph that the full form builds where the snapshot has none: links, points, labels, locks. */
+const graphBytesOf = (spec: IndexSpec, { graph }: Snapshot, count: number): number =>
+  graph.bytes > graphFileMin ? 0 : graphLocksBytes + count * (spec.m * 8 + spec.dimensions * 4 + 160)
+const graphLocksBytes = 65_536 * 40
+/** A graph file that is smaller has no nodes. */
+const graphFileMin = 1_024
 const mappedBytesOf = (sketch: { readonly bytes: number }): number => sketch.bytes * mappedFactor + 1_048_576
 
 interface Opening {
@@ -155,7 +165,7 @@ const open = Effect.fnUntraced(function* (
   address: PartitionAddress,
   collection: Collection,
   options: OpenOptions,
-  promotions: Semaphore.Semaphore
+  { promotions, snapshots }: { readonly promotions: Semaphore.Semaphore; readonly snapshots: Semaphore.Semaphore }
 ) {
   const started = performance.now()
   const settings = yield* Settings
@@ -305,19 +315,35 @@ const open = Effect.fnUntraced(function* (
     appliedSeq: writer.appliedSeq,
     replayed,
     scratch,
-    settings
+    settings,
+    making: snapshots
   })
 
   let usedAt = Date.now()
   let changedAt = 0
-  let { bytes, count } = replayedStats
-  let fullBytes = index.form() === "full" ? bytes : log.snapshot === undefined ? emptyBytes : fullBytesOf(log.snapshot)
+  let { bytes, count, recentBytes } = replayedStats
+  const fullEstimate = () => {
+    const snapshot = log.newestSnapshot()
+    return snapshot === undefined
+      ? Math.max(bytes, emptyBytes)
+      : fullBytesOf(snapshot) + graphBytesOf(spec, snapshot, count)
+  }
+  let fullBytes = index.form() === "full" ? bytes : fullEstimate()
+
+  /** What the full form took when it was last in use, and of how many records. */
+  let fullMeasured = 0
+  let fullCount = 0
 
   const measure = Effect.ignore(
     Effect.map(index.stats, (stats) => {
       bytes = stats.bytes
       count = stats.count
-      if (index.form() === "full") fullBytes = bytes
+      recentBytes = stats.recentBytes
+      fullBytes = index.form() === "full" ? bytes : Math.max(fullEstimate(), count < fullCount ? 0 : fullMeasured)
+      if (index.form() === "full") {
+        fullMeasured = bytes
+        fullCount = count
+      }
     })
   )
 
@@ -359,6 +385,14 @@ const open = Effect.fnUntraced(function* (
     return false
   })
 
+  const merge = Effect.gen(function* () {
+    if (index.form() !== "mapped" || index.changing()) return false
+    const done = yield* policy.snapshot
+    changedAt = Date.now()
+    yield* measure
+    return done
+  })
+
   yield* budget.join({
     partition: partitionId(address),
     form: index.form,
@@ -377,6 +411,8 @@ const open = Effect.fnUntraced(function* (
     measure,
     promote,
     demote,
+    recentBytes: () => recentBytes,
+    merge,
     passivate: options.letGo({ verify: false })
   })
   yield* Scope.close(opening, Exit.void)

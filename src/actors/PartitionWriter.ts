@@ -12,7 +12,7 @@
  * given up. `appliedSeq` counts only what is committed; a snapshot may hold early writes beyond it, which does no harm, since
  * applying is idempotent.
  */
-import { Deferred, Effect, Fiber, Metric, Option, Result, type Scope, Semaphore } from "effect"
+import { Context, Deferred, Effect, Fiber, Metric, Option, Result, type Scope, Semaphore } from "effect"
 import { InvalidInput, Overloaded, StorageUnavailable } from "../protocol/Errors.ts"
 import { metadataBytesMax } from "../protocol/Limits.ts"
 import { formatVersion, type Version, type VersionClock } from "../protocol/Version.ts"
@@ -111,6 +111,17 @@ const flushMillis = 10_000
 const writesLost = Metric.counter("ruvector_early_writes_lost", {
   description: "Operations acknowledged as memory or warm that another owner's claim kept out of the log"
 })
+
+const logObjects = Metric.counter("ruvector_log_objects", {
+  description: "Log objects committed: each is durable at the cost of one"
+})
+const logWrites = Metric.counter("ruvector_log_writes", { description: "Writes that these took, many in one" })
+const metricContext = Context.empty()
+
+const countCommit = (writes: number): void => {
+  logObjects.updateUnsafe(1, metricContext)
+  logWrites.updateUnsafe(writes, metricContext)
+}
 
 /** What a patch is counted as in the bounds on bytes, before it is merged. */
 const patchBytes = 1_024
@@ -419,6 +430,7 @@ export const make = (
       }
       const { seq, recovered } = appended.success
       inDoubt = false
+      countCommit(group.length)
       // An earlier group whose writers were told that it failed has turned out to be in the log: it counts.
       for (const earlier of recovered)
         yield* applyInOrder(earlier.seq, earlier.bytes, decodeSegment(earlier.bytes).ops, () => {})
@@ -449,6 +461,7 @@ export const make = (
         let found: ReadonlyArray<{ readonly seq: number; readonly bytes: Uint8Array }>
         if (Result.isSuccess(appended)) {
           seq = appended.success.seq
+          countCommit(group.length)
           found = appended.success.recovered
         } else {
           if (appended.failure._tag === "NotOwner") return yield* lostTo(appended.failure, ops.length)

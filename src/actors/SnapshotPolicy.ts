@@ -29,6 +29,8 @@ export const make = Effect.fnUntraced(function* (options: {
   /** Where files are made. */
   readonly scratch: string
   readonly settings: SettingValues
+  /** Held while the files of a snapshot are made. */
+  readonly making: Semaphore.Semaphore
 }) {
   const { log, index, settings, scratch } = options
   const scope = yield* Effect.scope
@@ -41,7 +43,7 @@ export const make = Effect.fnUntraced(function* (options: {
     const covered = pending
     const directory = yield* Effect.promise(() => mkdtemp(join(scratch, "snapshot-")))
     yield* Effect.gen(function* () {
-      const files = yield* index.snapshot(directory)
+      const files = yield* options.making.withPermit(index.snapshot(directory))
       yield* log.commitSnapshot(seq, files)
     }).pipe(Effect.ensuring(Effect.promise(() => rm(directory, { recursive: true, force: true }))))
     pending -= covered

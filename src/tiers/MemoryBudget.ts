@@ -2,19 +2,19 @@
  * The hot tier's budget: what the process may hold in memory, shared by the resident partitions and the caches.
  *
  * **Measured.** `runtime` is what the process takes beside them: its resident memory less what partitions and caches say
- * they hold, the mean of the last {@link runtimeWindowMillis}, since garbage comes and goes and memory that was just given up
- * comes back with a delay. Partitions and caches share what the budget leaves beside that. While the process holds more than
+ * they hold: the mean of the last {@link runtimeWindowMillis} and what it deviates from that, since garbage comes and goes and
+ * memory that was just given up comes back with a delay. Partitions and caches share what the budget leaves beside that. While the process holds more than
  * its budget, garbage is collected again and again.
  *
  * **Kept.** Who opens a partition, or changes it to its full form, reserves what that will take. Where there is no room,
- * room is made: first caches give way, then full forms become mapped ones, then mapped partitions are let go; the longest
- * unused and largest first. What was used within {@link restMillis} or has requests under way is not let go, and what has
+ * room is made: first caches give way, then full forms become mapped ones, then what mapped partitions were given since their
+ * snapshot is merged into a new one, then mapped partitions are let go; the longest unused and largest first. What was used within {@link restMillis} or has requests under way is not let go, and what has
  * just changed its form does not change it again; if that leaves nothing, the answer is `Overloaded`, at once.
  */
 import { Context, Effect, Layer, Metric, type Scope, Semaphore } from "effect"
 import { Settings } from "../config.ts"
 import { Overloaded } from "../protocol/Errors.ts"
-import { collectGarbage } from "./collectGarbage.ts"
+import { collectGrown } from "./collectGarbage.ts"
 import type { IndexForm } from "./VectorIndex.ts"
 
 /** A resident partition, as the budget sees it. Everything is cheap to ask; `measure` asks its thread. */
@@ -41,6 +41,10 @@ export interface ResidentPartition {
   /** Changes the form; false where it could not. `demote` snapshots first where there is news. */
   readonly promote: Effect.Effect<boolean>
   readonly demote: Effect.Effect<boolean>
+  /** Bytes that {@link merge} gives back: of what was written since the snapshot, in the mapped form. */
+  readonly recentBytes: () => number
+  /** Snapshots a mapped partition, which goes on from that; false where it could not. */
+  readonly merge: Effect.Effect<boolean>
   /** Lets go of the partition; the next request opens it again. */
   readonly passivate: Effect.Effect<void>
 }
@@ -131,7 +135,11 @@ const changeMillis = 2_000
 const evictionsMax = 256
 
 /** While the process holds more than it may, its garbage is collected; not more often than this, since that takes its time. */
-const collectEveryMillis = 2_000
+const collectEveryMillis = 1_000
+
+/** Least bytes written since a snapshot, and their least share of the partition, that are merged to make room. */
+const mergeBytesMin = 1_048_576
+const mergeShareMin = 0.2
 
 /** Over the budget by so much, writes wait. */
 const exhaustedFactor = 1.05
@@ -144,7 +152,7 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
   const gate = yield* Semaphore.make(1)
   const samples: Array<{ readonly at: number; readonly bytes: number }> = []
   let reservedBytes = 0
-  const collect = options.collect ?? collectGarbage
+  const collect = options.collect ?? collectGrown
   const collectors = new Set<() => void>()
   let collectedAt = 0
   let stuck = false
@@ -170,8 +178,13 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
   const runtimeBytes = (): number => {
     if (samples.length === 0) sample()
     let sum = 0
-    for (const { bytes } of samples) sum += bytes
-    return sum / samples.length
+    let squares = 0
+    for (const { bytes } of samples) {
+      sum += bytes
+      squares += bytes * bytes
+    }
+    const mean = sum / samples.length
+    return mean + Math.sqrt(Math.max(0, squares / samples.length - mean * mean))
   }
 
   /** What partitions and caches may hold together. */
@@ -206,6 +219,14 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
       }
       if (act !== undefined) return act
     }
+    // What is written all the time is in use all the time. Each merge rewrites a whole partition, so small ones are not worth it.
+    for (const one of residents.values()) {
+      const recent = one.recentBytes()
+      if (one.form() !== "mapped" || one.changing() || recent < Math.max(mergeBytesMin, one.bytes() * mergeShareMin))
+        continue
+      if (now - one.changedAt() >= changeMillis) offer(count(one.merge, merges), recent)
+    }
+    if (act !== undefined) return act
     for (const one of residents.values()) {
       if (isIdle(one)) offer(count(Effect.as(one.passivate, true), passivations), gain(one, one.bytes()))
     }
@@ -261,10 +282,18 @@ const make = Effect.fnUntraced(function* (options: MemoryBudgetOptions) {
         collectedAt = Date.now()
       }
       sample()
-      stuck = room() < 0 && !(yield* makeRoom(0))
     }
   })
   yield* Effect.forkScoped(look)
+
+  // Apart from looking: what gives way may take seconds, and that is when most is held.
+  const keep = Effect.gen(function* () {
+    while (true) {
+      yield* Effect.sleep(lookMillis)
+      stuck = room() < 0 && !(yield* makeRoom(0))
+    }
+  })
+  yield* Effect.forkScoped(keep)
 
   return MemoryBudget.of({
     reserve,
@@ -315,6 +344,9 @@ const demotions = Metric.counter("ruvector_budget_demotions", {
 })
 const passivations = Metric.counter("ruvector_budget_passivations", {
   description: "Partitions let go because memory was needed"
+})
+const merges = Metric.counter("ruvector_budget_merges", {
+  description: "Mapped partitions snapshotted because the memory of what was written since was needed"
 })
 const refusals = Metric.counter("ruvector_budget_refusals", {
   description: "Requests refused because memory was needed and everything was in use"

@@ -89,6 +89,8 @@ export interface IndexStats {
   readonly form: IndexForm
   /** Visible records that are in memory with their vectors: all in the full form, those written since the snapshot in the mapped one. */
   readonly inMemory: number
+  /** Of {@link bytes} what was written since the snapshot takes in the mapped form: a snapshot gives them back. */
+  readonly recentBytes: number
   /** Of {@link bytes} what these take; the rest is ids, metadata and versions. */
   readonly bytesOf: {
     /** Vectors as they were inserted. */

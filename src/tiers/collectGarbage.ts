@@ -4,7 +4,7 @@
  *
  * Takes about a millisecond for each megabyte that lives: for moments of need only.
  */
-import { setFlagsFromString } from "node:v8"
+import { getHeapStatistics, setFlagsFromString } from "node:v8"
 import { runInNewContext } from "node:vm"
 
 export const collectGarbage = (): void => {
@@ -16,6 +16,18 @@ export const collectGarbage = (): void => {
     setFlagsFromString("--no-expose-gc")
   }
   collect()
+  livedBytes = getHeapStatistics().used_heap_size
 }
+
+/** The same where the heap has grown enough since the last time to be worth its cost. */
+export const collectGrown = (): void => {
+  if (getHeapStatistics().used_heap_size - livedBytes >= grownBytes) collectGarbage()
+}
+
+/** What may lie in the heap of a thread without being collected for it. */
+const grownBytes = 12 * 1_048_576
+
+/** What the heap held after garbage was last collected here. */
+let livedBytes = 0
 
 let collect: (() => void) | undefined

@@ -8,7 +8,7 @@
  * answers as many as fit into the rest, and all that have waited for too long.
  */
 import { parentPort, receiveMessageOnPort, workerData } from "node:worker_threads"
-import { collectGarbage } from "./collectGarbage.ts"
+import { collectGarbage, collectGrown } from "./collectGarbage.ts"
 import { BlockCache } from "./index/BlockCache.ts"
 import { FileFault } from "./index/RecordsFile.ts"
 import { type Hits, Resident } from "./index/Resident.ts"
@@ -49,8 +49,9 @@ const searchesPerSegment = 8
 /** How often the thread says how much memory it holds. */
 const bytesEveryMillis = 250
 
-/** Garbage is collected when partitions that held so much have been closed and there is nothing else to do. */
+/** Garbage is collected when so much has been let go of: at once where there is nothing else to do, else not more often than this. */
 const collectBytes = 32 * 1_048_576
+const collectEveryMillis = 1_000
 
 interface Search {
   readonly request: number
@@ -305,6 +306,7 @@ const jobStep = (seat: Seat, resumed?: { readonly value?: unknown; readonly erro
           : job.work.next(resumed.value)
     if (step.done === true) {
       seat.jobs.shift()
+      closedBytes += seat.partition.takeLeftBytes()
       answer(step.value)
     } else if (step.value !== undefined) {
       seat.waiting = true
@@ -358,8 +360,26 @@ const close = (seat: Seat): void => {
   else vacate(seat)
 }
 
-/** What closed partitions held since garbage was last collected here. */
+/** What was let go of since garbage was last collected here. */
 let closedBytes = 0
+let collectedAt = 0
+/** Whether memory is said to be short. */
+let isShort = false
+/** So much is worth it then. */
+const collectBytesWhereShort = 4 * 1_048_576
+
+/** V8 does not see that WebAssembly's memories of what was let go of are of no use any more. */
+const collectWhereDue = (): void => {
+  if (closedBytes < collectBytes && !isShort) return
+  if (ready.length > 0 && performance.now() - collectedAt < collectEveryMillis) return
+  flush()
+  if (closedBytes >= (isShort ? collectBytesWhereShort : collectBytes)) {
+    closedBytes = 0
+    collectGarbage()
+  } else collectGrown()
+  isShort = false
+  collectedAt = performance.now()
+}
 
 const vacate = (seat: Seat): void => {
   closedBytes += seat.partition.bytes
@@ -462,7 +482,7 @@ const take = (message: ToThread): void => {
       for (const seat of seats.values()) seat.parked.delete(request)
     }
   }
-  if (message.collect === true) closedBytes = collectBytes
+  if (message.collect === true) isShort = true
   if (message.stop === true) {
     isStopping = true
     for (const seat of [...seats.values()]) close(seat)
@@ -555,15 +575,8 @@ const turn = (): void => {
     flush()
     runSlice()
     schedule()
-  } else {
-    owedMillis = 0
-    // V8 does not see that WebAssembly's memories of closed partitions are of no use any more.
-    if (closedBytes >= collectBytes) {
-      flush()
-      closedBytes = 0
-      collectGarbage()
-    }
-  }
+  } else owedMillis = 0
+  collectWhereDue()
   flush()
   leave()
 }

@@ -31,6 +31,9 @@ class Partition {
   changedAt = 0
   inFlight = 0
   demotable = true
+  /** Written since its snapshot, of one that is mapped. */
+  recent = 0
+  merges = 0
   readonly scope = Scope.makeUnsafe()
 
   constructor(process: Process, name: string, full: number, mapped: number | undefined) {
@@ -41,7 +44,7 @@ class Partition {
   }
 
   get bytes(): number {
-    return this.form === "full" ? this.full : (this.mapped ?? this.full)
+    return this.form === "full" ? this.full : (this.mapped ?? this.full) + this.recent
   }
 
   get resident(): ResidentPartition {
@@ -62,6 +65,13 @@ class Partition {
         this.changedAt = Date.now()
         if (this.demotable) this.form = "mapped"
         return this.demotable
+      }),
+      recentBytes: () => (this.form === "full" ? 0 : this.recent),
+      merge: Effect.sync(() => {
+        this.changedAt = Date.now()
+        this.recent = 0
+        this.merges += 1
+        return true
       }),
       passivate: Effect.suspend(() => {
         this.process.partitions.delete(this.name)
@@ -146,6 +156,74 @@ describe("the memory budget", () => {
         yield* enter(used(new Partition(process, "b", 60 * megabyte, 3 * megabyte), 0))
         assert.strictEqual(a.form, "mapped")
       })
+    )
+  })
+
+  it.effect(
+    "merges what mapped partitions in use were given, the most first, before it refuses; small ones not at all",
+    () => {
+      const process = new Process()
+      return withBudget(
+        process,
+        runtime + 100 * megabyte,
+        Effect.gen(function* () {
+          const budget = yield* MemoryBudget
+          const written = [30, 45, 1].map((recent, i) => {
+            const one = used(new Partition(process, `p${i}`, 60 * megabyte, 8 * megabyte), 0)
+            one.form = "mapped"
+            one.inFlight = 1
+            one.recent = recent * megabyte
+            return one
+          })
+          const [a, b, small] = written as [Partition, Partition, Partition]
+          // Given what they have after they were opened, as by writes.
+          for (const one of written) {
+            const { recent } = one
+            one.recent = 0
+            yield* enter(one)
+            one.recent = recent
+          }
+          yield* Effect.scoped(budget.reserve(20 * megabyte))
+          assert.deepStrictEqual([a.merges, b.merges, small.merges], [0, 1, 0])
+          assert.strictEqual(process.partitions.size, 3)
+          a.changedAt = 0
+          yield* Effect.scoped(budget.reserve(70 * megabyte))
+          assert.deepStrictEqual([a.merges, b.merges, small.merges], [1, 1, 0])
+          const error = yield* Effect.flip(Effect.scoped(budget.reserve(80 * megabyte)))
+          assert.deepStrictEqual([error._tag, small.merges], ["Overloaded", 0])
+        })
+      )
+    }
+  )
+
+  it.effect("goes on looking and collecting while something that gives way takes its time", () => {
+    const process = new Process()
+    let collected = 0
+    return Effect.scoped(
+      Effect.gen(function* () {
+        const budget = yield* MemoryBudget
+        const slow = used(new Partition(process, "slow", 80 * megabyte, 2 * megabyte), 60_000)
+        process.partitions.set("slow", slow)
+        yield* budget.join({ ...slow.resident, demote: Effect.never })
+        process.cacheBytes = 50 * megabyte
+        yield* TestClock.adjust(1_000)
+        const before = collected
+        process.cacheBytes = 60 * megabyte
+        // The interval between two collections is one of the wall's clock.
+        yield* Effect.promise(() => new Promise((resolve) => setTimeout(resolve, 1_100)))
+        yield* TestClock.adjust(1_000)
+        assert.isAbove(collected, before)
+      })
+    ).pipe(
+      Effect.provide(
+        MemoryBudget.layerWith({
+          budgetBytes: runtime + 100 * megabyte,
+          residentBytes: () => process.residentBytes,
+          collect: () => {
+            collected += 1
+          }
+        })
+      )
     )
   })
 

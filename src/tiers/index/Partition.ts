@@ -24,6 +24,8 @@ export interface Found {
 export interface PartitionTuning {
   /** Records from which there is a graph; chosen by the dimensions where none is given. */
   readonly graphFrom?: number | undefined
+  /** How many times as many it takes, of a partition whose records will soon be in a snapshot: it is worth a graph later. */
+  readonly graphFactor?: number
   /** Rows that an exact scan looks at in the time in which a walk's beam widens by one. */
   readonly exactRowsPerBeam?: number
 }
@@ -50,8 +52,9 @@ export class Partition {
     this.spec = spec
     this.arena = new VectorArena(spec.dimensions, spec.metric)
     this.#point = new Array<number>(spec.dimensions).fill(0)
-    this.#graphFrom =
+    const from =
       tuning.graphFrom ?? Math.min(graphFromMax, Math.max(graphFromMin, Math.round(exactComponents / spec.dimensions)))
+    this.#graphFrom = from * (tuning.graphFactor ?? 1)
     this.#exactRowsPerBeam = tuning.exactRowsPerBeam ?? exactRowsPerBeam
   }
 

@@ -56,6 +56,7 @@ export class Resident {
   #standing: StandingRegistry | undefined
   /** Log position of the last segment applied. */
   #seq = 0
+  #leftBytes = 0
 
   constructor(spec: IndexSpec, options: ResidentOptions) {
     this.spec = spec
@@ -249,6 +250,7 @@ export class Resident {
       counters: table.counters,
       form: this.form,
       inMemory: table.count,
+      recentBytes: this.recentBytes,
       bytesOf: {
         vectors: arena.bytes,
         graph: this.#recent.graphBytes,
@@ -264,6 +266,18 @@ export class Resident {
     return this.#recent.bytes + (this.#base?.bytes ?? 0) + (this.#standing?.bytes ?? 0)
   }
 
+  /** Bytes of what was written since the snapshot, in the mapped form: a new snapshot takes them in. 0 in the full form. */
+  get recentBytes(): number {
+    return this.#base === undefined ? 0 : this.#recent.bytes
+  }
+
+  /** Bytes that were let go of since last asked, and are there until garbage is collected: V8 does not see those of WebAssembly. */
+  takeLeftBytes(): number {
+    const bytes = this.#leftBytes
+    this.#leftBytes = 0
+    return bytes
+  }
+
   /** Writes the state into files of `directory`, and goes on from them where that is the form to have. Nothing else changes it meanwhile. */
   *snapshot(directory: string): Work<SnapshotFiles> {
     const records = join(directory, "records.bin")
@@ -271,6 +285,9 @@ export class Resident {
     const sketch = join(directory, "sketch.bin")
     yield* settled(mkdir(directory, { recursive: true }))
     const isQuantised = (this.spec.quantization ?? "none") !== "none"
+    // A sketch is made from about this: the sample that it is trained on, twice, and codes and places of all.
+    const count = this.#recent.table.count + (this.#base?.count ?? 0)
+    this.#leftBytes += Math.min(count, sampleRows) * this.spec.dimensions * 8 + count * (this.spec.dimensions / 4 + 48)
     if (this.#base !== undefined) {
       const base = this.#base
       const outline = yield* writeRecordsOf(records, this.spec, this.#merged(base))
@@ -322,6 +339,7 @@ export class Resident {
   *#openMapped(records: string, sketch: string): Work<void> {
     const base = yield* MappedBase.open(this.spec, { records, sketch }, this.#options.cache)
     this.#base = base
+    this.#recent = new Partition(this.spec, { ...this.#options, graphFactor: recentGraphFactor })
     this.#observe(base)
   }
 
@@ -329,11 +347,12 @@ export class Resident {
   *#goOnFrom(records: string, sketch: string): Work<void> {
     const base = yield* MappedBase.open(this.spec, { records, sketch }, this.#options.cache)
     const before = this.#recent
+    this.#leftBytes += before.arena.bytes + (this.#base?.bytes ?? 0)
     if (this.#base?.wantsFilters === true) base.wantFilters()
     this.#base?.close()
     this.#base = base
     this.#quantiser = undefined
-    this.#recent = new Partition(this.spec, this.#options)
+    this.#recent = new Partition(this.spec, { ...this.#options, graphFactor: recentGraphFactor })
     before.dispose()
     this.#observe(base)
   }
@@ -468,6 +487,15 @@ function* writeGraph(file: string, spec: IndexSpec, graph: Graph): Work<void> {
   const written = yield* checkGraphFile(file, spec)
   if (written !== graph.nodes) throw new Error(`a graph of ${graph.nodes} nodes was written with ${written}`)
 }
+
+/**
+ * What was written since a snapshot is looked at one by one up to so many times the records of a partition with a graph: a
+ * graph costs most of an insertion and half of its memory, and the next snapshot of a mapped partition has none.
+ */
+const recentGraphFactor = 4
+
+/** Rows that a sketch is trained on, about. */
+const sampleRows = 16_384
 
 /** Where a record in the file names its node. */
 const nodeAt = 20

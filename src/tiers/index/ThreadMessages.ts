@@ -23,7 +23,7 @@ export interface ToThread {
   readonly commands?: ReadonlyArray<Command>
   /** Requests whose answer nobody waits for any more. */
   readonly cancelled?: ReadonlyArray<number>
-  /** Memory is short: garbage is collected when there is nothing else to do. */
+  /** Memory is short: garbage is collected, soon even where there is much else to do. */
   readonly collect?: true
   /** Ends the thread, once nothing of it is under way in libuv's pool. */
   readonly stop?: true
