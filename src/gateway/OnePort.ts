@@ -147,7 +147,7 @@ class Port {
     // Answers under way are to say that they are the last on their connection.
     for (const socket of this.#sockets.keys()) {
       const response = (socket as { _httpMessage?: Http.ServerResponse })._httpMessage
-      if (response !== undefined && !response.headersSent) response.setHeader("connection", "close")
+      if (response?.headersSent === false) response.setHeader("connection", "close")
     }
   }
 
