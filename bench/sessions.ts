@@ -26,7 +26,7 @@ import { loadWords, vectorText } from "./words.ts"
 const { values, positionals } = parseArgs({
   allowPositionals: true,
   options: {
-    vectors: { type: "string", default: "20000" },
+    vectors: { type: "string", default: "5000" },
     seconds: { type: "string", default: "30" },
     probe: { type: "string" }
   }
@@ -39,24 +39,24 @@ const queryText = (n: number): string => queryTexts[n % queryTexts.length] as st
 
 const parts: Record<string, () => Promise<void>> = {
   idle: async () => {
-    const count = within(5_000)
+    const count = Math.floor(within(10_000) / 2)
     const bare = await startBareWebSockets()
-    const ours = await served()
+    const ours = await served([], 0)
     const each = async (server: Pick<Server, "url" | "pid">): Promise<number> => {
-      // Code and buffers that the first connections make are not theirs.
-      const first = await openSome(server.url, 200)
-      for (const socket of first) socket.end()
+      // The first thousands use up what starting has left free in the heap.
+      const first = await openSome(server.url, count)
       const before = await settledBytes(server.pid)
       const sockets = await openSome(server.url, count)
       const after = await settledBytes(server.pid)
+      sockets.push(...first)
       const open = sockets.filter((socket) => socket.isOpen).length
-      if (open !== count) throw new Error(`${count - open} of ${count} connections were closed`)
+      if (open !== 2 * count) throw new Error(`${2 * count - open} of ${2 * count} connections were closed`)
       for (const socket of sockets) socket.end()
       return (after - before) / count
     }
     const bareBytes = await each(bare)
     const oursBytes = await each(ours)
-    say(`idle connection: ${kb(oursBytes)} KB, of bare ws ${kb(bareBytes)} KB (${count} of each)`)
+    say(`idle connection: ${kb(oursBytes)} KB, of bare ws ${kb(bareBytes)} KB (${count} of each, after as many)`)
     await bare.stop()
     await ours.stop()
   },
@@ -65,23 +65,35 @@ const parts: Record<string, () => Promise<void>> = {
     const connections = 100
     const each = 100
     const count = connections * each
-    for (const what of ["active", "asleep"] as const) {
-      // Asleep as soon as may be, or not while this is measured.
-      const server = await served(["--session-idle-millis", what === "active" ? "600000" : "5000"])
+    const searched = (sockets: ReadonlyArray<MultiplexedSocket>, from: number, to: number) =>
+      Promise.all(
+        sockets.map(async (socket) => {
+          for (let n = from; n < to; n++) await socket.search(`s${n}`, queryText(n))
+        })
+      )
+    {
+      const server = await served(["--session-idle-millis", "600000"])
       const sockets = await openSome(server.url, connections)
-      const search = (from: number, to: number) =>
-        Promise.all(
-          sockets.map(async (socket) => {
-            for (let n = from; n < to; n++) await socket.search(`s${n}`, queryText(n))
-          })
-        )
       // The first of them make what all share.
-      await search(0, 10)
+      await searched(sockets, 0, 10)
       const before = await settledBytes(server.pid)
-      await search(10, 10 + each)
-      if (what === "asleep") await untilAsleep(server.url)
+      await searched(sockets, 10, 10 + each)
       const after = await settledBytes(server.pid)
-      say(`${what} session: ${kb((after - before) / count)} KB (${count} sessions on ${connections} connections)`)
+      say(`active session: ${kb((after - before) / count)} KB (${count} sessions on ${connections} connections)`)
+      for (const socket of sockets) socket.end()
+      await server.stop()
+    }
+    {
+      const server = await served(["--session-idle-millis", "5000"])
+      const sockets = await openSome(server.url, connections)
+      // What as many had while they were awake is free in the heap, and used again by the next.
+      await searched(sockets, 0, each)
+      await untilAsleep(server.url)
+      const before = await settledBytes(server.pid)
+      await searched(sockets, each, 2 * each)
+      await untilAsleep(server.url)
+      const after = await settledBytes(server.pid)
+      say(`asleep session: ${kb((after - before) / count)} KB (${count} more of them)`)
       for (const socket of sockets) socket.end()
       await server.stop()
     }
@@ -137,6 +149,7 @@ const parts: Record<string, () => Promise<void>> = {
     const latencies = new Latencies()
     const cpuBefore = mainThreadMicros(server.pid)
     const asked: Array<Promise<void>> = []
+    let refused = 0
     const started = performance.now()
     let n = 0
     let peak = 0
@@ -148,7 +161,12 @@ const parts: Record<string, () => Promise<void>> = {
         const which = (n * 7_919) % all
         const at = started + (n * 1_000) / rate
         const socket = sockets[which % connections] as MultiplexedSocket
-        asked.push(socket.search(session(which), queryText(n)).then(() => latencies.add(performance.now() - at)))
+        asked.push(
+          socket.search(session(which), queryText(n)).then(
+            () => latencies.add(performance.now() - at),
+            () => void refused++
+          )
+        )
       }
       if (n % 1_000 < 20) peak = Math.max(peak, residentBytes(server.pid))
       await new Promise((resolve) => setTimeout(resolve, 2))
@@ -160,7 +178,7 @@ const parts: Record<string, () => Promise<void>> = {
     const open = sockets.filter((socket) => socket.isOpen).length
     say(
       `${all} sessions on ${connections} connections, ${rate} searches/s for ${seconds} s: ${latencies.text()}; ` +
-        `${asked.length} answered, ${known} sessions of ${all} and ${open} connections there, ${awake} awake at the end; ` +
+        `${asked.length - refused} answered, ${refused} refused, ${known} sessions of ${all} and ${open} connections there, ${awake} awake at the end; ` +
         `RSS at most ${mb(peak)} MB (${mb(before)} before), main thread ${cpu.toFixed(0)} % busy`
     )
     for (const socket of sockets) socket.end()
@@ -202,15 +220,15 @@ const parts: Record<string, () => Promise<void>> = {
   }
 }
 
-const served = async (flags: ReadonlyArray<string> = []): Promise<Server> => {
+const served = async (flags: ReadonlyArray<string> = [], loaded = vectors): Promise<Server> => {
   const directory = mkdtempSync(join(tmpdir(), "ruvector-sessions-"))
   process.on("exit", () => rmSync(directory, { recursive: true, force: true }))
   // Every search is one: queries come again, and their answers are not kept.
   const server = await startOurs(directory, ["--result-cache-bytes", "0", ...flags])
   const batch = 500
-  for (let at = 0; at < vectors; at += batch) {
+  for (let at = 0; at < loaded; at += batch) {
     const body = Array.from(
-      { length: Math.min(batch, vectors - at) },
+      { length: Math.min(batch, loaded - at) },
       (_, i) => `{"id":${JSON.stringify(base.words[at + i])},"vector":${vectorText(base, at + i)}}`
     )
     const response = await fetch(`${server.url}/api/v1/insert`, {

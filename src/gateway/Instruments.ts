@@ -76,8 +76,32 @@ const series = <S>(
 
 /** A request on some wire was answered. `status` is the HTTP status, or that of the problem sent. */
 export const countRequest = (wire: string, route: string, status: number, millis: number): void => {
-  series(requestMillis, "requestMillis", { wire, route }).updateUnsafe(millis, context)
-  series(requestsTotal, "requestsTotal", { wire, route, status: String(status) }).updateUnsafe(1, context)
+  const counted = requestsOf(wire, route)
+  counted.millis.updateUnsafe(millis, context)
+  let total = counted.total.get(status)
+  if (total === undefined) {
+    total = series(requestsTotal, "requestsTotal", { wire, route, status: String(status) })
+    counted.total.set(status, total)
+  }
+  total.updateUnsafe(1, context)
+}
+
+const requestsOf = (wire: string, route: string): RequestSeries => {
+  const found = requests.get(wire)?.get(route)
+  if (found !== undefined) return found
+  const made = { millis: series(requestMillis, "requestMillis", { wire, route }), total: new Map() }
+  const routes = requests.get(wire) ?? new Map<string, RequestSeries>()
+  requests.set(wire, routes.set(route, made))
+  return made
+}
+
+/** By wire and route: found without making a key for each request. */
+const requests = new Map<string, Map<string, RequestSeries>>()
+
+interface RequestSeries {
+  readonly millis: Metric.Metric<number, unknown>
+  /** By status. */
+  readonly total: Map<number, Metric.Metric<number, unknown>>
 }
 
 const open = new Map<string, number>()

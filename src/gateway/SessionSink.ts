@@ -4,6 +4,7 @@
  * is room again.
  */
 import { Context } from "effect"
+import type { Principal } from "../protocol/Principal.ts"
 import type { Frame } from "./WebSocketFrames.ts"
 
 export interface SessionSink {
@@ -34,13 +35,8 @@ export interface ConnectionSubscriptions {
   close(): void
 }
 
-/** Until when a connection may be served, `Infinity` for ever. */
-export interface Credential {
-  readonly expiresAtMillis: number
-}
-
 /** Takes the frames of `subscriptionFrameTypes`. */
 export class SubscriptionFrames extends Context.Service<
   SubscriptionFrames,
-  { readonly connect: (credential: Credential) => ConnectionSubscriptions }
+  { readonly connect: (principal: Principal) => ConnectionSubscriptions }
 >()("ruvector/gateway/SubscriptionFrames") {}

@@ -27,6 +27,7 @@ import {
   retryReason,
   type SearchFrame
 } from "../protocol/Frames.ts"
+import type { Principal } from "../protocol/Principal.ts"
 import type { Admission } from "../shards/Admission.ts"
 import type { Router } from "../shards/Router.ts"
 import type { Asker } from "../shards/Shedding.ts"
@@ -42,7 +43,7 @@ import {
 import { LogicalSession, ownSession, type SessionOwner } from "./LogicalSession.ts"
 import { instance, toQuery } from "./Queries.ts"
 import { refusalProblem, searchEnvelope } from "./Refusals.ts"
-import type { ConnectionSubscriptions, Credential, SubscriptionFrames } from "./SessionSink.ts"
+import type { ConnectionSubscriptions, SubscriptionFrames } from "./SessionSink.ts"
 import type { Sessions } from "./Sessions.ts"
 import * as Frames from "./WebSocketFrames.ts"
 
@@ -77,7 +78,7 @@ export class WebSocketConnection implements SessionOwner {
   readonly #hub: Hub
   readonly #ws: ClientSocket
   readonly #socket: Socket
-  readonly #credential: Credential
+  readonly #principal: Principal
   readonly #asker: Asker
   #phase: Phase = "serving"
   #closeCode = 0
@@ -113,12 +114,12 @@ export class WebSocketConnection implements SessionOwner {
   #accountedBytes: number
   #unfinishedSince = 0
 
-  constructor(hub: Hub, ws: ClientSocket, socket: Duplex, credential: Credential, asker: Asker) {
+  constructor(hub: Hub, ws: ClientSocket, socket: Duplex, principal: Principal, asker: Asker) {
     this.#hub = hub
     this.#ws = ws
     // What an HTTP server hands over is the connection's own socket.
     this.#socket = socket as Socket
-    this.#credential = credential
+    this.#principal = principal
     this.#asker = asker
     const now = hub.clock()
     this.#openedAt = now
@@ -302,7 +303,7 @@ export class WebSocketConnection implements SessionOwner {
   }
 
   #isExpired(): boolean {
-    const { expiresAtMillis } = this.#credential
+    const { expiresAtMillis } = this.#principal
     return expiresAtMillis !== Number.POSITIVE_INFINITY && Date.now() >= expiresAtMillis
   }
 
@@ -371,7 +372,7 @@ export class WebSocketConnection implements SessionOwner {
     if (Result.isFailure(label)) return this.#fail(label.failure, envelope)
     const session = this.#session(label.success.session)
     if (session instanceof Overloaded) return this.#fail(session, envelope)
-    this.#subscriptions ??= this.#hub.subscriptions.connect(this.#credential)
+    this.#subscriptions ??= this.#hub.subscriptions.connect(this.#principal)
     this.#subscriptions.frame(frame, session, envelope)
   }
 

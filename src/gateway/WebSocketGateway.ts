@@ -5,19 +5,18 @@
  * loop writes what they are sent.
  */
 import type { IncomingMessage } from "node:http"
-import { STATUS_CODES } from "node:http"
 import type { Duplex } from "node:stream"
 import { Context, Effect, Layer } from "effect"
 import { WebSocketServer } from "ws"
 import { Settings } from "../config.ts"
-import { type ApiError, ShuttingDown, toProblem } from "../protocol/Errors.ts"
 import { bearerSubprotocol, closeCodes, retryReason, subprotocol } from "../protocol/Frames.ts"
+import { anonymous, type Principal } from "../protocol/Principal.ts"
 import { Admission } from "../shards/Admission.ts"
 import { Router } from "../shards/Router.ts"
 import { countRequest } from "./Instruments.ts"
-import { problemContentType, problemHeaders } from "./Problems.ts"
+import { rawProblems } from "./RawProblems.ts"
 import { askerOf } from "./Refusals.ts"
-import { type Credential, SubscriptionFrames } from "./SessionSink.ts"
+import { SubscriptionFrames } from "./SessionSink.ts"
 import { Sessions } from "./Sessions.ts"
 import { ClientSocket, type Hub, WebSocketConnection } from "./WebSocketConnection.ts"
 
@@ -106,17 +105,20 @@ export class WebSocketGateway extends Context.Service<
 
       return WebSocketGateway.of({
         handleUpgrade: (request, socket, head) => {
-          const credential = authenticate(request)
-          const refusal = isDraining ? new ShuttingDown({ retryAfterMillis: 1_000 }) : undefined
-          if (refusal !== undefined) return refuseUpgrade(socket, refusal)
+          const principal = authenticate(request)
+          if (isDraining) {
+            countRequest("ws", "upgrade", rawProblems.shuttingDown.status, 0)
+            socket.end(rawProblems.shuttingDown.text)
+            return
+          }
           server.handleUpgrade(request, socket, head, (ws) => {
             connections.add(
               new WebSocketConnection(
                 hub,
                 ws as ClientSocket,
                 socket,
-                credential,
-                askerOf(request.socket.remoteAddress)
+                principal,
+                askerOf(request.socket.remoteAddress, principal)
               )
             )
           })
@@ -146,8 +148,7 @@ export class WebSocketGateway extends Context.Service<
 }
 
 /** Who it is that connects. Everybody, for ever. */
-const authenticate = (_: IncomingMessage): Credential => anonymous
-const anonymous: Credential = { expiresAtMillis: Number.POSITIVE_INFINITY }
+const authenticate = (_: IncomingMessage): Principal => anonymous
 
 /** Ours where it is offered, else the first that is no secret. */
 const protocolOf = (offered: Set<string>): string | false => {
@@ -180,19 +181,4 @@ class Clock {
     this.#millis = this.now()
     this.#tickedAt = performance.now()
   }
-}
-
-/** An upgrade that is refused is answered by hand: Node gives no response for it. */
-const refuseUpgrade = (socket: Duplex, error: ApiError): void => {
-  const problem = toProblem(error)
-  countRequest("ws", "upgrade", problem.status, 0)
-  const body = JSON.stringify(problem)
-  const headers = {
-    "content-type": problemContentType,
-    "content-length": String(Buffer.byteLength(body)),
-    ...problemHeaders(error, problem),
-    connection: "close"
-  }
-  const lines = Object.entries(headers).map(([name, value]) => `${name}: ${value}\r\n`)
-  socket.end(`HTTP/1.1 ${problem.status} ${STATUS_CODES[problem.status] ?? ""}\r\n${lines.join("")}\r\n${body}`)
 }
