@@ -4,6 +4,7 @@
  *
  * Code below `main.ts` is given values of {@link Settings}; it never reads the environment itself.
  */
+import { isIP } from "node:net"
 import { Context } from "effect"
 import { regionPattern } from "./protocol/Version.ts"
 
@@ -54,6 +55,24 @@ const text = (description: string, value: string, bound: string, pattern: RegExp
   bound,
   parse: (input) => {
     if (!pattern.test(input)) throw new RangeError(`expected ${bound}`)
+    return input
+  }
+})
+
+const networks = (description: string, value: string, bound: string): SettingSpec<string> => ({
+  description,
+  unit: "",
+  default: value,
+  bound,
+  parse: (input) => {
+    for (const entry of input === "none" ? [] : input.split(",")) {
+      const [address = "", prefix = "0", ...more] = entry.trim().split("/")
+      const version = isIP(address)
+      const bits = version === 6 ? 128 : 32
+      if (version === 0 || more.length > 0 || !/^\d{1,3}$/.test(prefix) || Number(prefix) > bits) {
+        throw new RangeError(`expected ${bound}`)
+      }
+    }
     return input
   }
 })
@@ -303,9 +322,35 @@ export const settings = {
   warmWriteMillis: integer("and the time Redis keeps them", "ms", 86_400_000, 60_000, 604_800_000),
 
   // Wires
+  corsOrigins: text(
+    "origins of web pages that may call, beside the server's own: those of this machine, all, or a list",
+    "loopback",
+    "loopback, *, or https://a.example,https://b.example",
+    /^(?:loopback|\*|https?:\/\/[^\s,/]{1,255}(?:,https?:\/\/[^\s,/]{1,255}){0,255})$/
+  ),
   maxBodyBytes: integer("bytes of a request body", "bytes", 32 * mebibyte, 1_024, 1_024 * mebibyte),
+  bodyRatioMax: integer("bytes that a byte of a compressed body may become, above 1 MiB", "bytes", 100, 1, 10_000),
   maxFrameBytes: integer("bytes of a WebSocket frame", "bytes", 16 * mebibyte, 1_024, 256 * mebibyte),
   maxHeaderBytes: integer("bytes of a request's headers", "bytes", 16_384, 1_024, mebibyte),
+  connectionsPerIpMax: integer(
+    "open connections of one IPv4 address or IPv6 /64 that is no trusted proxy",
+    "connections",
+    1_000,
+    1,
+    1_000_000
+  ),
+  trustedProxies: networks(
+    "peers whose X-Forwarded-For is believed",
+    "127.0.0.0/8,::1",
+    "addresses or networks separated by commas, or none"
+  ),
+  tlsCert: text(
+    "file of the TLS certificate and its chain, PEM; empty: no TLS",
+    "",
+    "a path, or empty",
+    /^[^\0]{0,4096}$/
+  ),
+  tlsKey: text("file of its key, PEM", "", "a path, or empty", /^[^\0]{0,4096}$/),
   connectionsMax: integer("open connections", "connections", 20_000, 1, 1_000_000),
   outboundBytesMax: integer(
     "bytes waiting for a client that does not read, a connection",
@@ -367,7 +412,14 @@ export const settings = {
     1_024,
     1_024 * mebibyte
   ),
-  drainMillis: integer("for open requests to end when shutting down", "ms", 8_000, 0, 600_000)
+  drainNoticeMillis: integer(
+    "between readiness off and the end of new connections when shutting down, for load balancers",
+    "ms",
+    0,
+    0,
+    600_000
+  ),
+  drainMillis: integer("for open requests to end when shutting down, that included", "ms", 8_000, 0, 600_000)
 } as const satisfies Record<string, SettingSpec<string> | SettingSpec<number>>
 
 export type SettingName = keyof typeof settings

@@ -8,7 +8,9 @@ import * as CatalogActor from "./actors/Catalog.ts"
 import * as IndexPartitionActor from "./actors/IndexPartition.ts"
 import * as StreamSessionActor from "./actors/StreamSession.ts"
 import * as TierPromoterActor from "./actors/TierPromoter.ts"
+import type { Metadata } from "./client/index.ts"
 import { Settings, type SettingValues } from "./config.ts"
+import { withEngine } from "./embedded/VectorDB.ts"
 import { Cursors } from "./gateway/Cursors.ts"
 import { HttpGateway } from "./gateway/HttpGateway.ts"
 import { Promoter } from "./gateway/Promoter.ts"
@@ -40,6 +42,7 @@ import * as SnapshotCache from "./tiers/SnapshotCache.ts"
 import { VectorIndex } from "./tiers/VectorIndex.ts"
 import { WarmStore } from "./tiers/WarmStore.ts"
 
+export * from "./client/index.ts"
 export { defaultSettings, Settings, type SettingValues } from "./config.ts"
 export { HttpGateway } from "./gateway/HttpGateway.ts"
 export { Readiness } from "./gateway/Readiness.ts"
@@ -131,6 +134,18 @@ export const node = (settings: SettingValues) =>
     Layer.provideMerge(DataDirectory.layer({ path: localDirectory(settings) })),
     Layer.provideMerge(Layer.succeed(Settings, settings))
   )
+
+/** The engine of a node, without its wires: what `VectorDB.open` opens. */
+const engine = (settings: SettingValues) =>
+  actors.pipe(
+    Layer.provideMerge(ServerBackup.layer),
+    Layer.provideMerge(store(settings)),
+    Layer.provideMerge(DataDirectory.layer({ path: localDirectory(settings) })),
+    Layer.provideMerge(Layer.succeed(Settings, settings))
+  )
+
+/** The client; `VectorDB.open` has the engine in this process. */
+export class VectorDB<M = Metadata> extends withEngine(engine)<M> {}
 
 /**
  * Makes the partitions resident that were asked for at start, then lets the node be ready. What cannot be opened is

@@ -59,7 +59,7 @@ const run = (values: SettingValues) =>
 
 const greeting = (host: string, port: number, values: SettingValues): string => {
   const shown = host.includes(":") ? `[${host}]` : host
-  const base = `http://${shown}:${port}`
+  const base = `${values.tlsCert === "" ? "http" : "https"}://${shown}:${port}`
   return [
     `ruvector-streaming ${version} listens on ${base}, ${place(values)}`,
     "First vectors and a first search:",

@@ -1,38 +1,74 @@
-/** JSON bodies of requests, read with a bound on their size. */
+/** Bodies of requests, read with a bound on their size, whole or compressed. */
 import type { IncomingMessage } from "node:http"
-import { Result } from "effect"
+import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
+import { Effect, Result } from "effect"
+import type { HttpServerRequest } from "effect/http"
+import type { SettingValues } from "../config.ts"
 import { InvalidInput, TooLarge, UnsupportedMediaType } from "../protocol/Errors.ts"
+import { decompress, encodingOf, encodings } from "./Decompression.ts"
 
-export type Body = Result.Result<unknown, TooLarge | UnsupportedMediaType | InvalidInput>
+export type BodyBounds = Pick<SettingValues, "maxBodyBytes" | "bodyRatioMax">
+
+export type BodyError = TooLarge | UnsupportedMediaType | InvalidInput
 
 /**
- * Reads a JSON body of at most `maxBytes` and calls `done` once. A larger one is not read to its end: whoever answers
- * closes the connection.
+ * Reads a JSON body within its bounds and calls `done` once. A larger one is not read to its end: whoever answers closes
+ * the connection.
  */
-export const readJson = (message: IncomingMessage, maxBytes: number, done: (body: Body) => void): void => {
+export const readJson = (
+  message: IncomingMessage,
+  bounds: BodyBounds,
+  done: (body: Result.Result<unknown, BodyError>) => void
+): void => {
   const type = message.headers["content-type"]
   if (type !== undefined && type !== "application/json" && !jsonType.test(type)) {
     return done(
       Result.fail(new UnsupportedMediaType({ expected: "content-type: application/json", got: type.slice(0, 80) }))
     )
   }
-  const encoding = message.headers["content-encoding"]
-  if (encoding !== undefined && encoding !== "identity") {
-    return done(
-      Result.fail(new UnsupportedMediaType({ expected: "a body that is not encoded", got: encoding.slice(0, 80) }))
-    )
+  readBytes(message, bounds, (body) => done(Result.flatMap(body, parse)))
+}
+
+/** The JSON body of a request that passed through Effect's router. */
+export const json = (
+  request: HttpServerRequest.HttpServerRequest,
+  bounds: BodyBounds
+): Effect.Effect<unknown, BodyError> =>
+  Effect.callback((resume) => readJson(messageOf(request), bounds, (body) => resume(Effect.fromResult(body))))
+
+/** The bytes of its body. */
+export const bytes = (
+  request: HttpServerRequest.HttpServerRequest,
+  bounds: BodyBounds
+): Effect.Effect<Buffer, BodyError> =>
+  Effect.callback((resume) => readBytes(messageOf(request), bounds, (body) => resume(Effect.fromResult(body))))
+
+const messageOf = (request: HttpServerRequest.HttpServerRequest): IncomingMessage =>
+  NodeHttpServerRequest.toIncomingMessage(request) as IncomingMessage
+
+/** The bytes of a body, decompressed where it is compressed. */
+export const readBytes = (
+  message: IncomingMessage,
+  { maxBodyBytes, bodyRatioMax }: BodyBounds,
+  done: (body: Result.Result<Buffer, BodyError>) => void
+): void => {
+  const encoding = encodingOf(message.headers["content-encoding"])
+  if (encoding === null) {
+    const expected = `a body that is not encoded, or by one of ${encodings.join(", ")}`
+    const got = message.headers["content-encoding"]?.slice(0, 80) ?? ""
+    return done(Result.fail(new UnsupportedMediaType({ expected, got })))
   }
   const tooLarge = () => {
     message.pause()
-    done(Result.fail(new TooLarge({ what: "body", limitBytes: maxBytes })))
+    done(Result.fail(new TooLarge({ what: "body", limitBytes: maxBodyBytes })))
   }
-  if (Number(message.headers["content-length"] ?? 0) > maxBytes) return tooLarge()
+  if (Number(message.headers["content-length"] ?? 0) > maxBodyBytes) return tooLarge()
   let first: Buffer | undefined
   let more: Array<Buffer> | undefined
   let bytes = 0
   const onData = (chunk: Buffer) => {
     bytes += chunk.length
-    if (bytes > maxBytes) {
+    if (bytes > maxBodyBytes) {
       stop()
       return tooLarge()
     }
@@ -42,7 +78,9 @@ export const readJson = (message: IncomingMessage, maxBytes: number, done: (body
   }
   const onEnd = () => {
     stop()
-    done(parse(more === undefined ? (first ?? Buffer.alloc(0)) : Buffer.concat(more)))
+    const body = more === undefined ? (first ?? Buffer.alloc(0)) : Buffer.concat(more)
+    if (encoding === undefined) return done(Result.succeed(body))
+    decompress(body, encoding, { bytesMax: maxBodyBytes, ratioMax: bodyRatioMax }, done)
   }
   const onCut = () => {
     stop()

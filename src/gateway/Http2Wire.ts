@@ -16,7 +16,7 @@ export interface Http2Handlers {
   readonly onRequest: (request: IncomingMessage, response: ServerResponse) => void
   readonly onGrpc: GrpcHandler["Service"]["handleStream"]
   /** A request or session was refused or cut, and why. */
-  readonly onRefused: (reason: string, status: number) => void
+  readonly onRefused: (reason: string) => void
 }
 
 export class Http2Wire {
@@ -90,10 +90,14 @@ export class Http2Wire {
     stream.on("error", () => {})
     const session = this.#sessions.get(stream.session as Http2.ServerHttp2Session)
     if (session === undefined) return stream.close(Http2.constants.NGHTTP2_REFUSED_STREAM)
+    if (session.waitingBytes() > this.#settings.outboundBytesMax) {
+      this.#handlers.onRefused("outboundBytesMax")
+      return stream.close(Http2.constants.NGHTTP2_REFUSED_STREAM)
+    }
     session.opened(stream)
     if (session.streams === this.#settings.requestsPerConnectionMax) session.session.close()
     if (headerBytes(rawHeaders) > this.#settings.maxHeaderBytes) {
-      this.#handlers.onRefused("headers", rawProblems.headersTooLarge.status)
+      this.#handlers.onRefused("maxHeaderBytes")
       return refuseStream(stream, rawProblems.headersTooLarge)
     }
     if (isGrpc(headers)) return this.#handlers.onGrpc(stream, headers)
@@ -106,9 +110,9 @@ export class Http2Wire {
     const now = Date.now()
     for (const session of this.#sessions.values()) {
       const fault = session.lookAfter(now, this.#settings)
-      if (fault !== undefined) this.#handlers.onRefused(fault, 0)
+      if (fault !== undefined) this.#handlers.onRefused(fault)
       for (const stream of session.late(now - this.#settings.requestTimeoutMillis)) {
-        this.#handlers.onRefused("request_timeout", rawProblems.requestTimeout.status)
+        this.#handlers.onRefused("requestTimeoutMillis")
         refuseStream(stream, rawProblems.requestTimeout)
       }
     }
@@ -141,7 +145,7 @@ class Session {
   streams = 0
   readonly #socket: Socket
   readonly #openedAt = Date.now()
-  #open = 0
+  readonly #open = new Set<Http2.ServerHttp2Stream>()
   #quietSince = Date.now()
   /** Streams whose body is not whole yet, and since when, oldest first. */
   #receiving: Map<Http2.ServerHttp2Stream, number> | undefined
@@ -151,6 +155,9 @@ class Session {
   #seenRead = 0
   #seenWritten = 0
   #seenStreams = 0
+  /** When the peer last took something of what waits for it, and what had been written until then. */
+  #readSince = Date.now()
+  #writtenThen = 0
 
   constructor(session: Http2.ServerHttp2Session, socket: Socket) {
     this.session = session
@@ -159,11 +166,18 @@ class Session {
 
   opened(stream: Http2.ServerHttp2Stream): void {
     this.streams += 1
-    this.#open += 1
+    this.#open.add(stream)
     stream.once("close", () => {
-      this.#open -= 1
-      if (this.#open === 0) this.#quietSince = Date.now()
+      this.#open.delete(stream)
+      if (this.#open.size === 0) this.#quietSince = Date.now()
     })
+  }
+
+  /** Bytes of answers that the peer has not taken. */
+  waitingBytes(): number {
+    let bytes = 0
+    for (const stream of this.#open) bytes += stream.writableLength
+    return bytes
   }
 
   receives(stream: Http2.ServerHttp2Stream): void {
@@ -206,16 +220,23 @@ class Session {
     const allowed = settings.h2OverheadBytesPerSecond + streams * settings.maxHeaderBytes + written / 2
     if (!receiving && read > allowed) {
       this.#cut(Http2.constants.NGHTTP2_ENHANCE_YOUR_CALM)
-      return "frame_flood"
+      return "h2OverheadBytesPerSecond"
     }
-    if (this.#open === 0) {
+    if (this.#open.size === 0) {
       const bound = this.streams === 0 ? settings.headersTimeoutMillis : settings.keepAliveTimeoutMillis
       const since = this.streams === 0 ? this.#openedAt : this.#quietSince
       if (now - since < bound) return undefined
       // What is on its way to us may still be refused by its number; a peer that does not hang up is cut a while after.
       if (!session.closed) session.close()
       if (now - since >= bound + goodbyeMillis) this.#cut(Http2.constants.NGHTTP2_NO_ERROR)
-      return this.streams === 0 ? "headers_timeout" : undefined
+      return this.streams === 0 ? "headersTimeoutMillis" : undefined
+    }
+    if (this.waitingBytes() === 0 || this.#seenWritten - this.#writtenThen >= readBytesMin) {
+      this.#readSince = now
+      this.#writtenThen = this.#seenWritten
+    } else if (now - this.#readSince >= settings.idleTimeoutMillis + slowReaderGraceMillis) {
+      this.#cut(Http2.constants.NGHTTP2_ENHANCE_YOUR_CALM)
+      return "slow_reader"
     }
     if (read > 0) {
       this.#heardAt = now
@@ -239,6 +260,12 @@ class Session {
     setImmediate(() => this.#socket.destroy())
   }
 }
+
+/** Bytes that a peer takes at the least in the time for it, or it is not reading: answers to its pings are some too. */
+const readBytesMin = 16_384
+
+/** Milliseconds more than the streams have that close a slow reader in their own words. */
+export const slowReaderGraceMillis = 5_000
 
 /** Milliseconds that a session which was told to go has for it. */
 const goodbyeMillis = 2_000

@@ -6,6 +6,7 @@
  * Shutting down: no new connections, readiness off, streams told to come back elsewhere, open requests given
  * `drainMillis`, then the rest is cut.
  */
+import type { ServerResponse } from "node:http"
 import * as NodeHttpServer from "@effect/platform-node/NodeHttpServer"
 import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
 import { Context, Effect, Layer, Option, Scope } from "effect"
@@ -13,12 +14,15 @@ import { HttpRouter, HttpServerRequest, HttpServerResponse } from "effect/http"
 import { OpenApi } from "effect/http-api"
 import { Settings } from "../config.ts"
 import { RuvectorApi } from "../protocol/HttpApi.ts"
+import { ClientAddresses } from "./ClientAddresses.ts"
 import { GrpcHandler, grpcStatus, refuseGrpc } from "./GrpcHandler.ts"
-import { countRequest } from "./Instruments.ts"
-import { OnePort } from "./OnePort.ts"
+import { countRefusal, countRequest } from "./Instruments.ts"
+import * as OnePort from "./OnePort.ts"
 import * as Operations from "./Operations.ts"
+import { Origins, refuseUpgrade } from "./Origins.ts"
 import { responseOfCause } from "./Problems.ts"
 import { instance } from "./Queries.ts"
+import { rawProblems } from "./RawProblems.ts"
 import { Readiness } from "./Readiness.ts"
 import * as RestApi from "./RestApi.ts"
 import * as RpcGateway from "./RpcGateway.ts"
@@ -67,10 +71,14 @@ export class HttpGateway extends Context.Service<
 
       let requests = 0
       const nextRequestId = () => `req_${instance}${(requests++).toString(36)}_${settings.region}_${instance}`
-      const port = new OnePort(settings, {
+      const origins = new Origins(settings.corsOrigins, settings.host)
+      let draining = false
+      const port = yield* OnePort.make(settings, yield* ClientAddresses, {
         onRequest: (request, response) => {
           const id = nextRequestId()
+          if (origins.answered(request, response, id)) return countRequest("http", "origin", response.statusCode, 0)
           const path = pathOf(request.url as string)
+          if (draining && path.startsWith(streamPaths)) return refuseDraining(response, id)
           if (Sse.paths.has(path)) return sse.handle(request, response, id)
           if (path === SearchEndpoint.path && request.method === "POST") return search.handle(request, response, id)
           // Handed on in the request, where the Effect side reads it; a client's own is not taken over.
@@ -79,42 +87,61 @@ export class HttpGateway extends Context.Service<
         },
         onUpgrade: (request, socket, head) => {
           socket.on("error", () => {})
+          const refused = origins.refusal(request)
+          if (refused !== undefined) return refuseUpgrade(socket, refused)
+          if (draining) return socket.end(rawProblems.shuttingDown.text)
           if (pathOf(request.url as string) === WebSocketGateway.path) {
             return webSockets.handleUpgrade(request, socket, head)
           }
           request.headers[requestIdHeader] = nextRequestId()
           upgrade(request, socket, head)
         },
-        onGrpc: Option.match(grpc, {
-          onNone: () => (stream) => refuseGrpc(stream, grpcStatus.unimplemented, "This server has no gRPC."),
-          onSome: ({ handleStream }) => handleStream
-        }),
-        onRefused: (reason, status) => countRequest("http", reason, status, 0)
+        onGrpc: (stream, headers) => {
+          if (draining) return refuseGrpc(stream, grpcStatus.unavailable, "This node is shutting down.")
+          if (Option.isSome(grpc)) return grpc.value.handleStream(stream, headers)
+          refuseGrpc(stream, grpcStatus.unimplemented, "This server has no gRPC.")
+        },
+        onRefused: countRefusal
       })
-      const address = yield* port.listen(settings.port, settings.host)
 
       yield* Effect.addFinalizer(() =>
         Effect.gen(function* () {
+          const until = Date.now() + settings.drainMillis
           readiness.set({ state: "draining" })
+          yield* Effect.sleep(Math.min(settings.drainNoticeMillis, settings.drainMillis))
+          draining = true
           port.drain()
           yield* sse.drain
           yield* webSockets.drain
           yield* Effect.sync(() => rpcSockets.drain())
           if (Option.isSome(grpc)) yield* grpc.value.drain
-          const until = Date.now() + settings.drainMillis
-          while (port.connections > 0 && Date.now() < until) {
+          while (port.connections() > 0 && Date.now() < until) {
             port.closeIdle()
             yield* Effect.sleep(20)
           }
-          port.close()
         })
       )
-      return HttpGateway.of({ host: settings.host, port: address.port })
+      return HttpGateway.of({ host: settings.host, port: port.address.port })
     })
   ).pipe(
-    Layer.provide([Sse.Sse.layer, SearchEndpoint.SearchEndpoint.layer, WebSocketGateway.WebSocketGateway.layer]),
+    Layer.provide([
+      ClientAddresses.layer,
+      Sse.Sse.layer,
+      SearchEndpoint.SearchEndpoint.layer,
+      WebSocketGateway.WebSocketGateway.layer
+    ]),
     Layer.provide(NodeHttpServer.layerHttpServices)
   )
+}
+
+/** Below it are streams that are held open. */
+const streamPaths = "/api/v1/stream/"
+
+const refuseDraining = (response: ServerResponse, requestId: string): void => {
+  const { status, contentType, body } = rawProblems.shuttingDown
+  countRequest("http", "draining", status, 0)
+  response.writeHead(status, { "content-type": contentType, "retry-after": "1", "x-request-id": requestId })
+  response.end(body)
 }
 
 const requestIdHeader = "x-ruvector-request-id"

@@ -49,6 +49,10 @@ const notModified = Metric.counter("ruvector_http_not_modified", {
   description: "Requests answered with 304, by route",
   incremental: true
 })
+const refusals = Metric.counter("ruvector_port_refusals", {
+  description: "Connections, sessions and requests that were refused or cut before a handler saw them, by reason",
+  incremental: true
+})
 const defects = Metric.counter("ruvector_defects", {
   description: "Requests that met a defect of the server",
   incremental: true
@@ -114,6 +118,11 @@ const codeLabel = (code: number | string): string =>
 
 export const countNotModified = (route: string): void => {
   series(notModified, "notModified", { route }).updateUnsafe(1, context)
+}
+
+/** `reason`: the setting whose bound was reached, or one of a few words of the port's. */
+export const countRefusal = (reason: string): void => {
+  series(refusals, "refusals", { reason }).updateUnsafe(1, context)
 }
 
 export const countDefect = (): void => {

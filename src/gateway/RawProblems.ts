@@ -24,6 +24,12 @@ const rawProblem = (status: number, code: string, detail: string, extra: Record<
   }
 }
 
+const overloaded = (status: number, bound: string) =>
+  rawProblem(status, "overloaded", `The bound ${bound} is reached; nothing was done.`, {
+    field: bound,
+    retry_after_ms: 1_000
+  })
+
 export const rawProblems = {
   headersTooLarge: rawProblem(431, "headers_too_large", "The request's headers are over the limit.", {
     field: "headers",
@@ -34,6 +40,16 @@ export const rawProblems = {
     field: "",
     expected: "a whole request within requestTimeoutMillis, its headers within headersTimeoutMillis",
     got: "part of one"
+  }),
+  plaintext: rawProblem(400, "tls_required", "This port speaks TLS.", {
+    field: "scheme",
+    expected: "https",
+    got: "a request in the clear"
+  }),
+  connectionsMax: overloaded(503, "connectionsMax"),
+  connectionsPerIpMax: overloaded(429, "connectionsPerIpMax"),
+  shuttingDown: rawProblem(503, "shutting_down", "This node is shutting down; nothing was done.", {
+    retry_after_ms: 1_000
   })
 }
 

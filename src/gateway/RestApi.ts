@@ -1,15 +1,9 @@
-/**
- * The REST wire but for `POST /search` (`SearchEndpoint.ts`): handlers of the `HttpApi` of `protocol/HttpApi.ts`, its OpenAPI document and a page to try it. Bodies
- * are read and decoded here, with a bound on their size and errors that name the field; answers are written as text.
- */
-import type { IncomingMessage } from "node:http"
-import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
 import { Effect, Layer, Result, Scope } from "effect"
 import { HttpRouter, type HttpServerRequest, HttpServerResponse } from "effect/http"
 import { HttpApiBuilder, HttpApiScalar, OpenApi } from "effect/http-api"
 import { Settings } from "../config.ts"
 import { type Collection, CollectionRequest, InvalidateRequest } from "../protocol/Collection.ts"
-import { type ApiError, InvalidInput, type TooLarge, type UnsupportedMediaType } from "../protocol/Errors.ts"
+import { type ApiError, InvalidInput } from "../protocol/Errors.ts"
 import { CollectionName, decoderOf, defaultCollection, VectorId } from "../protocol/Fields.ts"
 import { DeleteRequest, InsertRequest, PatchRequest, RoutedApi, RuvectorApi } from "../protocol/HttpApi.ts"
 import { searchTag, vectorTag } from "../shards/CacheTags.ts"
@@ -44,12 +38,12 @@ const Collections = HttpApiBuilder.group(
   "collections",
   Effect.fnUntraced(function* (handlers) {
     const router = yield* Router
-    const { maxBodyBytes } = yield* Settings
+    const settings = yield* Settings
     return handlers
       .handleRaw("putCollection", ({ params, request }) =>
         Effect.gen(function* () {
           const name = yield* Effect.fromResult(decodeName(params.name))
-          const body = yield* readJson(request, maxBodyBytes)
+          const body = yield* Bodies.json(request, settings)
           const { collection, created } = yield* router.createCollection(
             name,
             yield* Effect.fromResult(decodeCollection(body))
@@ -72,7 +66,7 @@ const Collections = HttpApiBuilder.group(
       .handleRaw("invalidate", ({ params, request }) =>
         Effect.gen(function* () {
           const name = yield* Effect.fromResult(decodeName(params.name))
-          const body = yield* Effect.fromResult(decodeInvalidate(yield* readJson(request, maxBodyBytes)))
+          const body = yield* Effect.fromResult(decodeInvalidate(yield* Bodies.json(request, settings)))
           const fault = invalidateFault(body)
           if (fault !== undefined) return yield* fault
           return json(JSON.stringify(yield* router.invalidate(name, body)))
@@ -94,12 +88,11 @@ const Vectors = HttpApiBuilder.group(
   Effect.fnUntraced(function* (handlers) {
     const router = yield* Router
     const settings = yield* Settings
-    const { maxBodyBytes } = settings
     return handlers
       .handleRaw("insert", ({ request }) =>
         Effect.gen(function* () {
           const { ack, collection, vectors } = yield* Effect.fromResult(
-            decodeInsert(yield* readJson(request, maxBodyBytes))
+            decodeInsert(yield* Bodies.json(request, settings))
           )
           const records = vectors.map(({ id, vector, metadata }) => ({
             id,
@@ -133,7 +126,7 @@ const Vectors = HttpApiBuilder.group(
         Effect.gen(function* () {
           const id = yield* Effect.fromResult(decodeId(params.id))
           const collection = yield* collectionParameter(request)
-          const { metadata } = yield* Effect.fromResult(decodePatch(yield* readJson(request, maxBodyBytes)))
+          const { metadata } = yield* Effect.fromResult(decodePatch(yield* Bodies.json(request, settings)))
           const updated = yield* router.updateMetadata(collection, id, JSON.stringify(metadata))
           return json(
             `{"vector_id":${JSON.stringify(id)},"metadata":${updated.metadata || "{}"},"version":"${updated.version}"}`
@@ -149,7 +142,7 @@ const Vectors = HttpApiBuilder.group(
       )
       .handleRaw("deleteVectors", ({ request }) =>
         Effect.gen(function* () {
-          const { collection, ids } = yield* Effect.fromResult(decodeDelete(yield* readJson(request, maxBodyBytes)))
+          const { collection, ids } = yield* Effect.fromResult(decodeDelete(yield* Bodies.json(request, settings)))
           const deleted = yield* router.remove(collection ?? defaultCollection, ids)
           return json(`{"deleted":${deleted}}`)
         }).pipe(failed)
@@ -247,14 +240,3 @@ const invalidateFault = ({ scope, ids, notice_ms }: InvalidateRequest): InvalidI
   }
   return undefined
 }
-
-/** The JSON body of a request, of at most `maxBytes`. */
-const readJson = (
-  request: HttpServerRequest.HttpServerRequest,
-  maxBytes: number
-): Effect.Effect<unknown, TooLarge | UnsupportedMediaType | InvalidInput> =>
-  Effect.callback((resume) =>
-    Bodies.readJson(NodeHttpServerRequest.toIncomingMessage(request) as IncomingMessage, maxBytes, (body) =>
-      resume(Effect.fromResult(body))
-    )
-  )

@@ -6,19 +6,14 @@
  * Every path is an RPC server of Effect over the same handlers.
  */
 import { isUtf8 } from "node:buffer"
-import { ByteSize, Cause, Effect, Layer, Schema } from "effect"
-import {
-  HttpIncomingMessage,
-  HttpRouter,
-  type HttpServerError,
-  HttpServerRequest,
-  HttpServerResponse
-} from "effect/http"
+import { Cause, Effect, Layer, Schema } from "effect"
+import { HttpRouter, HttpServerRequest, HttpServerResponse } from "effect/http"
 import { RpcSerialization, RpcServer } from "effect/rpc"
 import { Socket } from "effect/socket"
 import { Settings } from "../config.ts"
-import { type ApiError, InvalidInput, TooLarge, toProblem, UnsupportedMediaType } from "../protocol/Errors.ts"
+import { type ApiError, InvalidInput, toProblem, UnsupportedMediaType } from "../protocol/Errors.ts"
 import { RuvectorRpcs } from "../protocol/Rpcs.ts"
+import * as Bodies from "./Bodies.ts"
 import { problemHeaders, problemResponse } from "./Problems.ts"
 import * as RpcHandlers from "./RpcHandlers.ts"
 import * as RpcSerializations from "./RpcSerializations.ts"
@@ -52,15 +47,14 @@ export const layer = HttpRouter.use(
     const effect3 = yield* httpServer(yield* RpcSerializations.ndjsonEffect3(body))
     yield* router.add("POST", httpPaths.current, (request) => {
       const type = mediaTypeOf(request)
-      if (type === RpcSerializations.schemaBinaryContentType)
-        return answer(schemaBinary, request, settings.maxBodyBytes)
-      if (RpcSerializations.ndjsonContentTypes.includes(type)) return answer(ndjson, request, settings.maxBodyBytes)
+      if (type === RpcSerializations.schemaBinaryContentType) return answer(schemaBinary, request, settings)
+      if (RpcSerializations.ndjsonContentTypes.includes(type)) return answer(ndjson, request, settings)
       return Effect.succeed(problemResponse(unsupported([RpcSerializations.schemaBinaryContentType, ndjsonType], type)))
     })
     yield* router.add("POST", httpPaths.effect3, (request) => {
       const type = mediaTypeOf(request)
       return RpcSerializations.ndjsonContentTypes.includes(type)
-        ? answer(effect3, request, settings.maxBodyBytes)
+        ? answer(effect3, request, settings)
         : Effect.succeed(refusal(effect3.serialization, unsupported([ndjsonType], type)))
     })
 
@@ -169,29 +163,23 @@ const unsupported = (types: ReadonlyArray<string>, got: string) =>
     got: got === "" ? "none" : got.slice(0, 80)
   })
 
-/** Answers the messages of a body that is read whole, within its bound. */
-const answer = (server: HttpRpcServer, request: HttpServerRequest.HttpServerRequest, bodyBytesMax: number) => {
-  const encoding = request.headers["content-encoding"] ?? "identity"
-  if (encoding !== "identity") {
-    const error = new UnsupportedMediaType({ expected: "a body that is not encoded", got: encoding.slice(0, 80) })
-    return Effect.succeed(refusal(server.serialization, error))
-  }
-  const tooLarge = () => refusal(server.serialization, new TooLarge({ what: "body", limitBytes: bodyBytesMax }))
-  if (Number(request.headers["content-length"] ?? 0) > bodyBytesMax) return Effect.succeed(tooLarge())
-  return Effect.matchEffect(request.arrayBuffer, {
-    onFailure: (error) => Effect.succeed(isTooLarge(error) ? tooLarge() : refusal(server.serialization, cutOff)),
-    // The request keeps what was read, so this reads it no second time.
+/** Answers the messages of a body that is read whole, within its bounds. */
+const answer = (server: HttpRpcServer, request: HttpServerRequest.HttpServerRequest, bounds: Bodies.BodyBounds) =>
+  Effect.matchEffect(Bodies.bytes(request, bounds), {
+    onFailure: (error) => Effect.succeed(refusal(server.serialization, error)),
     onSuccess: (bytes) =>
       server.serialization.contentType === RpcSerializations.schemaBinaryContentType || isUtf8(bytes)
-        ? server.respond
+        ? Effect.provideService(server.respond, HttpServerRequest.HttpServerRequest, withBody(request, bytes))
         : Effect.succeed(refusal(server.serialization, notUtf8))
-  }).pipe(Effect.provideService(HttpIncomingMessage.MaxBodySize, ByteSize.bytes(bodyBytesMax)))
-}
+  })
 
-const isTooLarge = ({ reason }: HttpServerError.HttpServerError): boolean =>
-  reason._tag === "RequestParseError" && reason.reason === "BodyTooLarge"
+/** The same request, whose body was read already. */
+const withBody = (request: HttpServerRequest.HttpServerRequest, bytes: Buffer): HttpServerRequest.HttpServerRequest =>
+  Object.create(request, {
+    arrayBuffer: { value: Effect.sync(() => new Uint8Array(bytes).buffer) },
+    text: { value: Effect.sync(() => bytes.toString()) }
+  })
 
-const cutOff = new InvalidInput({ field: "", expected: "a whole body", got: "a connection cut in the middle of it" })
 const notUtf8 = new InvalidInput({ field: "", expected: "UTF-8", got: "bytes that are none" })
 
 /** A connection, from its upgrade to its end. */

@@ -22,7 +22,7 @@ export class SearchEndpoint extends Context.Service<
   static readonly layer = Layer.effect(
     SearchEndpoint,
     Effect.gen(function* () {
-      const { maxBodyBytes } = yield* Settings
+      const settings = yield* Settings
       const router = yield* Router
       const run = Effect.runForkWith(yield* Effect.context<never>())
 
@@ -48,7 +48,7 @@ export class SearchEndpoint extends Context.Service<
           }
           answer(problem.status, headers, JSON.stringify(problem))
         }
-        readJson(request, maxBodyBytes, (body) => {
+        readJson(request, settings, (body) => {
           const query = Result.flatMap(body, queryOfBody)
           if (Result.isFailure(query)) return refuse(query.failure)
           const fiber = run(router.search(query.success))

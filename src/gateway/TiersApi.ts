@@ -52,7 +52,7 @@ export const group = HttpApiBuilder.group(
     return handlers
       .handleRaw("warm", ({ request }) =>
         Effect.gen(function* () {
-          const body = yield* readJson(request, settings.maxBodyBytes)
+          const body = yield* Bodies.json(request, settings)
           return json(yield* promoter.warm(yield* Effect.fromResult(decodeWarm(body))))
         }).pipe(failed)
       )
@@ -142,11 +142,3 @@ const positionOf = (request: HttpServerRequest.HttpServerRequest): Effect.Effect
     new InvalidInput({ field: "after", expected: "the id of an event, an integer", got: text.slice(0, 80) })
   )
 }
-
-/** The JSON body of a request, of at most `maxBytes`. */
-const readJson = (request: HttpServerRequest.HttpServerRequest, maxBytes: number): Effect.Effect<unknown, ApiError> =>
-  Effect.callback((resume) =>
-    Bodies.readJson(NodeHttpServerRequest.toIncomingMessage(request) as IncomingMessage, maxBytes, (body) =>
-      resume(Effect.fromResult(body))
-    )
-  )

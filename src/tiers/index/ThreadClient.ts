@@ -369,7 +369,8 @@ export class ThreadClient {
     }
     this.#shared = new Int32Array(new SharedArrayBuffer(8))
     const workerData: ThreadOptions = { ...thread, shared: this.#shared }
-    const worker = new Worker(entry, { name, workerData, resourceLimits })
+    // Flags of a program that embeds the engine (`--input-type`, loaders) are not for its threads.
+    const worker = new Worker(entry, { name, workerData, resourceLimits, execArgv: [] })
     this.#worker = worker
     this.#startedAt = performance.now()
     this.#lastError = undefined

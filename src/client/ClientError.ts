@@ -1,0 +1,69 @@
+/** What a call of the client can fail with. */
+import { Data } from "effect"
+
+/** The members of a problem document (RFC 9457) that the client hands on. */
+export interface ProblemMembers {
+  readonly code: string
+  readonly detail?: string
+  readonly title?: string
+  readonly status?: number
+  readonly field?: string
+  readonly expected?: string
+  readonly got?: string
+  readonly retry_after_ms?: number
+  readonly request_id?: string
+}
+
+/**
+ * An error with a stable `code`: one of the server's (`docs/protocol.md`), or one of the client's own:
+ *
+ * | code | |
+ * |---|---|
+ * | `disconnected` | no endpoint could be reached before the deadline; a write may or may not have been done |
+ * | `deadline_exceeded` | connected, but no answer before the deadline; likewise |
+ * | `queue_full` | `waitingMax` calls wait already; nothing was sent |
+ * | `invalid_metadata` | the schema given refuses the metadata; `field` says where |
+ * | `closed` | the client was closed |
+ */
+export class VectorDBError extends Data.TaggedError("VectorDBError")<{
+  readonly code: string
+  readonly message: string
+  /** HTTP's number for it; 0 for the client's own. */
+  readonly status: number
+  readonly field?: string
+  readonly expected?: string
+  readonly got?: string
+  /** When to try again, where the server said so. */
+  readonly retryAfterMillis?: number
+  /** Finds the fault in the server's log. */
+  readonly requestId?: string
+}> {}
+
+export const errorOfProblem = (problem: ProblemMembers): VectorDBError =>
+  new VectorDBError({
+    code: problem.code,
+    message: problem.detail ?? problem.title ?? problem.code,
+    status: problem.status ?? 0,
+    ...(problem.field === undefined ? {} : { field: problem.field }),
+    ...(problem.expected === undefined ? {} : { expected: problem.expected }),
+    ...(problem.got === undefined ? {} : { got: problem.got }),
+    ...(problem.retry_after_ms === undefined ? {} : { retryAfterMillis: problem.retry_after_ms }),
+    ...(problem.request_id === undefined ? {} : { requestId: problem.request_id })
+  })
+
+export const ownError = (
+  code: "disconnected" | "deadline_exceeded" | "queue_full" | "invalid_metadata" | "closed",
+  message: string,
+  field?: string
+): VectorDBError => new VectorDBError({ code, message, status: 0, ...(field === undefined ? {} : { field }) })
+
+/** Codes of errors that pass by themselves: nothing was done, or it may be done again. */
+export const isTransient = (code: string): boolean => transient.has(code)
+
+const transient = new Set([
+  "overloaded",
+  "rate_limited",
+  "storage_unavailable",
+  "partition_unavailable",
+  "shutting_down"
+])

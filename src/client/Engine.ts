@@ -1,0 +1,110 @@
+/**
+ * What a client works on: a service far away (`RemoteEngine`), or the engine in the same process. The same calls, the same
+ * answers, the same errors, so that `VectorDB` is one thin skin over either.
+ */
+import type { Effect, Stream } from "effect"
+import type { VectorDBError } from "./ClientError.ts"
+
+export type Metadata = Readonly<Record<string, unknown>>
+
+/** A filter as `docs/protocol.md` has it: `{"type": "task"}`, `{"n": {"gte": 3}}`, `{"or": [...]}`. */
+export type Filter = Readonly<Record<string, unknown>>
+
+export type Vector = Float32Array | ReadonlyArray<number>
+
+/** `memory`, `warm` or `cold` (the default): how durable a write is when its promise resolves. */
+export type Ack = "memory" | "warm" | "cold"
+
+export interface Item {
+  readonly id: string
+  readonly vector: Vector
+  readonly metadata?: Metadata
+}
+
+export interface StoredVector {
+  readonly id: string
+  readonly vector: Float32Array
+  readonly metadata: Metadata
+  /** Opaque: equal versions are the same record unchanged. */
+  readonly version: string
+}
+
+export interface SearchHit {
+  readonly id: string
+  /** Higher is nearer. */
+  readonly score: number
+  readonly metadata: Metadata
+  readonly vector?: Float32Array
+}
+
+export interface SearchOptions {
+  readonly collection: string
+  readonly k: number
+  readonly ef?: number
+  readonly filter?: Filter
+  readonly includeVector: boolean
+  readonly deadlineMillis: number
+}
+
+export interface SearchAnswer {
+  readonly hits: ReadonlyArray<SearchHit>
+  /** Partitions that did not answer in time; their vectors are missing. */
+  readonly missingPartitions: ReadonlyArray<number>
+}
+
+export interface CollectionParameters {
+  readonly dimensions: number
+  readonly metric?: "cosine" | "l2" | "ip"
+  readonly partitions?: number
+  readonly index?: {
+    readonly m?: number
+    readonly ef_construction?: number
+    readonly ef_search?: number
+    readonly quantization?: "none" | "bf16" | "i8" | "pq"
+  }
+}
+
+export interface CollectionInfo {
+  readonly name: string
+  readonly uid: string
+  readonly dimensions: number
+  readonly metric: "cosine" | "l2" | "ip"
+  readonly partitions: number
+  /** Visible vectors; where one collection was asked for. */
+  readonly count?: number
+}
+
+export interface CallOptions {
+  readonly collection: string
+  readonly deadlineMillis: number
+}
+
+/** Vector, or id of a vector of the collection. */
+export type Query = Vector | { readonly id: string }
+
+export interface Engine {
+  /** Upserts, in the order given. */
+  readonly insert: (
+    items: ReadonlyArray<Item>,
+    options: CallOptions & { readonly ack?: Ack }
+  ) => Effect.Effect<number, VectorDBError>
+  /** Sets the metadata's fields; `null` removes one. */
+  readonly patch: (
+    id: string,
+    metadata: Metadata,
+    options: CallOptions
+  ) => Effect.Effect<{ readonly metadata: Metadata; readonly version: string }, VectorDBError>
+  readonly remove: (ids: ReadonlyArray<string>, options: CallOptions) => Effect.Effect<number, VectorDBError>
+  readonly get: (id: string, options: CallOptions) => Effect.Effect<StoredVector | undefined, VectorDBError>
+  readonly search: (query: Query, options: SearchOptions) => Effect.Effect<SearchAnswer, VectorDBError>
+  /** Hits as they arrive, nearest first. */
+  readonly searchStream: (query: Query, options: SearchOptions) => Stream.Stream<SearchHit, VectorDBError>
+  readonly createCollection: (
+    name: string,
+    parameters: CollectionParameters,
+    deadlineMillis: number
+  ) => Effect.Effect<CollectionInfo, VectorDBError>
+  readonly collection: (name: string, deadlineMillis: number) => Effect.Effect<CollectionInfo, VectorDBError>
+  readonly collections: (deadlineMillis: number) => Effect.Effect<ReadonlyArray<CollectionInfo>, VectorDBError>
+  readonly deleteCollection: (name: string, deadlineMillis: number) => Effect.Effect<void, VectorDBError>
+}

@@ -1,0 +1,316 @@
+/**
+ * The engine of a service: searches, inserts and subscriptions on one WebSocket (`Wire`), everything else, and all where
+ * `streaming` is off, as requests of HTTP. All of it is safe to repeat, and is repeated within the deadline.
+ */
+import { Cause, Effect, Queue, Stream } from "effect"
+import { Backoff } from "./Backoff.ts"
+import { errorOfProblem, isTransient, ownError, type ProblemMembers, VectorDBError } from "./ClientError.ts"
+import type { ResolvedOptions } from "./ClientOptions.ts"
+import type {
+  CollectionInfo,
+  Engine,
+  Item,
+  Metadata,
+  Query,
+  SearchAnswer,
+  SearchHit,
+  SearchOptions,
+  StoredVector,
+  Vector
+} from "./Engine.ts"
+import { Wire, type WireEvent } from "./Wire.ts"
+
+export interface RemoteEngine extends Engine {
+  /** Ends the connection; calls under way fail with `closed`. */
+  readonly close: () => void
+}
+
+export const makeRemoteEngine = (options: ResolvedOptions): RemoteEngine => {
+  const wire = new Wire(options)
+  const http = new Http(options, wire)
+
+  const insertOverWire = (items: ReadonlyArray<Item>, { collection, ack, deadlineMillis }: InsertOptions) => {
+    const first = items[0]
+    if (first === undefined) return Effect.succeed(0)
+    const floats = joined(items)
+    // Vectors of different lengths cannot go as bytes; as numbers, the server says which of them is wrong.
+    const vectors = items.map(({ id, metadata, vector }) => ({
+      id,
+      ...(metadata === undefined ? {} : { metadata }),
+      ...(floats === undefined ? { vector: [...vector] } : {})
+    }))
+    const frame = { type: "insert", collection, vectors, ...(ack === undefined ? {} : { ack }) }
+    return once(wire, frame, floats, deadlineMillis, (event) => Number(event["inserted"]))
+  }
+
+  const insertOverHttp = (items: ReadonlyArray<Item>, { collection, ack, deadlineMillis }: InsertOptions) =>
+    Effect.map(
+      http.call(
+        "POST",
+        "/insert",
+        {
+          collection,
+          vectors: items.map((item) => ({ ...item, vector: [...item.vector] })),
+          ...(ack === undefined ? {} : { ack })
+        },
+        deadlineMillis
+      ),
+      (body) => Number(body["inserted"])
+    )
+
+  const search = (query: Query, search: SearchOptions): Effect.Effect<SearchAnswer, VectorDBError> => {
+    const { frame, floats } = searchFrame(query, search)
+    if (options.streaming) return once(wire, { type: "search", ...frame }, floats, search.deadlineMillis, answerOf)
+    const body = floats === undefined ? frame : { ...frame, query: [...floats] }
+    return Effect.map(http.call("POST", "/search", body, search.deadlineMillis), answerOf)
+  }
+
+  const searchStream = (query: Query, search: SearchOptions): Stream.Stream<SearchHit, VectorDBError> => {
+    if (!options.streaming) {
+      return Stream.fromIterableEffect(Effect.map(engine.search(query, search), ({ hits }) => hits))
+    }
+    return Stream.callback<SearchHit, VectorDBError>((queue) =>
+      Effect.acquireRelease(
+        Effect.sync(() => {
+          const { frame, floats } = searchFrame(query, search)
+          // A search that was cut is run anew; what has been handed on already is not handed on twice.
+          const given = new Set<string>()
+          return wire.start({
+            frame: () => ({ type: "search", stream: true, ...frame }),
+            ...(floats === undefined ? {} : { floats }),
+            deadlineMillis: search.deadlineMillis,
+            onEvent: (event) => {
+              if (event.event === "result") {
+                const hit = hitOf(event)
+                if (!given.has(hit.id)) {
+                  given.add(hit.id)
+                  Queue.offerUnsafe(queue, hit)
+                }
+              }
+              if (event.event !== "search_complete") return false
+              Queue.endUnsafe(queue)
+              return true
+            },
+            onError: (error) => Queue.failCauseUnsafe(queue, Cause.fail(error))
+          })
+        }),
+        (cancel) => Effect.sync(cancel)
+      )
+    )
+  }
+
+  const engine: RemoteEngine = {
+    insert: options.streaming ? insertOverWire : insertOverHttp,
+    patch: (id, metadata, { collection, deadlineMillis }) =>
+      Effect.map(
+        http.call(
+          "PATCH",
+          `/vectors/${encodeURIComponent(id)}${inCollection(collection)}`,
+          { metadata },
+          deadlineMillis
+        ),
+        (body) => ({ metadata: body["metadata"] as Metadata, version: String(body["version"]) })
+      ),
+    remove: (ids, { collection, deadlineMillis }) =>
+      Effect.map(http.call("POST", "/delete", { collection, ids }, deadlineMillis), (body) => Number(body["deleted"])),
+    get: (id, { collection, deadlineMillis }) =>
+      http.call("GET", `/embed/${encodeURIComponent(id)}${inCollection(collection)}`, undefined, deadlineMillis).pipe(
+        Effect.map(storedOf),
+        Effect.catchIf(
+          ({ code }) => code === "vector_not_found",
+          () => Effect.undefined
+        )
+      ),
+    search,
+    searchStream,
+    createCollection: (name, parameters, deadlineMillis) =>
+      Effect.map(http.call("PUT", `/collections/${name}`, parameters, deadlineMillis), infoOf),
+    collection: (name, deadlineMillis) =>
+      Effect.map(http.call("GET", `/collections/${name}`, undefined, deadlineMillis), infoOf),
+    collections: (deadlineMillis) =>
+      Effect.map(http.call("GET", "/collections", undefined, deadlineMillis), (body) =>
+        (body["collections"] as ReadonlyArray<Json>).map(infoOf)
+      ),
+    deleteCollection: (name, deadlineMillis) =>
+      Effect.asVoid(http.call("DELETE", `/collections/${name}`, undefined, deadlineMillis)),
+    close: () => {
+      wire.close()
+      http.close()
+    }
+  }
+  return engine
+}
+
+type InsertOptions = Parameters<Engine["insert"]>[1]
+type Json = Readonly<Record<string, unknown>>
+
+/** A call with one answer. */
+const once = <A>(
+  wire: Wire,
+  frame: Json,
+  floats: Float32Array | undefined,
+  deadlineMillis: number,
+  read: (event: WireEvent) => A
+): Effect.Effect<A, VectorDBError> =>
+  Effect.callback((resume) => {
+    const cancel = wire.start({
+      frame: () => frame,
+      ...(floats === undefined ? {} : { floats }),
+      deadlineMillis,
+      onEvent: (event) => {
+        resume(Effect.succeed(read(event)))
+        return true
+      },
+      onError: (error) => resume(Effect.fail(error))
+    })
+    return Effect.sync(cancel)
+  })
+
+const searchFrame = (query: Query, { collection, k, ef, filter, includeVector, deadlineMillis }: SearchOptions) => {
+  const floats = "id" in query ? undefined : floatsOf(query)
+  const frame = {
+    collection,
+    k,
+    ...("id" in query ? { query_vector_id: query.id } : {}),
+    ...(ef === undefined ? {} : { ef }),
+    ...(filter === undefined ? {} : { filter }),
+    include: includeVector ? ["metadata", "vector"] : ["metadata"],
+    // Beyond this the server would refuse it; the client waits no longer than it was told to.
+    deadline_ms: Math.max(1, Math.min(60_000, Math.trunc(deadlineMillis)))
+  }
+  return { frame, floats }
+}
+
+const floatsOf = (vector: Vector): Float32Array => (vector instanceof Float32Array ? vector : Float32Array.from(vector))
+
+/** Vectors one after the other; `undefined` where their lengths differ, or one is not of numbers. */
+const joined = (items: ReadonlyArray<Item>): Float32Array | undefined => {
+  const dimensions = items[0]?.vector.length ?? 0
+  if (dimensions === 0) return undefined
+  const floats = new Float32Array(items.length * dimensions)
+  for (let i = 0; i < items.length; i++) {
+    const { vector } = items[i] as Item
+    if (vector.length !== dimensions) return undefined
+    floats.set(vector, i * dimensions)
+  }
+  return floats
+}
+
+const inCollection = (collection: string): string => `?collection=${encodeURIComponent(collection)}`
+
+const hitOf = (result: Json): SearchHit => ({
+  id: String(result["vector_id"]),
+  score: Number(result["score"]),
+  metadata: (result["metadata"] ?? {}) as Metadata,
+  ...(Array.isArray(result["vector"]) ? { vector: Float32Array.from(result["vector"] as Array<number>) } : {})
+})
+
+const answerOf = (body: Json): SearchAnswer => ({
+  hits: (body["results"] as ReadonlyArray<Json>).map(hitOf),
+  missingPartitions: (body["missing_partitions"] ?? []) as ReadonlyArray<number>
+})
+
+const storedOf = (body: Json): StoredVector => ({
+  id: String(body["vector_id"]),
+  vector: Float32Array.from(body["vector"] as Array<number>),
+  metadata: (body["metadata"] ?? {}) as Metadata,
+  version: String(body["version"])
+})
+
+const infoOf = (body: Json): CollectionInfo => body as unknown as CollectionInfo
+
+/** Requests of HTTP: tried again, within the deadline, where the server puts them off or cannot be reached. */
+class Http {
+  readonly #options: ResolvedOptions
+  readonly #wire: Wire
+  readonly #closed = new AbortController()
+
+  constructor(options: ResolvedOptions, wire: Wire) {
+    this.#options = options
+    this.#wire = wire
+  }
+
+  /** Ends what is under way. */
+  close(): void {
+    this.#closed.abort()
+  }
+
+  call(method: string, path: string, body: unknown, deadlineMillis: number): Effect.Effect<Json, VectorDBError> {
+    return Effect.callback((resume) => {
+      const controller = new AbortController()
+      this.#attempts(method, path, body, Date.now() + deadlineMillis, controller.signal, deadlineMillis).then(
+        (answer) => resume(Effect.succeed(answer)),
+        (error: unknown) => resume(error instanceof VectorDBError ? Effect.fail(error) : Effect.die(error))
+      )
+      return Effect.sync(() => controller.abort())
+    })
+  }
+
+  async #attempts(
+    method: string,
+    path: string,
+    body: unknown,
+    deadlineAt: number,
+    signal: AbortSignal,
+    deadlineMillis: number
+  ): Promise<Json> {
+    const backoff = new Backoff(this.#options.reconnectBaseMillis, this.#options.reconnectCapMillis)
+    for (;;) {
+      const left = deadlineAt - Date.now()
+      const outcome = left <= 0 ? undefined : await this.#attempt(method, path, body, left, signal)
+      if (this.#closed.signal.aborted) throw ownError("closed", "The client was closed.")
+      if (outcome === undefined) {
+        throw ownError("disconnected", `${this.#options.endpoints.join(", ")}: no answer within ${deadlineMillis} ms.`)
+      }
+      if (!(outcome instanceof VectorDBError)) return outcome
+      if (signal.aborted) throw outcome
+      const passes = outcome.code === "disconnected" || isTransient(outcome.code)
+      const wait = Math.max(backoff.next(), outcome.retryAfterMillis ?? 0)
+      if (!passes || Date.now() + wait >= deadlineAt) throw outcome
+      await new Promise((resolve) => setTimeout(resolve, wait))
+    }
+  }
+
+  async #attempt(
+    method: string,
+    path: string,
+    body: unknown,
+    leftMillis: number,
+    signal: AbortSignal
+  ): Promise<Json | VectorDBError | undefined> {
+    const closed = this.#closed.signal
+    if (closed.aborted) return undefined
+    const endpoint = await this.#wire.endpoint
+    try {
+      const token = await this.#options.credential?.()
+      const response = await this.#options.fetch(`${endpoint}/api/v1${path}`, {
+        method,
+        headers: {
+          ...(body === undefined ? {} : { "content-type": "application/json" }),
+          ...(token === undefined ? {} : { authorization: `Bearer ${token}` })
+        },
+        ...(body === undefined ? {} : { body: JSON.stringify(body) }),
+        // What one has written one reads: not what a cache on the way still has.
+        cache: "no-store",
+        signal: AbortSignal.any([signal, closed, AbortSignal.timeout(leftMillis)])
+      })
+      const text = await response.text()
+      if (response.ok) return text === "" ? {} : (JSON.parse(text) as Json)
+      return errorOfProblem(problemOf(response.status, text))
+    } catch (error) {
+      if (signal.aborted || closed.aborted || (error as Error).name === "TimeoutError") return undefined
+      this.#wire.failed(endpoint)
+      return ownError("disconnected", `${endpoint}: ${(error as Error).message}`)
+    }
+  }
+}
+
+/** What is no problem document comes from something between: a proxy, a load balancer. */
+const problemOf = (status: number, text: string): ProblemMembers => {
+  try {
+    const problem = JSON.parse(text) as ProblemMembers
+    if (typeof problem.code === "string") return problem
+  } catch {}
+  const code = status === 502 || status === 503 || status === 504 ? "partition_unavailable" : `http_${status}`
+  return { code, status, detail: `HTTP ${status}: ${text.slice(0, 120)}` }
+}

@@ -1,0 +1,246 @@
+/**
+ * The client for programs on Effect: the calls of `VectorDB` as effects and streams with typed errors. `VectorDB` is these
+ * with promises.
+ */
+import { Context, Effect, Layer, Stream } from "effect"
+import { ownError, type VectorDBError } from "./ClientError.ts"
+import { type ClientOptions, resolveOptions } from "./ClientOptions.ts"
+import type {
+  Ack,
+  CollectionInfo,
+  CollectionParameters,
+  Engine,
+  Filter,
+  Item,
+  Metadata,
+  Query,
+  SearchHit,
+  StoredVector,
+  Vector
+} from "./Engine.ts"
+import { makeRemoteEngine } from "./RemoteEngine.ts"
+import { pathOf, type StandardSchema } from "./StandardSchema.ts"
+
+/** Which collection, and for how long to try; what is left out is the client's. */
+export interface Call {
+  readonly collection?: string
+  readonly deadlineMillis?: number
+}
+
+export interface Hit<M> extends Omit<SearchHit, "metadata"> {
+  readonly metadata: M
+}
+
+/** Hits, nearest first; and the partitions that did not answer in time, whose vectors may be missing among them. */
+export interface Hits<M> extends ReadonlyArray<Hit<M>> {
+  readonly missingPartitions: ReadonlyArray<number>
+}
+
+export interface Stored<M> extends Omit<StoredVector, "metadata"> {
+  readonly metadata: M
+}
+
+export interface NewItem<M> extends Omit<Item, "metadata"> {
+  readonly metadata?: M
+}
+
+export interface SearchCall extends Call {
+  /** 1 to 10,000; 10 where left out. */
+  readonly k?: number
+  /** Width of the search, at least k; the collection's where left out. */
+  readonly ef?: number
+  readonly filter?: Filter
+  readonly includeVector?: boolean
+}
+
+export interface InsertCall extends Call {
+  readonly ack?: Ack
+}
+
+export interface InsertManyCall extends InsertCall {
+  /** Vectors in one request, 1 to 10,000. */
+  readonly batchSize?: number
+  /** Requests under way at one time. */
+  readonly concurrency?: number
+}
+
+export interface Change<M> {
+  /** The new vector: the record is replaced. */
+  readonly vector?: Vector
+  /** Fields that are set; `null` removes one. With `vector`: the whole metadata. */
+  readonly metadata?: Partial<{ readonly [Field in keyof M]: M[Field] | null }>
+}
+
+export interface Collections {
+  /** Makes a collection; the same again does nothing. */
+  readonly create: (
+    name: string,
+    parameters: CollectionParameters,
+    call?: Pick<Call, "deadlineMillis">
+  ) => Effect.Effect<CollectionInfo, VectorDBError>
+  readonly get: (
+    name: string,
+    call?: Pick<Call, "deadlineMillis">
+  ) => Effect.Effect<CollectionInfo | undefined, VectorDBError>
+  readonly list: (call?: Pick<Call, "deadlineMillis">) => Effect.Effect<ReadonlyArray<CollectionInfo>, VectorDBError>
+  /** Whether there was one. */
+  readonly delete: (name: string, call?: Pick<Call, "deadlineMillis">) => Effect.Effect<boolean, VectorDBError>
+}
+
+export interface TypedClient<M> {
+  readonly insert: (item: NewItem<M>, call?: InsertCall) => Effect.Effect<void, VectorDBError>
+  /** In batches, in the order given; no more is taken from the stream than is under way. How many were inserted. */
+  readonly insertMany: <E, R>(
+    items: Iterable<NewItem<M>> | Stream.Stream<NewItem<M>, E, R>,
+    call?: InsertManyCall
+  ) => Effect.Effect<number, VectorDBError | E, R>
+  readonly update: (id: string, change: Change<M>, call?: InsertCall) => Effect.Effect<void, VectorDBError>
+  /** How many there were. */
+  readonly delete: (ids: string | ReadonlyArray<string>, call?: Call) => Effect.Effect<number, VectorDBError>
+  readonly get: (id: string, call?: Call) => Effect.Effect<Stored<M> | undefined, VectorDBError>
+  readonly search: (query: Query, call?: SearchCall) => Effect.Effect<Hits<M>, VectorDBError>
+  readonly searchStream: (query: Query, call?: SearchCall) => Stream.Stream<Hit<M>, VectorDBError>
+  readonly collections: Collections
+}
+
+/** What the calls that name none of their own are made with. */
+export interface Defaults<M> {
+  readonly collection: string
+  readonly deadlineMillis: number
+  readonly metadata: StandardSchema<M> | undefined
+}
+
+/** The client of metadata that is not checked, as a service. */
+export class VectorClient extends Context.Service<VectorClient, TypedClient<Metadata>>()(
+  "ruvector/client/VectorClient"
+) {
+  /** On a service; the connection lives as long as the layer. Dies where an option is out of its bound. */
+  static readonly layer = (options: ClientOptions): Layer.Layer<VectorClient> =>
+    Layer.effect(
+      VectorClient,
+      Effect.gen(function* () {
+        const resolved = resolveOptions(options)
+        const engine = yield* Effect.acquireRelease(
+          Effect.sync(() => makeRemoteEngine(resolved)),
+          ({ close }) => Effect.sync(close)
+        )
+        return clientOf<Metadata>(engine, { ...resolved, metadata: undefined })
+      })
+    )
+}
+
+const defaultK = 10
+const defaultBatchSize = 500
+const defaultConcurrency = 4
+
+/** A client on an engine. */
+export const clientOf = <M>(engine: Engine, defaults: Defaults<M>): TypedClient<M> => {
+  const callOf = (call: Call | undefined) => ({
+    collection: call?.collection ?? defaults.collection,
+    deadlineMillis: call?.deadlineMillis ?? defaults.deadlineMillis
+  })
+  const insertOf = (call: InsertCall | undefined) => ({
+    ...callOf(call),
+    ...(call?.ack === undefined ? {} : { ack: call.ack })
+  })
+  const searchOf = (call: SearchCall | undefined) => ({
+    ...callOf(call),
+    k: call?.k ?? defaultK,
+    includeVector: call?.includeVector ?? false,
+    ...(call?.ef === undefined ? {} : { ef: call.ef }),
+    ...(call?.filter === undefined ? {} : { filter: call.filter })
+  })
+
+  const { metadata: schema } = defaults
+
+  const checked = (metadata: unknown): Effect.Effect<M, VectorDBError> => {
+    if (schema === undefined) return Effect.succeed(metadata as M)
+    return Effect.flatMap(
+      Effect.promise(async () => schema["~standard"].validate(metadata)),
+      (result) => {
+        if (result.issues === undefined) return Effect.succeed(result.value)
+        const [issue] = result.issues
+        const field = issue === undefined ? "" : pathOf(issue)
+        const what = issue?.message ?? "not what the schema says"
+        return Effect.fail(ownError("invalid_metadata", field === "" ? what : `${field}: ${what}`, `metadata.${field}`))
+      }
+    )
+  }
+
+  const itemsOf = (items: ReadonlyArray<NewItem<M>>): Effect.Effect<ReadonlyArray<Item>, VectorDBError> => {
+    if (schema === undefined) return Effect.succeed(items as ReadonlyArray<Item>)
+    return Effect.forEach(items, (item) =>
+      item.metadata === undefined
+        ? Effect.succeed({ id: item.id, vector: item.vector })
+        : Effect.as(checked(item.metadata), item as Item)
+    )
+  }
+
+  const hitOf = (hit: SearchHit): Effect.Effect<Hit<M>, VectorDBError> =>
+    schema === undefined
+      ? Effect.succeed(hit as Hit<M>)
+      : Effect.map(checked(hit.metadata), (metadata) => ({ ...hit, metadata }))
+
+  const insertBatch = (items: ReadonlyArray<NewItem<M>>, call: InsertCall | undefined) =>
+    Effect.flatMap(itemsOf(items), (checked) => engine.insert(checked, insertOf(call)))
+
+  const found = <A>(
+    effect: Effect.Effect<A, VectorDBError>,
+    code: string
+  ): Effect.Effect<A | undefined, VectorDBError> =>
+    Effect.catchIf(
+      effect,
+      (error) => error.code === code,
+      () => Effect.undefined
+    )
+
+  const untilOf = (call: Pick<Call, "deadlineMillis"> | undefined) => call?.deadlineMillis ?? defaults.deadlineMillis
+
+  const client: TypedClient<M> = {
+    insert: (item, call) => Effect.asVoid(insertBatch([item], call)),
+    insertMany: (items, call) =>
+      (Stream.isStream(items) ? items : Stream.fromIterable(items)).pipe(
+        Stream.grouped(call?.batchSize ?? defaultBatchSize),
+        Stream.mapEffect((batch) => insertBatch(batch, call), { concurrency: call?.concurrency ?? defaultConcurrency }),
+        Stream.runFold(
+          () => 0,
+          (sum, inserted) => sum + inserted
+        )
+      ),
+    update: (id, { vector, metadata }, call) => {
+      if (vector !== undefined) {
+        return client.insert({ id, vector, ...(metadata === undefined ? {} : { metadata: metadata as M }) }, call)
+      }
+      return Effect.asVoid(engine.patch(id, (metadata ?? {}) as Metadata, callOf(call)))
+    },
+    delete: (ids, call) => engine.remove(typeof ids === "string" ? [ids] : ids, callOf(call)),
+    get: (id, call) =>
+      Effect.flatMap(engine.get(id, callOf(call)), (record) =>
+        record === undefined
+          ? Effect.undefined
+          : Effect.map(checked(record.metadata), (metadata): Stored<M> => ({ ...record, metadata }))
+      ),
+    search: (query, call) =>
+      Effect.flatMap(engine.search(query, searchOf(call)), ({ hits, missingPartitions }) =>
+        Effect.map(
+          schema === undefined ? Effect.succeed(hits as ReadonlyArray<Hit<M>>) : Effect.forEach(hits, hitOf),
+          (hits): Hits<M> => Object.assign([...hits], { missingPartitions })
+        )
+      ),
+    searchStream: (query, call) => {
+      const hits = engine.searchStream(query, searchOf(call))
+      return schema === undefined ? (hits as Stream.Stream<Hit<M>, VectorDBError>) : Stream.mapEffect(hits, hitOf)
+    },
+    collections: {
+      create: (name, parameters, call) => engine.createCollection(name, parameters, untilOf(call)),
+      get: (name, call) => found(engine.collection(name, untilOf(call)), "collection_not_found"),
+      list: (call) => engine.collections(untilOf(call)),
+      delete: (name, call) =>
+        Effect.map(
+          found(Effect.as(engine.deleteCollection(name, untilOf(call)), true), "collection_not_found"),
+          (deleted) => deleted === true
+        )
+    }
+  }
+  return client
+}

@@ -1,0 +1,143 @@
+/**
+ * The client: promises and async iterables. Works in Node and in a browser.
+ *
+ *     const db = new VectorDB({ endpoint: "https://vectors.example.com" })
+ *     await db.insert("a", [1, 0, 0], { metadata: { type: "task" } })
+ *     for await (const hit of db.searchStream([1, 0, 0], { k: 10, filter: { type: "task" } })) console.log(hit.id, hit.score)
+ */
+import { Effect, Exit, Stream } from "effect"
+import type { ClientOptions } from "./ClientOptions.ts"
+import { resolveOptions } from "./ClientOptions.ts"
+import type { CollectionInfo, CollectionParameters, Engine, Metadata, Query, Vector } from "./Engine.ts"
+import { makeRemoteEngine } from "./RemoteEngine.ts"
+import type { StandardSchema } from "./StandardSchema.ts"
+import {
+  type Call,
+  type Change,
+  clientOf,
+  type Hit,
+  type Hits,
+  type InsertCall,
+  type InsertManyCall,
+  type NewItem,
+  type SearchCall,
+  type Stored,
+  type TypedClient
+} from "./VectorClient.ts"
+
+/** Ends a call before its deadline: it then rejects with the signal's reason. */
+interface Aborts {
+  readonly signal?: AbortSignal
+}
+
+export interface VectorDBOptions<M = Metadata> extends ClientOptions {
+  /** Checks metadata on its way in and out, and gives it its type. Standard Schema: zod, valibot, Effect's Schema... */
+  readonly metadata?: StandardSchema<M>
+}
+
+/** On an engine that is there already, in place of a service. */
+export interface EngineOptions<M = Metadata> extends Pick<ClientOptions, "collection" | "deadlineMillis"> {
+  readonly engine: Engine & { readonly close: () => void | Promise<void> }
+  readonly metadata?: StandardSchema<M>
+}
+
+/** `M`: the metadata's type, of the schema given. */
+export class VectorDB<M = Metadata> {
+  readonly #client: TypedClient<M>
+  readonly #close: () => void | Promise<void>
+
+  /** Throws where an option is out of its bound. Connects with the first call. */
+  constructor(options: VectorDBOptions<M> | EngineOptions<M>) {
+    const resolved = resolveOptions("engine" in options ? { ...options, endpoint: "http://embedded" } : options)
+    const engine = "engine" in options ? options.engine : makeRemoteEngine(resolved)
+    this.#client = clientOf(engine, { ...resolved, metadata: options.metadata })
+    this.#close = engine.close
+  }
+
+  /** Inserts or replaces one vector; resolves when it is as durable as `ack` says. */
+  insert(id: string, vector: Vector, options: InsertCall & Aborts & { readonly metadata?: M } = {}): Promise<void> {
+    const { metadata } = options
+    const item = { id, vector, ...(metadata === undefined ? {} : { metadata }) }
+    return run(this.#client.insert(item, options), options.signal)
+  }
+
+  /**
+   * Inserts or replaces many, in batches. Takes no more from `items` than is under way, so that a source of any length can
+   * be given. Resolves with how many there were; where it rejects, those of batches before may have been inserted.
+   */
+  insertMany(
+    items: Iterable<NewItem<M>> | AsyncIterable<NewItem<M>>,
+    options: InsertManyCall & Aborts = {}
+  ): Promise<number> {
+    const source: Iterable<NewItem<M>> | Stream.Stream<NewItem<M>> =
+      Symbol.asyncIterator in items ? Stream.orDie(Stream.fromAsyncIterable(items, (error) => error)) : items
+    return run(this.#client.insertMany(source, options), options.signal)
+  }
+
+  /** Sets fields of the metadata (`null` removes one), or replaces the record where a vector is given. */
+  update(id: string, change: Change<M>, options: InsertCall & Aborts = {}): Promise<void> {
+    return run(this.#client.update(id, change, options), options.signal)
+  }
+
+  /** Resolves with how many there were. */
+  delete(ids: string | ReadonlyArray<string>, options: Call & Aborts = {}): Promise<number> {
+    return run(this.#client.delete(ids, options), options.signal)
+  }
+
+  get(id: string, options: Call & Aborts = {}): Promise<Stored<M> | undefined> {
+    return run(this.#client.get(id, options), options.signal)
+  }
+
+  /** The k nearest, to a vector or to a stored one (`{ id }`). */
+  search(query: Query, options: SearchCall & Aborts = {}): Promise<Hits<M>> {
+    return run(this.#client.search(query, options), options.signal)
+  }
+
+  /** The same, one by one as they arrive. Leaving the loop ends the search on the server too. */
+  searchStream(query: Query, options: SearchCall & Aborts = {}): AsyncIterable<Hit<M>> {
+    return iterate(this.#client.searchStream(query, options), options.signal)
+  }
+
+  readonly collections = {
+    create: (
+      name: string,
+      parameters: CollectionParameters,
+      options: Pick<Call, "deadlineMillis"> & Aborts = {}
+    ): Promise<CollectionInfo> => run(this.#client.collections.create(name, parameters, options), options.signal),
+    get: (name: string, options: Pick<Call, "deadlineMillis"> & Aborts = {}): Promise<CollectionInfo | undefined> =>
+      run(this.#client.collections.get(name, options), options.signal),
+    list: (options: Pick<Call, "deadlineMillis"> & Aborts = {}): Promise<ReadonlyArray<CollectionInfo>> =>
+      run(this.#client.collections.list(options), options.signal),
+    delete: (name: string, options: Pick<Call, "deadlineMillis"> & Aborts = {}): Promise<boolean> =>
+      run(this.#client.collections.delete(name, options), options.signal)
+  }
+
+  /** Ends the connection, or the embedded engine after what it holds is safe. Calls under way reject with `closed`. */
+  async close(): Promise<void> {
+    await this.#close()
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close()
+  }
+}
+
+const run = async <A, E>(effect: Effect.Effect<A, E>, signal: AbortSignal | undefined): Promise<A> => {
+  if (signal === undefined) return Effect.runPromise(effect)
+  signal.throwIfAborted()
+  const exit = await Effect.runPromiseExit(effect, { signal })
+  if (Exit.isSuccess(exit)) return exit.value
+  signal.throwIfAborted()
+  return Effect.runPromise(exit)
+}
+
+const iterate = <A, E>(stream: Stream.Stream<A, E>, signal: AbortSignal | undefined): AsyncIterable<A> => {
+  if (signal === undefined) return Stream.toAsyncIterable(stream)
+  const aborted = Effect.callback<never>((resume) => {
+    const abort = () => resume(Effect.die(signal.reason))
+    if (signal.aborted) return abort()
+    signal.addEventListener("abort", abort, { once: true })
+    return Effect.sync(() => signal.removeEventListener("abort", abort))
+  })
+  return Stream.toAsyncIterable(Stream.interruptWhen(stream, aborted))
+}

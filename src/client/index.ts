@@ -1,0 +1,28 @@
+/** The client, for browsers too: nothing of Node is imported here. */
+export { type ProblemMembers, VectorDBError } from "./ClientError.ts"
+export type { ClientOptions, Credential, WebSocketLike } from "./ClientOptions.ts"
+export type {
+  Ack,
+  CollectionInfo,
+  CollectionParameters,
+  Filter,
+  Metadata,
+  Query,
+  Vector
+} from "./Engine.ts"
+export type { StandardSchema } from "./StandardSchema.ts"
+export {
+  type Call,
+  type Change,
+  type Collections,
+  type Hit,
+  type Hits,
+  type InsertCall,
+  type InsertManyCall,
+  type NewItem,
+  type SearchCall,
+  type Stored,
+  type TypedClient,
+  VectorClient
+} from "./VectorClient.ts"
+export { VectorDB, type VectorDBOptions } from "./VectorDB.ts"

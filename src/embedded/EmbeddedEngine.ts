@@ -1,0 +1,169 @@
+/**
+ * The engine of a client in the client's own process: the same actors, tiers and data format as a server's, and no port.
+ * Calls are checked by the same schemas as those of the wires, and fail with the same codes.
+ */
+import { type Context, Effect, Result, Stream } from "effect"
+import { errorOfProblem, ownError, type VectorDBError } from "../client/ClientError.ts"
+import type { Engine, Item, Metadata, Query, SearchAnswer, SearchHit, SearchOptions } from "../client/Engine.ts"
+import { toQuery } from "../gateway/Queries.ts"
+import { CollectionRequest } from "../protocol/Collection.ts"
+import { type ApiError, type InvalidInput, toProblem } from "../protocol/Errors.ts"
+import { CollectionName, decoderOf, MetadataObject, VectorId } from "../protocol/Fields.ts"
+import { DeleteRequest, InsertRequest } from "../protocol/HttpApi.ts"
+import { SearchRequest } from "../protocol/Search.ts"
+import type { SearchAnswer as RouterAnswer, SessionQuery } from "../protocol/StreamSession.ts"
+import type { Router } from "../shards/Router.ts"
+
+/** `release` ends what the engine rests on, after what it holds is safe; it is called once no call is under way. */
+export const makeEmbeddedEngine = (
+  router: Context.Service.Shape<typeof Router>,
+  release: () => Promise<void>
+): Engine & { readonly close: () => Promise<void> } => {
+  let underWay = 0
+  let closed: Promise<void> | undefined
+  let onQuiet: (() => void) | undefined
+
+  /** A call: counted, so that closing waits for it, and failing as those of a service do. */
+  const call = <A>(effect: Effect.Effect<A, ApiError>): Effect.Effect<A, VectorDBError> =>
+    Effect.suspend(() => {
+      if (closed !== undefined) return Effect.fail(ownError("closed", "The client is closed."))
+      underWay += 1
+      return Effect.onExit(
+        Effect.mapError(effect, (error) => errorOfProblem(toProblem(error))),
+        () =>
+          Effect.sync(() => {
+            underWay -= 1
+            if (underWay === 0) onQuiet?.()
+          })
+      )
+    })
+
+  const close = (): Promise<void> => {
+    closed ??= (underWay === 0 ? Promise.resolve() : new Promise<void>((resolve) => (onQuiet = resolve))).then(release)
+    return closed
+  }
+
+  const search = (query: Query, options: SearchOptions) =>
+    call(Effect.map(Effect.flatMap(queryOf(query, options), router.search), answerOf))
+
+  const info = (name: string) =>
+    Effect.flatMap(decoded(decodeName(name)), (name) =>
+      Effect.flatMap(router.collection(name), (collection) =>
+        Effect.map(router.count(collection), (count) => ({ ...collection, count }))
+      )
+    )
+
+  return {
+    insert: (items, { collection, ack, deadlineMillis }) =>
+      items.length === 0
+        ? Effect.succeed(0)
+        : Effect.suspend(() => {
+            const request = { collection, vectors: items.map(plain), ...(ack === undefined ? {} : { ack }) }
+            return Effect.flatMap(decoded(decodeInsert(request)), ({ vectors }) =>
+              router.upsert(
+                collection,
+                vectors.map(({ id, vector, metadata }) => ({
+                  id,
+                  vector,
+                  metadata: metadata === undefined ? "" : JSON.stringify(metadata)
+                })),
+                ack
+              )
+            )
+          }).pipe(call, within(deadlineMillis)),
+    patch: (id, metadata, { collection, deadlineMillis }) =>
+      Effect.gen(function* () {
+        const checked = yield* decoded(decodeMetadata(metadata))
+        const name = yield* decoded(decodeName(collection))
+        const updated = yield* router.updateMetadata(name, yield* decoded(decodeId(id)), JSON.stringify(checked))
+        return { metadata: parsed(updated.metadata), version: updated.version }
+      }).pipe(call, within(deadlineMillis)),
+    remove: (ids, { collection, deadlineMillis }) =>
+      Effect.flatMap(decoded(decodeDelete({ collection, ids })), () => router.remove(collection, ids)).pipe(
+        call,
+        within(deadlineMillis)
+      ),
+    get: (id, { collection, deadlineMillis }) =>
+      Effect.gen(function* () {
+        const name = yield* decoded(decodeName(collection))
+        const { vector, metadata, version } = yield* router.get(name, yield* decoded(decodeId(id)))
+        // The cache's own must not be changed from outside.
+        return { id, vector: vector.slice(), metadata: parsed(metadata), version }
+      }).pipe(
+        Effect.catchTag("VectorNotFound", () => Effect.undefined),
+        call,
+        within(deadlineMillis)
+      ),
+    search,
+    searchStream: (query, options) => Stream.fromIterableEffect(Effect.map(search(query, options), ({ hits }) => hits)),
+    createCollection: (name, parameters, deadlineMillis) =>
+      Effect.gen(function* () {
+        const request = yield* decoded(decodeCollection(parameters))
+        return (yield* router.createCollection(yield* decoded(decodeName(name)), request)).collection
+      }).pipe(call, within(deadlineMillis)),
+    collection: (name, deadlineMillis) => info(name).pipe(call, within(deadlineMillis)),
+    collections: (deadlineMillis) => router.collections.pipe(call, within(deadlineMillis)),
+    deleteCollection: (name, deadlineMillis) =>
+      Effect.flatMap(decoded(decodeName(name)), router.deleteCollection).pipe(call, within(deadlineMillis)),
+    close
+  }
+}
+
+const decodeSearch = decoderOf(SearchRequest)
+const decodeInsert = decoderOf(InsertRequest)
+const decodeDelete = decoderOf(DeleteRequest)
+const decodeCollection = decoderOf(CollectionRequest)
+const decodeName = decoderOf(CollectionName, "collection")
+const decodeId = decoderOf(VectorId, "id")
+const decodeMetadata = decoderOf(MetadataObject, "metadata")
+
+const decoded = <A>(result: Result.Result<A, InvalidInput>): Effect.Effect<A, InvalidInput> =>
+  Result.isSuccess(result) ? Effect.succeed(result.success) : Effect.fail(result.failure)
+
+const queryOf = (query: Query, options: SearchOptions): Effect.Effect<SessionQuery, InvalidInput> => {
+  const { collection, k, ef, filter, includeVector, deadlineMillis } = options
+  const request = {
+    collection,
+    k,
+    ...("id" in query ? { query_vector_id: query.id } : { query: kept(query) }),
+    ...(ef === undefined ? {} : { ef }),
+    ...(filter === undefined ? {} : { filter }),
+    include: includeVector ? ["metadata", "vector"] : ["metadata"],
+    deadline_ms: Math.max(1, Math.min(60_000, Math.trunc(deadlineMillis)))
+  }
+  return decoded(Result.flatMap(decodeSearch(request), toQuery))
+}
+
+/** Vectors are copied: the caller may change its own while they are under way. */
+const kept = (vector: Item["vector"]) => (vector instanceof Float32Array ? vector.slice() : vector)
+
+const plain = ({ id, vector, metadata }: Item) => ({
+  id,
+  vector: kept(vector),
+  ...(metadata === undefined ? {} : { metadata })
+})
+
+const parsed = (text: string): Metadata => (text === "" ? {} : (JSON.parse(text) as Metadata))
+
+const answerOf = (answer: RouterAnswer): SearchAnswer => {
+  const { dimensions, ids, metadata, missing, scores, vectors } = answer
+  return {
+    hits: ids.map(
+      (id, i): SearchHit => ({
+        id,
+        score: scores[i] as number,
+        metadata: parsed(metadata?.[i] ?? ""),
+        ...(vectors === undefined ? {} : { vector: vectors.slice(i * dimensions, (i + 1) * dimensions) })
+      })
+    ),
+    missingPartitions: missing
+  }
+}
+
+const within =
+  (deadlineMillis: number) =>
+  <A>(effect: Effect.Effect<A, VectorDBError>): Effect.Effect<A, VectorDBError> =>
+    Effect.timeoutOrElse(effect, {
+      duration: deadlineMillis,
+      orElse: () => Effect.fail(ownError("deadline_exceeded", `No answer within ${deadlineMillis} ms.`))
+    })
