@@ -144,8 +144,8 @@ class Port {
     for (const socket of this.#unknown) socket.destroy()
     // Answers under way are to say that they are the last on their connection.
     for (const socket of this.#sockets.keys()) {
-      const response = (socket as { _httpMessage?: Http.ServerResponse })._httpMessage
-      if (response !== undefined && !response.headersSent) response.setHeader("connection", "close")
+      const response = (socket as { _httpMessage?: Http.ServerResponse | null })._httpMessage
+      if (response?.headersSent === false) response.setHeader("connection", "close")
     }
   }
 
