@@ -2,7 +2,7 @@
  * Measures our server against the baselines on real word vectors, and prints one table.
  *
  *   npm run bench -- [--count 100000] [--queries 1000] [--rounds 3] [--seconds 5] [--streams 5000] [--seed 1]
- *                    [--only http,ws,rpc,filter,idle,restart,inserts] [--servers ours,bare,bare-simd]
+ *                    [--only http,ws,rpc,grpc,filter,idle,restart,inserts] [--servers ours,bare,bare-simd]
  *                    [--json FILE] [--svg FILE]
  *
  * Every server is loaded once. Then the rounds alternate between the servers, the others idle meanwhile, and medians of
@@ -24,7 +24,7 @@ import { exactTruth, shares } from "./truth.ts"
 import type { WireName } from "./wires.ts"
 import { type DataOptions, loadWords } from "./words.ts"
 
-const scenarios = ["http", "ws", "rpc", "filter", "idle", "restart", "inserts"] as const
+const scenarios = ["http", "ws", "rpc", "grpc", "filter", "idle", "restart", "inserts"] as const
 
 type Scenario = (typeof scenarios)[number]
 
@@ -146,6 +146,9 @@ class Bench {
         if (only.includes("http")) for (const lanes of httpLanes) await this.#search(name, "http", lanes)
         if (name !== "ours") continue
         if (only.includes("ws")) for (const wire of ["ws", "ws-binary"] as const) await this.#search(name, wire, 32)
+        if (only.includes("grpc")) {
+          for (const wire of ["ws-stream", "grpc", "grpc-session"] as const) await this.#search(name, wire, 32)
+        }
         if (only.includes("rpc")) await this.#search(name, "rpc", 32)
         if (only.includes("filter")) await this.#filtered(name)
       }

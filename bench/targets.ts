@@ -83,7 +83,7 @@ const toOurs = (
 })
 
 const { load, afterLoad, defaults, search, duringInserts, restart, restartAfterKill, idle, filter } = scenarioNames
-const { recall, rate, p50, p99, memory, memoryEach, inserts, ready } = metricNames
+const { recall, rate, p50, p99, cpu, memory, memoryEach, inserts, ready } = metricNames
 
 const afterRestart = (scenario: string): ReadonlyArray<Target> => [
   ofOurs(["-", scenario, ready], "< 2,000 ms", (ours) => ours < 2_000),
@@ -103,6 +103,14 @@ const targets: ReadonlyArray<Target> = [
   toBare(["http", search(32), rate], ">= 1.2 x bare (stretch 1.6)", (ratio) => ratio >= 1.2),
   toBare(["http", search(32), p99], "<= bare", (ratio) => ratio <= 1),
   toOurs(["ws", search(32), rate], ["http", search(32), rate], ">= over http", (ws, http) => ws >= http),
+  ...(["grpc", "grpc-session"] as const).map((wire) =>
+    toOurs(
+      [wire, search(32), cpu],
+      ["ws-stream", search(32), cpu],
+      "<= 1.3 x ws-stream",
+      (grpc, ws) => grpc <= 1.3 * ws
+    )
+  ),
   toBare(["http", duringInserts, p99], "<= 0.2 x bare", (ratio) => ratio <= 0.2),
   toBare(["http", duringInserts, inserts], ">= 0.8 x bare", (ratio) => ratio >= 0.8),
   ...afterRestart(restart),

@@ -24,7 +24,7 @@ export interface Wire {
   readonly close: () => void
 }
 
-export const wireNames = ["http", "ws", "ws-binary", "rpc"] as const
+export const wireNames = ["http", "ws", "ws-binary", "ws-stream", "rpc", "grpc", "grpc-session"] as const
 
 export type WireName = (typeof wireNames)[number]
 
@@ -61,6 +61,15 @@ export const openWire: Record<WireName, (options: SearchOptions) => Promise<Wire
       return binaryFrame(`{"type":"search","id":"${query}",${fields}}`, vectorOf(options.queries, query))
     }),
 
+  "ws-stream": (options) =>
+    overWebSocket(options, false, (query) =>
+      Buffer.from(`{"type":"search","id":"${query}","stream":true,${searchFields(options.queries, query, options)}}`)
+    ),
+
+  // Loaded only here: the other wires need nothing of it.
+  grpc: async (options) => (await import("./grpcWire.ts")).openGrpc(options),
+  "grpc-session": async (options) => (await import("./grpcWire.ts")).openGrpcSession(options),
+
   // Loaded only here: the other wires need nothing of Effect.
   rpc: async (options) => (await import("./rpcWire.ts")).openRpc(options)
 }
@@ -74,19 +83,24 @@ const overWebSocket = async (
   const frames = queries.words.map((_, query) => frameOf(query))
   const answers = new Array<SearchResults | undefined>(frames.length)
   const waiting = new Map<string, () => void>()
+  const streamed = new Map<string, { readonly results: Array<StreamedEvent> }>()
   const socket = await openWebSocket(url)
   socket.on("error", onFailure)
   socket.on("close", (code) => onFailure(new Error(`the server closed the WebSocket with ${code}`)))
   socket.on("message", (data) => {
-    const event = JSON.parse(data.toString()) as SearchResults & { readonly event: string; readonly id: string }
+    const event = JSON.parse(data.toString()) as SearchResults & StreamedEvent
     const onAnswer = waiting.get(event.id)
-    if (event.event !== "results" || onAnswer === undefined) {
+    if (onAnswer === undefined || !answerEvents.has(event.event)) {
       onFailure(new Error(`not an answer to a search: ${data.toString()}`))
       return
     }
-    waiting.delete(event.id)
-    answers[Number(event.id)] = event
-    onAnswer()
+    if (event.event === "search_start") streamed.set(event.id, { results: [] })
+    else if (event.event === "result") streamed.get(event.id)?.results.push(event)
+    else {
+      waiting.delete(event.id)
+      answers[Number(event.id)] = event.event === "results" ? event : streamed.get(event.id)
+      onAnswer()
+    }
   })
   return {
     ask: (_, query, onAnswer) => {
@@ -132,6 +146,14 @@ const withoutVector = (query: number, { ef, filter }: Pick<SearchOptions, "ef" |
   `"k":${truthK}` +
   (ef === undefined ? "" : `,"ef":${ef}`) +
   (filter === undefined ? "" : `,"filter":${JSON.stringify(filterOf(filter, query))}`)
+
+const answerEvents = new Set(["results", "search_start", "result", "search_complete"])
+
+interface StreamedEvent {
+  readonly event: string
+  readonly id: string
+  readonly vector_id: string
+}
 
 interface SearchResults {
   readonly results: ReadonlyArray<{ readonly vector_id: string }>

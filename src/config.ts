@@ -225,6 +225,53 @@ export const settings = {
     600_000
   ),
 
+  // Admission of searches: adaptive, within these bounds
+  searchLimitMin: integer("least searches that may be under way at once", "searches", 4, 1, 10_000),
+  searchLimitMax: integer("and most", "searches", 1_024, 1, 100_000),
+  searchSlowdownPercent: integer(
+    "of the time alone that a search may take before fewer are under way at once",
+    "%",
+    200,
+    110,
+    10_000
+  ),
+  searchProbeMillis: integer("between two looks at what searches take alone, under load", "ms", 10_000, 500, 3_600_000),
+  searchQueueMax: integer("searches that wait to begin, in a burst", "searches", 1_024, 1, 100_000),
+  searchQueueBurstMillis: integer("that a search waits to begin, in a burst", "ms", 250, 5, 60_000),
+  searchQueueStandingMillis: integer("least wait that, when it lasts that long, is overload", "ms", 25, 1, 60_000),
+  searchQueueMillis: integer("mean time that a search waits to begin under overload", "ms", 5, 1, 60_000),
+  searchQueueMin: integer("searches that wait under overload, however long that takes", "searches", 16, 1, 100_000),
+
+  // Load shedding
+  loadSampleMillis: integer("between two looks at the load", "ms", 1_000, 50, 60_000),
+  loadRaiseMillis: integer("above a level before load is shed at it", "ms", 2_000, 0, 600_000),
+  loadLowerMillis: integer("below the level before less is shed", "ms", 10_000, 0, 3_600_000),
+  loadCpuPercent: integer("of the processors from which on load is shed", "%", 85, 1, 1_000),
+  loadMemoryPercent: integer("of the container's memory from which on load is shed", "%", 90, 1, 1_000),
+  loadConnectionsPercent: integer("of connections-max from which on load is shed", "%", 95, 1, 1_000),
+  loadLatencyMillis: integer("99th percentile of searches from which on load is shed", "ms", 100, 1, 60_000),
+  loadLoopMillis: integer(
+    "99th percentile of the main thread's delay from which on load is shed",
+    "ms",
+    100,
+    1,
+    60_000
+  ),
+  loadEventsMax: integer("load events kept for followers", "events", 256, 16, 65_536),
+  loadSubscribersMax: integer("followers of load events", "followers", 64, 1, 10_000),
+  shedUserRate: integer("requests of one user from level 85 on", "requests a second", 10, 1, 100_000),
+  shedUsersMax: integer("users whose rate is known", "users", 100_000, 100, 10_000_000),
+  shedIdleMillis: integer(
+    "quiet time after which a connection is closed from level 90 on",
+    "ms",
+    300_000,
+    100,
+    86_400_000
+  ),
+  shedIdleBatch: integer("connections closed at once for that", "connections", 100, 1, 100_000),
+  shedPercent: integer("of requests that are not premium refused at level 95", "%", 20, 0, 100),
+  shedRetryMillis: integer("least mean time after which one who is refused is to come back", "ms", 250, 10, 60_000),
+
   // Caching
   httpCache: choice("who may cache answers to GET: shared caches too, the client alone, or nobody", "public", [
     "public",
@@ -411,6 +458,23 @@ export const settings = {
     65_536,
     1_024,
     1_024 * mebibyte
+  ),
+  grpcCallsMax: integer("open gRPC calls on this node", "calls", 100_000, 1, 10_000_000),
+  grpcWatchesMax: integer("of which watch its health, which needs no credential", "calls", 1_024, 1, 1_000_000),
+  grpcMessageBytesMax: integer("bytes of a gRPC message, inflated", "bytes", 4 * mebibyte, 1_024, 256 * mebibyte),
+  grpcPartialBytesMax: integer(
+    "bytes of gRPC messages that have not come whole, all calls together",
+    "bytes",
+    64 * mebibyte,
+    mebibyte,
+    4_096 * mebibyte
+  ),
+  grpcCompressBytesMin: integer(
+    "bytes from which on a message is compressed for a gRPC client that compresses its own",
+    "bytes",
+    1_024,
+    1,
+    256 * mebibyte
   ),
   drainNoticeMillis: integer(
     "between readiness off and the end of new connections when shutting down, for load balancers",

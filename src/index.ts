@@ -6,6 +6,7 @@ import { join } from "node:path"
 import { Effect, Layer, Option, Schedule } from "effect"
 import * as CatalogActor from "./actors/Catalog.ts"
 import * as IndexPartitionActor from "./actors/IndexPartition.ts"
+import * as LoadShedderActor from "./actors/LoadShedder.ts"
 import * as StreamSessionActor from "./actors/StreamSession.ts"
 import * as TierPromoterActor from "./actors/TierPromoter.ts"
 import type { Metadata } from "./client/index.ts"
@@ -13,6 +14,7 @@ import { Settings, type SettingValues } from "./config.ts"
 import { withEngine } from "./embedded/VectorDB.ts"
 import { Cursors } from "./gateway/Cursors.ts"
 import { HttpGateway } from "./gateway/HttpGateway.ts"
+import { Load } from "./gateway/Load.ts"
 import { Promoter } from "./gateway/Promoter.ts"
 import { Readiness } from "./gateway/Readiness.ts"
 import { Sessions } from "./gateway/Sessions.ts"
@@ -20,13 +22,16 @@ import { Subscriptions } from "./gateway/Subscriptions.ts"
 import * as WebSocketSubscriptions from "./gateway/WebSocketSubscriptions.ts"
 import { toProblem } from "./protocol/Errors.ts"
 import { defaultCollection } from "./protocol/Fields.ts"
+import { Admission } from "./shards/Admission.ts"
 import { CacheEvents } from "./shards/CacheEvents.ts"
 import { ChangeFeeds } from "./shards/ChangeFeeds.ts"
 import * as Cluster from "./shards/Cluster.ts"
+import { LoadMeter } from "./shards/LoadMeter.ts"
 import { LocalActors } from "./shards/LocalActors.ts"
 import { ResultCache } from "./shards/ResultCache.ts"
 import { ResultStore } from "./shards/ResultStore.ts"
 import { Router } from "./shards/Router.ts"
+import { Shedding } from "./shards/Shedding.ts"
 import { StandingQueries } from "./shards/StandingQueries.ts"
 import { AccessLog } from "./tiers/AccessLog.ts"
 import * as Bucket from "./tiers/Bucket.ts"
@@ -59,6 +64,7 @@ const wires = HttpGateway.layer.pipe(
   Layer.provideMerge(Cursors.layer),
   Layer.provideMerge(Sessions.layer),
   Layer.provideMerge(Promoter.layer),
+  Layer.provideMerge(Load.layer),
   Layer.provideMerge(Readiness.layer)
 )
 
@@ -89,12 +95,15 @@ export const actors = Layer.mergeAll(
   IndexPartitionActor.layer,
   CatalogActor.layer,
   StreamSessionActor.layer,
-  TierPromoterActor.layer
+  TierPromoterActor.layer,
+  LoadShedderActor.layer
 ).pipe(
   Layer.provideMerge(StandingQueries.layer),
   Layer.provideMerge(ChangeFeeds.layer),
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
-  Layer.provideMerge(Layer.mergeAll(LocalActors.layer, CacheEvents.layer)),
+  Layer.provideMerge(LoadMeter.layer),
+  Layer.provideMerge(Admission.layer),
+  Layer.provideMerge(Layer.mergeAll(LocalActors.layer, CacheEvents.layer, Shedding.layer)),
   Layer.provideMerge(Cluster.layerSingle),
   Layer.provideMerge(PartitionForms.layer),
   Layer.provideMerge(resultStore),

@@ -14,7 +14,13 @@ import { Settings } from "../config.ts"
 import { type ApiError, Overloaded } from "../protocol/Errors.ts"
 import { defaultCollection } from "../protocol/Fields.ts"
 import { type PartitionRecord, partitionAddressOf, partitionId } from "../protocol/IndexPartition.ts"
-import { type AccessReport, localPromoterId, TierPromoter, type TierState } from "../protocol/TierPromoter.ts"
+import {
+  type AccessReport,
+  localPromoterId,
+  type TierEvent,
+  TierPromoter,
+  type TierState
+} from "../protocol/TierPromoter.ts"
 import {
   type WarmReport,
   type WarmRequest,
@@ -29,8 +35,8 @@ import { PartitionForms } from "../tiers/PartitionForms.ts"
 import { RecordCache } from "../tiers/RecordCache.ts"
 import { decide } from "../tiers/TierPolicy.ts"
 import { WarmStore } from "../tiers/WarmStore.ts"
+import { EventLog, type NewEvent } from "./EventLog.ts"
 import { makePartitionReads } from "./PartitionReads.ts"
-import { TierEvents } from "./TierEvents.ts"
 import { type WarmGroup, warm } from "./Warming.ts"
 
 /** Share of the record cache that one warming may fill. */
@@ -55,8 +61,8 @@ const makePromoter = Effect.gen(function* () {
   const recordCache = yield* RecordCache
   const reads = yield* makePartitionReads
   const scope = yield* Effect.scope
-  const events = new TierEvents(settings.tierEventsMax)
-  const publish = (event: Parameters<TierEvents["publish"]>[0], now: number) => events.publish(event, now)
+  const events = new EventLog<TierEvent>(settings.tierEventsMax)
+  const publish = (event: NewEvent<TierEvent>, now: number) => events.publish(event, now)
   const readAndPut = promoteRecords({ reads, warmStore, recordCache })
 
   const promote = Effect.fnUntraced(function* (

@@ -100,7 +100,7 @@ export class Http2Wire {
       this.#handlers.onRefused("maxHeaderBytes")
       return refuseStream(stream, rawProblems.headersTooLarge)
     }
-    if (isGrpc(headers)) return this.#handlers.onGrpc(stream, headers)
+    if (isGrpc(headers)) return this.#handlers.onGrpc(stream, headers, session.calls(stream))
     // Bytes of a body are on their way: they are to come to an end.
     if ((flags & Http2.constants.NGHTTP2_FLAG_END_STREAM) === 0) session.receives(stream)
     compatibility(...event)
@@ -150,6 +150,13 @@ class Session {
   /** Streams whose body is not whole yet, and since when, oldest first. */
   #receiving: Map<Http2.ServerHttp2Stream, number> | undefined
   #received = false
+  #calls = 0
+  #hadCalls = false
+  #messageBytes = 0
+  #unexplained = 0
+  readonly #onMessages = (bytes: number): void => {
+    this.#messageBytes += bytes
+  }
   #heardAt = Date.now()
   #pingedAt = 0
   #seenRead = 0
@@ -194,6 +201,15 @@ class Session {
     })
   }
 
+  /** A call has no end by which its receiving could be told: it tells here how much of its messages has come. */
+  calls(stream: Http2.ServerHttp2Stream): (bytes: number) => void {
+    this.#calls += 1
+    stream.once("close", () => {
+      this.#calls -= 1
+    })
+    return this.#onMessages
+  }
+
   /** Streams whose body began before `time` and is not whole. */
   *late(time: number): Generator<Http2.ServerHttp2Stream> {
     if (this.#receiving === undefined) return
@@ -215,10 +231,17 @@ class Session {
     this.#seenStreams += streams
     const receiving = this.#received || (this.#receiving?.size ?? 0) > 0
     this.#received = false
+    const messages = this.#messageBytes
+    this.#messageBytes = 0
 
     // Pings, settings, priorities, empty frames: a peer that reads causes some, in a measure to what it is sent.
-    const allowed = settings.h2OverheadBytesPerSecond + streams * settings.maxHeaderBytes + written / 2
-    if (!receiving && read > allowed) {
+    // A short message has as much again around it.
+    const allowed = settings.h2OverheadBytesPerSecond + streams * settings.maxHeaderBytes + written / 2 + 2 * messages
+    // What a call does not read yet is told later; by the windows it is no more than this.
+    const later = this.#calls === 0 && !this.#hadCalls ? 0 : 4 * settings.h2WindowBytes
+    this.#hadCalls = this.#calls > 0
+    this.#unexplained = Math.max(0, (later === 0 ? 0 : this.#unexplained) + read - allowed)
+    if (!receiving && this.#unexplained > later) {
       this.#cut(Http2.constants.NGHTTP2_ENHANCE_YOUR_CALM)
       return "h2OverheadBytesPerSecond"
     }

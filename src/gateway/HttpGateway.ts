@@ -9,21 +9,24 @@
 import type { ServerResponse } from "node:http"
 import * as NodeHttpServer from "@effect/platform-node/NodeHttpServer"
 import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
-import { Context, Effect, Layer, Option, Scope } from "effect"
+import { Context, Effect, Layer, Scope } from "effect"
 import { HttpRouter, HttpServerRequest, HttpServerResponse } from "effect/http"
 import { OpenApi } from "effect/http-api"
 import { Settings } from "../config.ts"
 import { RuvectorApi } from "../protocol/HttpApi.ts"
+import { overloadedBy, Shedding } from "../shards/Shedding.ts"
 import { ClientAddresses } from "./ClientAddresses.ts"
-import { GrpcHandler, grpcStatus, refuseGrpc } from "./GrpcHandler.ts"
+import { GrpcHandler } from "./GrpcHandler.ts"
 import { countRefusal, countRequest } from "./Instruments.ts"
 import * as OnePort from "./OnePort.ts"
 import * as Operations from "./Operations.ts"
-import { Origins, refuseUpgrade } from "./Origins.ts"
+import { Origins, refusePage } from "./Origins.ts"
 import { responseOfCause } from "./Problems.ts"
 import { instance } from "./Queries.ts"
 import { rawProblems } from "./RawProblems.ts"
 import { Readiness } from "./Readiness.ts"
+import { askerOf, refuseRequest, refuseUpgrade } from "./Refusals.ts"
+import { RejectedConnections } from "./RejectedConnections.ts"
 import * as RestApi from "./RestApi.ts"
 import * as RpcGateway from "./RpcGateway.ts"
 import * as SearchEndpoint from "./SearchEndpoint.ts"
@@ -43,9 +46,11 @@ export class HttpGateway extends Context.Service<
     Effect.gen(function* () {
       const settings = yield* Settings
       const readiness = yield* Readiness
+      const shedding = yield* Shedding
       const sse = yield* Sse.Sse
       const search = yield* SearchEndpoint.SearchEndpoint
       const webSockets = yield* WebSocketGateway.WebSocketGateway
+      const grpc = yield* GrpcHandler
       // Requests under way live in a scope of their own, which is closed after the drain below has waited for them.
       const handlers = yield* Scope.fork(yield* Effect.scope, "parallel")
 
@@ -67,20 +72,34 @@ export class HttpGateway extends Context.Service<
         scope: handlers
       })
 
-      const grpc = yield* Effect.serviceOption(GrpcHandler)
-
       let requests = 0
       const nextRequestId = () => `req_${instance}${(requests++).toString(36)}_${settings.region}_${instance}`
       const origins = new Origins(settings.corsOrigins, settings.host)
+      const rejected = new RejectedConnections(shedding)
+      const addresses = yield* ClientAddresses
       let draining = false
-      const port = yield* OnePort.make(settings, yield* ClientAddresses, {
+      const port = yield* OnePort.make(settings, addresses, {
+        onConnection: (socket) => rejected.opened(socket),
         onRequest: (request, response) => {
           const id = nextRequestId()
           if (origins.answered(request, response, id)) return countRequest("http", "origin", response.statusCode, 0)
           const path = pathOf(request.url as string)
           if (draining && path.startsWith(streamPaths)) return refuseDraining(response, id)
+          const isOperators = operatorPaths.has(path)
+          const refusal = isOperators ? undefined : rejected.refusal(request.socket)
+          if (refusal !== undefined) {
+            countRequest("http", "connection", 503, 0)
+            return refuseRequest(request, response, id, refusal, 503)
+          }
           if (Sse.paths.has(path)) return sse.handle(request, response, id)
           if (path === SearchEndpoint.path && request.method === "POST") return search.handle(request, response, id)
+          // Calls of RPC are refused one by one.
+          const shed =
+            isOperators || rpcPaths.has(path) ? undefined : shedding.refusal(askerOf(addresses.clientAddress(request)))
+          if (shed !== undefined) {
+            countRequest("http", routeOf(path), 429, 0)
+            return refuseRequest(request, response, id, shed)
+          }
           // Handed on in the request, where the Effect side reads it; a client's own is not taken over.
           request.headers[requestIdHeader] = id
           handler(request, response)
@@ -88,20 +107,33 @@ export class HttpGateway extends Context.Service<
         onUpgrade: (request, socket, head) => {
           socket.on("error", () => {})
           const refused = origins.refusal(request)
-          if (refused !== undefined) return refuseUpgrade(socket, refused)
+          if (refused !== undefined) return refusePage(socket, refused)
           if (draining) return socket.end(rawProblems.shuttingDown.text)
+          const refusal = rejected.refusal(request.socket)
+          if (refusal !== undefined) {
+            countRequest("http", "connection", 503, 0)
+            return refuseUpgrade(socket, refusal)
+          }
           if (pathOf(request.url as string) === WebSocketGateway.path) {
             return webSockets.handleUpgrade(request, socket, head)
           }
           request.headers[requestIdHeader] = nextRequestId()
           upgrade(request, socket, head)
         },
-        onGrpc: (stream, headers) => {
-          if (draining) return refuseGrpc(stream, grpcStatus.unavailable, "This node is shutting down.")
-          if (Option.isSome(grpc)) return grpc.value.handleStream(stream, headers)
-          refuseGrpc(stream, grpcStatus.unimplemented, "This server has no gRPC.")
+        onGrpc: (stream, headers, onBytes) => {
+          const { socket } = stream.session ?? {}
+          const isHealth = headers[":path"]?.startsWith("/grpc.health.v1.Health/") ?? false
+          const refusal = isHealth
+            ? undefined
+            : (rejected.refusal(socket ?? {}) ?? shedding.refusal(askerOf(addresses.streamAddress(stream, headers))))
+          if (refusal !== undefined) return grpc.refuse(stream, overloadedBy(refusal))
+          grpc.handleStream(stream, headers, onBytes)
         },
         onRefused: countRefusal
+      })
+      yield* shedding.joinConnections({
+        count: port.connections,
+        closeIdle: webSockets.closeIdle
       })
 
       yield* Effect.addFinalizer(() =>
@@ -114,7 +146,7 @@ export class HttpGateway extends Context.Service<
           yield* sse.drain
           yield* webSockets.drain
           yield* Effect.sync(() => rpcSockets.drain())
-          if (Option.isSome(grpc)) yield* grpc.value.drain
+          yield* grpc.drain
           while (port.connections() > 0 && Date.now() < until) {
             port.closeIdle()
             yield* Effect.sleep(20)
@@ -128,7 +160,8 @@ export class HttpGateway extends Context.Service<
       ClientAddresses.layer,
       Sse.Sse.layer,
       SearchEndpoint.SearchEndpoint.layer,
-      WebSocketGateway.WebSocketGateway.layer
+      WebSocketGateway.WebSocketGateway.layer,
+      GrpcHandler.layer
     ]),
     Layer.provide(NodeHttpServer.layerHttpServices)
   )
@@ -143,6 +176,11 @@ const refuseDraining = (response: ServerResponse, requestId: string): void => {
   response.writeHead(status, { "content-type": contentType, "retry-after": "1", "x-request-id": requestId })
   response.end(body)
 }
+
+/** Answered whatever the load: a load balancer, and whoever looks into it, has to know. */
+const operatorPaths = new Set(["/health/live", "/health/ready", "/metrics", Operations.loadPath])
+
+const rpcPaths = new Set<string>(RpcGateway.paths)
 
 const requestIdHeader = "x-ruvector-request-id"
 
@@ -169,6 +207,7 @@ const patterns: ReadonlyArray<{
     "/metrics",
     "/health/live",
     "/health/ready",
+    Operations.loadPath,
     ...Sse.paths,
     WebSocketGateway.path
   ].map((path) => ({ route: path.replace("/api/v1/", ""), pattern: new RegExp(`^${path}$`), methods: ["GET"] })),

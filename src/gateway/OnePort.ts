@@ -21,6 +21,8 @@ export class ListenError extends Data.TaggedError("ListenError")<{ readonly mess
 
 export interface PortHandlers {
   readonly onRequest: (request: Http.IncomingMessage, response: Http.ServerResponse) => void
+  /** A connection was opened; what it speaks is not known yet. */
+  readonly onConnection: (socket: Socket) => void
   readonly onUpgrade: (request: Http.IncomingMessage, socket: Duplex, head: Buffer) => void
   readonly onGrpc: GrpcHandler["Service"]["handleStream"]
   /** A connection, session or request was refused or cut before a handler saw it, and why. */
@@ -185,6 +187,7 @@ class Port {
       if (open === 0) this.#byNetwork.delete(network)
       else this.#byNetwork.set(network, open)
     })
+    this.#handlers.onConnection(socket)
     this.#sniff(socket)
   }
 

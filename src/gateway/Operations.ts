@@ -1,16 +1,22 @@
-/** Routes for operators: `/health/live`, `/health/ready`, `/metrics`; and `/`, which says what this is. */
+/** Routes for operators: `/health/live`, `/health/ready`, `/metrics`, `/api/v1/load`; and `/`, which says what this is. */
 import { monitorEventLoopDelay } from "node:perf_hooks"
 import { Context, Effect, Metric } from "effect"
 import { HttpRouter, HttpServerResponse } from "effect/http"
 import { PrometheusMetrics } from "effect/observability"
 import { LocalActors } from "../shards/LocalActors.ts"
 import { ResultCache } from "../shards/ResultCache.ts"
+import { Shedding } from "../shards/Shedding.ts"
 import { MemoryBudget } from "../tiers/MemoryBudget.ts"
 import { RecordCache, recordCacheMetrics } from "../tiers/RecordCache.ts"
 import { VectorIndex } from "../tiers/VectorIndex.ts"
 import { WarmStore, warmMetrics } from "../tiers/WarmStore.ts"
+import { Load } from "./Load.ts"
+import { problemResponse } from "./Problems.ts"
 import { Readiness } from "./Readiness.ts"
 import { Sessions } from "./Sessions.ts"
+
+/** What the node carries, and what it sheds for it. */
+export const loadPath = "/api/v1/load"
 
 const gauge = (name: string, description: string) => Metric.gauge(name, { description })
 
@@ -43,6 +49,8 @@ const gauges = {
 export const layer = HttpRouter.use(
   Effect.fnUntraced(function* (router) {
     const readiness = yield* Readiness
+    const load = yield* Load
+    const shedding = yield* Shedding
     const results = yield* ResultCache
     const local = yield* LocalActors
     const sessions = yield* Sessions
@@ -61,11 +69,25 @@ export const layer = HttpRouter.use(
       Effect.sync(() => {
         const state = readiness.get()
         const ready = state.state === "ready"
+        const level = shedding.level()
         return HttpServerResponse.jsonUnsafe(
-          { status: state.state, ...("detail" in state ? { detail: state.detail } : {}) },
+          {
+            status: state.state,
+            ...("detail" in state ? { detail: state.detail } : {}),
+            // An overloaded node is ready all the same: to take it out would put its load on the others.
+            ...(level === 0 ? {} : { load_level: level })
+          },
           { status: ready ? 200 : 503, headers: { ...noStore.headers, ...(ready ? {} : { "retry-after": "1" }) } }
         )
       })
+    )
+    yield* router.add(
+      "GET",
+      loadPath,
+      load.state.pipe(
+        Effect.map((state) => HttpServerResponse.jsonUnsafe(state, noStore)),
+        Effect.catch((error) => Effect.succeed(problemResponse(error)))
+      )
     )
     yield* router.add(
       "GET",

@@ -5,7 +5,8 @@
  * opens can write into a server on their machine.
  *
  * A page's host may be given the address of this machine once it is open ("DNS rebinding"), so that its own origin seems
- * to be the server's. Where only this machine may call, the host that is asked for must therefore be this machine's.
+ * to be the server's. Where only pages of this machine may call, what a browser asks a server that listens on a loopback
+ * address for must therefore have this machine's name. A proxy on this machine that hands on other names needs `corsOrigins`.
  */
 import type { IncomingMessage, ServerResponse } from "node:http"
 import { isIP } from "node:net"
@@ -27,7 +28,7 @@ export class Origins {
   /** `corsOrigins` as the setting has it; `host` is the address listened on. */
   constructor(corsOrigins: string, host: string) {
     this.#allowed = corsOrigins === "loopback" || corsOrigins === "*" ? corsOrigins : new Set(corsOrigins.split(","))
-    this.#local = isLoopback(host)
+    this.#local = corsOrigins === "loopback" && isLoopback(host)
   }
 
   /** `true`: the request is answered, as a preflight or with a refusal. Else the response has the headers it needs. */
@@ -68,7 +69,7 @@ export class Origins {
   /** Why a request or an upgrade is refused; `undefined` where it is not. */
   refusal(request: IncomingMessage): Forbidden | undefined {
     const asked = request.headers.host ?? (request.headers[":authority"] as string | undefined)
-    if (this.#local && asked !== undefined && !isLoopback(hostOf(asked))) {
+    if (this.#local && asked !== undefined && isBrowser(request) && !isLoopback(hostOf(asked))) {
       return new Forbidden({
         scope: "",
         detail: `This server is for its own machine: ask for it as 127.0.0.1 or localhost, not ${asked.slice(0, 80)}.`
@@ -92,13 +93,17 @@ export class Origins {
 }
 
 /** An upgrade has no response to answer with. */
-export const refuseUpgrade = (socket: Duplex, error: Forbidden): void => {
+export const refusePage = (socket: Duplex, error: Forbidden): void => {
   countRequest("http", "origin", 403, 0)
   const body = JSON.stringify(toProblem(error))
   socket.end(
     `HTTP/1.1 403 Forbidden\r\ncontent-type: ${problemContentType}\r\ncontent-length: ${Buffer.byteLength(body)}\r\nconnection: close\r\n\r\n${body}`
   )
 }
+
+/** A page that reads what seems to be its own server sends no origin; what a browser calls itself it cannot change. */
+const isBrowser = ({ headers }: IncomingMessage): boolean =>
+  headers.origin !== undefined || headers["user-agent"]?.startsWith("Mozilla/") === true
 
 /** `example.com:80` -> `example.com`, `[::1]:80` -> `::1` */
 const hostOf = (authority: string): string => authority.replace(/:\d*$/, "").replace(/^\[(.*)\]$/, "$1")

@@ -12,15 +12,24 @@ export class Readiness extends Context.Service<
   {
     readonly get: () => State
     readonly set: (state: State) => void
+    /** Calls back after each change, until what it gives back is called. */
+    readonly onChange: (listener: () => void) => () => void
   }
 >()("ruvector/gateway/Readiness") {
   static readonly layer = Layer.sync(Readiness, () => {
     let state: State = { state: "starting", detail: "opening" }
+    const listeners = new Set<() => void>()
     return Readiness.of({
       get: () => state,
       // Draining is final.
       set: (next) => {
-        if (state.state !== "draining") state = next
+        if (state.state === "draining") return
+        state = next
+        for (const listener of [...listeners]) listener()
+      },
+      onChange: (listener) => {
+        listeners.add(listener)
+        return () => listeners.delete(listener)
       }
     })
   })

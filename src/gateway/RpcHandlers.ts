@@ -33,11 +33,13 @@ import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import type { SubscribeRequest } from "../protocol/Subscription.ts"
 import type { TierEvent } from "../protocol/TierPromoter.ts"
 import { Router } from "../shards/Router.ts"
+import { overloadedBy, Shedding } from "../shards/Shedding.ts"
 import type { StandingMember } from "../shards/StandingQueries.ts"
 import type { AnswerDifference } from "./AnswerChanges.ts"
 import { countDefect, countRequest } from "./Instruments.ts"
 import { Promoter } from "./Promoter.ts"
 import { instance, toQuery } from "./Queries.ts"
+import { nobody } from "./Refusals.ts"
 import { Sessions } from "./Sessions.ts"
 import type { StreamEvent } from "./StreamEvents.ts"
 import { type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
@@ -48,13 +50,16 @@ export const layer = RuvectorRpcs.toLayer(
     const router = yield* Router
     const sessions = yield* Sessions
     const promoter = yield* Promoter
+    const shedding = yield* Shedding
     const subscriptions = yield* Subscriptions
 
     /** A call, counted; what goes wrong in us is logged under an id and answered with it. */
     const call = <A, R>(tag: string, effect: Effect.Effect<A, ApiError, R>): Effect.Effect<A, ApiError, R> =>
       Effect.suspend(() => {
         const started = performance.now()
-        return effect.pipe(
+        const refusal = shedding.refusal(nobody)
+        const admitted = refusal === undefined ? effect : Effect.fail(overloadedBy(refusal))
+        return admitted.pipe(
           Effect.catchCause((cause) => answered(tag, cause)),
           Effect.onExit((exit) =>
             Effect.sync(() => countRequest("rpc", tag, statusOf(exit), performance.now() - started))

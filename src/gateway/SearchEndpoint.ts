@@ -6,12 +6,14 @@ import type { IncomingMessage, ServerResponse } from "node:http"
 import { Context, Effect, Exit, Layer, Result } from "effect"
 import { Settings } from "../config.ts"
 import { type ApiError, InternalError, toProblem } from "../protocol/Errors.ts"
+import { Admission } from "../shards/Admission.ts"
 import { Router } from "../shards/Router.ts"
 import * as Answers from "./Answers.ts"
 import { readJson } from "./Bodies.ts"
 import { countDefect, countRequest } from "./Instruments.ts"
 import { problemContentType, problemHeaders } from "./Problems.ts"
 import { queryOfBody } from "./Queries.ts"
+import { askerOf, refuseRequest } from "./Refusals.ts"
 
 export const path = "/api/v1/search"
 
@@ -24,9 +26,16 @@ export class SearchEndpoint extends Context.Service<
     Effect.gen(function* () {
       const settings = yield* Settings
       const router = yield* Router
+      const admission = yield* Admission
       const run = Effect.runForkWith(yield* Effect.context<never>())
 
       const handle = (request: IncomingMessage, response: ServerResponse, requestId: string): void => {
+        // Before the body is read: what is refused costs little more than its headers.
+        const refusal = admission.refusal(askerOf(request.socket.remoteAddress))
+        if (refusal !== undefined) {
+          countRequest("http", "search", 429, 0)
+          return refuseRequest(request, response, requestId, refusal)
+        }
         const started = performance.now()
         const answer = (status: number, headers: Record<string, string>, text: string) => {
           countRequest("http", "search", status, performance.now() - started)

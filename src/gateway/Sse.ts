@@ -14,12 +14,14 @@ import { Settings } from "../config.ts"
 import { type ApiError, InternalError, InvalidInput, MethodNotAllowed, toProblem } from "../protocol/Errors.ts"
 import { anonymous } from "../protocol/Principal.ts"
 import type { SearchAnswer } from "../protocol/StreamSession.ts"
+import { Admission } from "../shards/Admission.ts"
 import * as Answers from "./Answers.ts"
 import { Cursors } from "./Cursors.ts"
 import { connectionClosed, connectionOpened, countDefect, countRequest } from "./Instruments.ts"
 import { problemContentType, problemHeaders } from "./Problems.ts"
 import { queryOfParameters } from "./Queries.ts"
 import { byeEvent, reconnectMillis } from "./Reconnects.ts"
+import { askerOf, refuseRequest } from "./Refusals.ts"
 import { type SessionLink, Sessions } from "./Sessions.ts"
 import { SseConnection } from "./SseConnection.ts"
 import { errorText, followRequestOf, pusherOf, subscribeRequestOf } from "./SseSubscriptions.ts"
@@ -45,6 +47,7 @@ export class Sse extends Context.Service<
     Effect.gen(function* () {
       const settings = yield* Settings
       const sessions = yield* Sessions
+      const admission = yield* Admission
       const subscriptions = yield* Subscriptions
       const cursors = yield* Cursors
       const context = yield* Effect.context<never>()
@@ -77,6 +80,11 @@ export class Sse extends Context.Service<
         const refused = (error: ApiError) => refuse(response, error, requestId, routeNames.get(route) as string)
         if (request.method !== "GET") {
           return refused(new MethodNotAllowed({ method: request.method ?? "", allowed: ["GET"] }))
+        }
+        const refusal = admission.refusal(askerOf(request.socket.remoteAddress))
+        if (refusal !== undefined) {
+          countRequest("sse", routeNames.get(route) as string, 429, 0)
+          return refuseRequest(request, response, requestId, refusal)
         }
         const parameters = new URLSearchParams(at === -1 ? "" : url.slice(at + 1))
         const lastEventId = request.headers["last-event-id"]

@@ -27,7 +27,9 @@ import {
   retryReason,
   type SearchFrame
 } from "../protocol/Frames.ts"
+import type { Admission } from "../shards/Admission.ts"
 import type { Router } from "../shards/Router.ts"
+import type { Asker } from "../shards/Shedding.ts"
 import * as Answers from "./Answers.ts"
 import {
   connectionClosed,
@@ -39,6 +41,7 @@ import {
 } from "./Instruments.ts"
 import { LogicalSession, ownSession, type SessionOwner } from "./LogicalSession.ts"
 import { instance, toQuery } from "./Queries.ts"
+import { refusalProblem, searchEnvelope } from "./Refusals.ts"
 import type { ConnectionSubscriptions, Credential, SubscriptionFrames } from "./SessionSink.ts"
 import type { Sessions } from "./Sessions.ts"
 import * as Frames from "./WebSocketFrames.ts"
@@ -47,6 +50,7 @@ import * as Frames from "./WebSocketFrames.ts"
 export interface Hub {
   readonly settings: SettingValues
   readonly router: Router["Service"]
+  readonly admission: Admission["Service"]
   readonly sessions: Sessions["Service"]
   readonly subscriptions: SubscriptionFrames["Service"]
   readonly run: <A, E>(effect: Effect.Effect<A, E>) => Fiber.Fiber<A, E>
@@ -74,6 +78,7 @@ export class WebSocketConnection implements SessionOwner {
   readonly #ws: ClientSocket
   readonly #socket: Socket
   readonly #credential: Credential
+  readonly #asker: Asker
   #phase: Phase = "serving"
   #closeCode = 0
   #sessions: Map<string, LogicalSession> | undefined = undefined
@@ -108,12 +113,13 @@ export class WebSocketConnection implements SessionOwner {
   #accountedBytes: number
   #unfinishedSince = 0
 
-  constructor(hub: Hub, ws: ClientSocket, socket: Duplex, credential: Credential) {
+  constructor(hub: Hub, ws: ClientSocket, socket: Duplex, credential: Credential, asker: Asker) {
     this.#hub = hub
     this.#ws = ws
     // What an HTTP server hands over is the connection's own socket.
     this.#socket = socket as Socket
     this.#credential = credential
+    this.#asker = asker
     const now = hub.clock()
     this.#openedAt = now
     this.#framedAt = now
@@ -194,6 +200,7 @@ export class WebSocketConnection implements SessionOwner {
     this.#unfinishedSince = 0
     let envelope = ""
     try {
+      if (this.#hub.admission.isPressed() && this.#isRefused(data as Buffer, isBinary)) return
       const frame = isBinary ? Frames.decodeBinary(data as Buffer) : Frames.decodeText(data as Buffer)
       if (Result.isFailure(frame)) return this.#fail(frame.failure, "")
       envelope = Frames.envelopeOf(frame.success)
@@ -281,6 +288,17 @@ export class WebSocketConnection implements SessionOwner {
     countDefect()
     this.#hub.run(Effect.annotateLogs(Effect.logError("Frame met a defect", defect), { request_id: requestId }))
     return requestId
+  }
+
+  /** Refuses a search before its vector is read, where it shows at once that it is one. */
+  #isRefused(data: Buffer, isBinary: boolean): boolean {
+    const envelope = searchEnvelope(data, isBinary)
+    if (envelope === undefined) return false
+    const refusal = this.#hub.admission.refusal(this.#asker)
+    if (refusal === undefined) return false
+    countRequest("ws", "search", 429, 0)
+    this.write(`{"event":"error","problem":${refusalProblem(refusal)}${envelope}}`)
+    return true
   }
 
   #isExpired(): boolean {

@@ -12,9 +12,11 @@ import { WebSocketServer } from "ws"
 import { Settings } from "../config.ts"
 import { type ApiError, ShuttingDown, toProblem } from "../protocol/Errors.ts"
 import { bearerSubprotocol, closeCodes, retryReason, subprotocol } from "../protocol/Frames.ts"
+import { Admission } from "../shards/Admission.ts"
 import { Router } from "../shards/Router.ts"
 import { countRequest } from "./Instruments.ts"
 import { problemContentType, problemHeaders } from "./Problems.ts"
+import { askerOf } from "./Refusals.ts"
 import { type Credential, SubscriptionFrames } from "./SessionSink.ts"
 import { Sessions } from "./Sessions.ts"
 import { ClientSocket, type Hub, WebSocketConnection } from "./WebSocketConnection.ts"
@@ -75,6 +77,7 @@ export class WebSocketGateway extends Context.Service<
       const hub: Hub = {
         settings,
         router: yield* Router,
+        admission: yield* Admission,
         sessions: yield* Sessions,
         subscriptions: yield* SubscriptionFrames,
         run: Effect.runForkWith(yield* Effect.context<never>()),
@@ -107,7 +110,15 @@ export class WebSocketGateway extends Context.Service<
           const refusal = isDraining ? new ShuttingDown({ retryAfterMillis: 1_000 }) : undefined
           if (refusal !== undefined) return refuseUpgrade(socket, refusal)
           server.handleUpgrade(request, socket, head, (ws) => {
-            connections.add(new WebSocketConnection(hub, ws as ClientSocket, socket, credential))
+            connections.add(
+              new WebSocketConnection(
+                hub,
+                ws as ClientSocket,
+                socket,
+                credential,
+                askerOf(request.socket.remoteAddress)
+              )
+            )
           })
         },
         drain,

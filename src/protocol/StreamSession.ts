@@ -25,7 +25,9 @@ export const SessionQuery = Schema.Struct({
   includeMetadata: Schema.Boolean,
   includeVector: Schema.Boolean,
   /** 0: the server's. */
-  deadlineMillis: Schema.Int
+  deadlineMillis: Schema.Int,
+  /** Of who asks; `standard` where it does not say. */
+  tier: Schema.optionalKey(Schema.Literals(["premium", "standard"]))
 })
 export type SessionQuery = typeof SessionQuery.Type
 

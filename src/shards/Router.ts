@@ -43,8 +43,10 @@ import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import { AccessLog } from "../tiers/AccessLog.ts"
 import { RecordCache } from "../tiers/RecordCache.ts"
 import { WarmStore } from "../tiers/WarmStore.ts"
+import { Admission } from "./Admission.ts"
 import { CacheEvents } from "./CacheEvents.ts"
 import { generationTag, searchTag, vectorTag } from "./CacheTags.ts"
+import type { Kind } from "./ConcurrencyLimit.ts"
 import { LocalActors } from "./LocalActors.ts"
 import { groupByPartition, partitionOf } from "./PartitionMap.ts"
 import { type KeptResult, ResultCache, type ResultKey, resultKey, sameQuery } from "./ResultCache.ts"
@@ -126,6 +128,7 @@ export class Router extends Context.Service<
         const settings = yield* Settings
         const local = yield* LocalActors
         const access = yield* AccessLog
+        const admission = yield* Admission
         const cache = yield* RecordCache
         const warm = yield* WarmStore
         const scope = yield* Effect.scope
@@ -459,8 +462,33 @@ export class Router extends Context.Service<
         const deadlineOf = (query: SessionQuery): number =>
           query.deadlineMillis === 0 ? settings.searchDeadlineMillis : query.deadlineMillis
 
-        /** Asks the partitions. */
-        const compute = Effect.fnUntraced(function* (of: Collection, query: SessionQuery, started: number) {
+        /** What searches take alone, of each kind: by collection, and there by how much of it they look at. */
+        const kinds = new WeakMap<Collection, Array<Kind>>()
+        const kindOf = (of: Collection, query: SessionQuery): Kind => {
+          let known = kinds.get(of)
+          if (known === undefined) {
+            known = []
+            kinds.set(of, known)
+          }
+          const candidates = Math.max(query.k, query.ef === 0 ? of.index.ef_search : query.ef)
+          const at =
+            (32 - Math.clz32(candidates)) * 4 + (query.filter === "" ? 0 : 2) + (query.vector === undefined ? 1 : 0)
+          known[at] ??= { aloneMillis: 0 }
+          return known[at]
+        }
+
+        /** Of the deadline, what is left. */
+        const leftOf = (query: SessionQuery, started: number): number =>
+          Math.floor(deadlineOf(query) - (performance.now() - started))
+
+        /** Asks the partitions, when its turn comes. */
+        const compute = (of: Collection, query: SessionQuery, started: number) =>
+          admission.run(
+            { kind: kindOf(of, query), tier: query.tier ?? "standard", deadlineMillis: leftOf(query, started) },
+            askAll(of, query, started)
+          )
+
+        const askAll = Effect.fnUntraced(function* (of: Collection, query: SessionQuery, started: number) {
           let vector = query.vector
           if (vector === undefined) {
             const id = query.vectorId as string
@@ -468,7 +496,7 @@ export class Router extends Context.Service<
             if (record === null) return yield* new VectorNotFound({ collection: of.name, id })
             vector = record.vector
           }
-          const { hits, missing } = yield* scatter(of, query, vector, deadlineOf(query))
+          const { hits, missing } = yield* scatter(of, query, vector, Math.max(1, leftOf(query, started)))
           return {
             queryId: query.queryId,
             ...hits,
@@ -546,9 +574,8 @@ export class Router extends Context.Service<
           if (Result.isSuccess(shared) && shared.success.missing.length === 0) {
             return answerOf(shared.success, query, started)
           }
-          const left = Math.floor(deadlineMillis - (performance.now() - started))
-          if (left < 1) return yield* new DeadlineExceeded({ deadlineMillis })
-          return yield* compute(of, { ...query, deadlineMillis: left }, started)
+          if (leftOf(query, started) < 1) return yield* new DeadlineExceeded({ deadlineMillis })
+          return yield* compute(of, query, started)
         })
 
         /** From the cache, from a search under way, or from the partitions. */

@@ -7,9 +7,9 @@ import { afterAll, assert, beforeAll, describe, it } from "@effect/vitest"
 import { Context, Effect, Exit, Fiber, Layer, Logger, References, Scope, Stream } from "effect"
 import type { Sharding } from "effect/cluster"
 import * as CatalogActor from "../../src/actors/Catalog.ts"
+import { EventLog } from "../../src/actors/EventLog.ts"
 import * as IndexPartitionActor from "../../src/actors/IndexPartition.ts"
 import { makePartitionReads, type PartitionReads } from "../../src/actors/PartitionReads.ts"
-import { TierEvents } from "../../src/actors/TierEvents.ts"
 import * as TierPromoterActor from "../../src/actors/TierPromoter.ts"
 import { warm } from "../../src/actors/Warming.ts"
 import { defaultSettings, Settings } from "../../src/config.ts"
@@ -18,12 +18,14 @@ import { type ApiError, Overloaded, PartitionUnavailable } from "../../src/proto
 import { partitionId } from "../../src/protocol/IndexPartition.ts"
 import { localPromoterId, type TierEvent, TierPromoter } from "../../src/protocol/TierPromoter.ts"
 import type { WarmReport, WarmRequest } from "../../src/protocol/Warming.ts"
+import { Admission } from "../../src/shards/Admission.ts"
 import { CacheEvents } from "../../src/shards/CacheEvents.ts"
 import * as Cluster from "../../src/shards/Cluster.ts"
 import { LocalActors } from "../../src/shards/LocalActors.ts"
 import { groupByPartition } from "../../src/shards/PartitionMap.ts"
 import { ResultCache } from "../../src/shards/ResultCache.ts"
 import { Router } from "../../src/shards/Router.ts"
+import { Shedding } from "../../src/shards/Shedding.ts"
 import { AccessLog } from "../../src/tiers/AccessLog.ts"
 import { AheadLog } from "../../src/tiers/AheadLog.ts"
 import { DataDirectory } from "../../src/tiers/DataDirectory.ts"
@@ -70,7 +72,8 @@ beforeAll(async () => {
   }
   const layer = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.layer, TierPromoterActor.layer).pipe(
     Layer.provideMerge(Router.layer({ createOnInsert: "default" })),
-    Layer.provideMerge(LocalActors.layer),
+    Layer.provideMerge(Admission.layer),
+    Layer.provideMerge(Layer.mergeAll(LocalActors.layer, Shedding.layer)),
     Layer.provideMerge(Cluster.layerSingle),
     Layer.provideMerge(
       Layer.mergeAll(
@@ -459,7 +462,7 @@ describe("events", () => {
   })
 
   it("that a slow follower missed are counted, and it goes on with the oldest that is kept", async () => {
-    const events = new TierEvents(16)
+    const events = new EventLog<TierEvent>(16)
     for (let n = 0; n < 100; n++) events.publish({ event: "warming_started", warming: n, requested: 1 }, 1_000 + n)
     const seen = await Effect.runPromise(events.follow(0, 0).pipe(Stream.take(18), Stream.runCollect))
     assert.deepStrictEqual(seen[0], { event: "following", seq: 0, at_ms: 0 })

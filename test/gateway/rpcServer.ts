@@ -22,6 +22,7 @@ import {
 } from "../../src/protocol/Errors.ts"
 import type { SearchAnswer, SessionQuery } from "../../src/protocol/StreamSession.ts"
 import { Router } from "../../src/shards/Router.ts"
+import { Shedding } from "../../src/shards/Shedding.ts"
 
 export interface RpcTestServer {
   readonly port: number
@@ -40,6 +41,14 @@ export interface Seen {
   sessionsOpened: number
 }
 
+export const nothingSeen = (): Seen => ({
+  queries: [],
+  searchesUnderWay: 0,
+  searchesInterrupted: 0,
+  sessionsOpen: 0,
+  sessionsOpened: 0
+})
+
 interface StoredRecord {
   readonly vector: Float32Array
   readonly metadata: string
@@ -55,13 +64,7 @@ export const bulky = "bulky"
 
 export const startRpcServer = Effect.fnUntraced(function* (given: Partial<SettingValues> = {}) {
   const settings: SettingValues = { ...defaultSettings, ...given }
-  const seen: Seen = {
-    queries: [],
-    searchesUnderWay: 0,
-    searchesInterrupted: 0,
-    sessionsOpen: 0,
-    sessionsOpened: 0
-  }
+  const seen = nothingSeen()
   const router = mapRouter(seen)
   const logged: Array<string> = []
   const services = Layer.mergeAll(
@@ -70,6 +73,7 @@ export const startRpcServer = Effect.fnUntraced(function* (given: Partial<Settin
     Layer.succeed(Router, router),
     Layer.succeed(Sessions, countedSessions(router, seen)),
     Layer.succeed(Promoter, noPromoter),
+    Layer.provide(Shedding.layer, Layer.succeed(Settings, settings)),
     Layer.succeed(Subscriptions, noSubscriptions)
   )
   return yield* Effect.gen(function* () {
@@ -100,7 +104,7 @@ export const openRpcServer = async (settings: Partial<SettingValues>) => {
   return { ...server, close: () => Effect.runPromise(Scope.close(scope, Exit.void)) }
 }
 
-const mapRouter = (seen: Seen): Router["Service"] => {
+export const mapRouter = (seen: Seen): Router["Service"] => {
   const collections = new Map<string, { collection: Collection; records: Map<string, StoredRecord> }>()
   let written = 0
 
@@ -214,7 +218,7 @@ const mapRouter = (seen: Seen): Router["Service"] => {
   })
 }
 
-const countedSessions = (router: Router["Service"], seen: Seen): Sessions["Service"] => {
+export const countedSessions = (router: Router["Service"], seen: Seen): Sessions["Service"] => {
   const openUnsafe = () => {
     if (seen.sessionsOpen >= 100) return new Overloaded({ bound: "sessionsMax", retryAfterMillis: 5_000 })
     seen.sessionsOpen += 1

@@ -2,19 +2,24 @@
  * Standing queries against a model: whatever is written, deleted, passivated, killed or opened again, once things have
  * settled each answer is what looking at every record gives, and the changes told fold to it.
  */
+
+import type { Worker } from "node:worker_threads"
 import { assert, describe, it } from "@effect/vitest"
-import { Context, Effect, Layer } from "effect"
+import { Context, Effect, Exit, Fiber, Layer, Stream } from "effect"
 import { StandingQueries } from "../../src/index.ts"
 import type { Collection } from "../../src/protocol/Collection.ts"
 import type { Metric } from "../../src/protocol/Fields.ts"
 import { parseFilter } from "../../src/protocol/Filter.ts"
+import { IndexPartition, partitionId } from "../../src/protocol/IndexPartition.ts"
 import type {
   OpenStandingQuery,
   StandingMember,
   StandingQuery,
   StandingState
 } from "../../src/shards/StandingQueries.ts"
+import { StandingShare } from "../../src/shards/StandingShare.ts"
 import { meets, parseMetadata } from "../../src/tiers/index/MetadataIndex.ts"
+import { MemoryBudget } from "../../src/tiers/MemoryBudget.ts"
 import { ObjectStore } from "../../src/tiers/ObjectStore.ts"
 import { type RunningActors, startActors } from "../support/Actors.ts"
 import { type Random, seeded, seedOf } from "../support/Seeded.ts"
@@ -179,6 +184,24 @@ describe("standing queries", () => {
             await settled(all, model, metric)
             for (let i = 0; i < 2; i++) all.splice(source.below(all.length), 1)[0]?.opened.close()
           }
+          // The nearest go until what is held beyond the answers is used up, and more has to be searched for.
+          for (let i = 0; i < 10; i++) {
+            const records = Array.from({ length: 20 }, (_, n) => ({
+              id: `far${i}-${n}`,
+              vector: vectorOf(source),
+              metadata: ""
+            }))
+            await run(node.router.upsert("c", records))
+            for (const { id, ...record } of records) model.set(id, record)
+          }
+          for (let round = 0; round < 8; round++) {
+            for (const one of all.slice(0, 6)) {
+              const ids = one.opened.state().members.map(({ id }) => id)
+              await run(node.router.remove("c", ids))
+              for (const id of ids) model.delete(id)
+            }
+            await settled(all, model, metric)
+          }
           // All goes, all comes back.
           await run(node.router.remove("c", [...model.keys()]))
           model.clear()
@@ -194,4 +217,223 @@ describe("standing queries", () => {
       })
     )
   }
+
+  it("go on through changes of form, passivation, death of the thread and a restart", { timeout: 60_000 }, () =>
+    seeded(seedOf(52), async (source) => {
+      const store = await newStore()
+      const model = new Map<string, Stored>()
+      const seen = new Set<Worker>()
+      const watching = (worker: Worker) => seen.add(worker)
+      process.on("worker", watching)
+      let node = await startActors(store, { ...settings, threads: 1 })
+      try {
+        const of = await create(node, "cosine", 1)
+        const records = Array.from({ length: many }, (_, i) => ({
+          id: `r${i}`,
+          vector: vectorOf(source),
+          metadata: metadataOf(source)
+        }))
+        await run(node.router.upsert("c", records))
+        for (const { id, ...record } of records) model.set(id, record)
+        let all: Array<Listening> = []
+        for (let i = 0; i < 12; i++) all.push(await new Listening(queryOf(source, "cosine")).open(node))
+        await settled(all, model, "cosine")
+        const residents = () => Context.get(node.context, MemoryBudget).residents()
+        const changes = async (count: number) => {
+          for (let i = 0; i < count; i++) await change(node, model, source, many + 50)
+        }
+        for (const disturbance of [
+          "demote",
+          "promote",
+          "passivate",
+          "kill",
+          "restart",
+          "demote",
+          "passivate",
+          "kill"
+        ]) {
+          await changes(8)
+          switch (disturbance) {
+            case "demote":
+            case "promote": {
+              const moving = residents().map((one) => run(disturbance === "demote" ? one.demote : one.promote))
+              await changes(8)
+              assert.include(await Promise.all(moving), true, disturbance)
+              break
+            }
+            case "passivate":
+              for (const one of residents()) await run(one.passivate)
+              assert.lengthOf(residents(), 0)
+              break
+            case "kill":
+              for (const worker of seen) await worker.terminate()
+              seen.clear()
+              break
+            case "restart":
+              await node.stop()
+              node = await startActors(store, { ...settings, threads: 1 })
+              all = await Promise.all(all.map(({ query }) => new Listening(query).open(node)))
+          }
+          // What is approximate in the mapped form is right once the form is full.
+          if (disturbance !== "demote") {
+            if (disturbance === "passivate" || disturbance === "kill" || disturbance === "restart")
+              await wakeFull(node, of)
+            await settled(all, model, "cosine")
+          }
+          await changes(8)
+        }
+      } finally {
+        process.off("worker", watching)
+        await node.stop()
+      }
+    })
+  )
+
+  it(
+    "of a partition that sleeps are told nothing, do not wake it, and are there when a writer does",
+    { timeout: 30_000 },
+    () =>
+      seeded(seedOf(53), async (source) => {
+        const node = await startActors(await newStore())
+        const model = new Map<string, Stored>()
+        try {
+          await create(node, "cosine", 1)
+          for (let i = 0; i < 30; i++) await change(node, model, source, 60)
+          const one = await new Listening({ ...queryOf(source, "cosine"), k: 3, minScore: -1, filter: "" }).open(node)
+          await settled([one], model, "cosine")
+          const { told } = one
+          const residents = () => Context.get(node.context, MemoryBudget).residents()
+          for (const resident of residents()) await run(resident.passivate)
+          await new Promise((resolve) => setTimeout(resolve, 500))
+          assert.lengthOf(residents(), 0)
+          assert.strictEqual(one.told, told)
+          const vector = one.query.vector as Float32Array
+          await run(node.router.upsert("c", [{ id: "nearest", vector, metadata: "" }]))
+          model.set("nearest", { vector, metadata: "" })
+          await settled([one], model, "cosine")
+          assert.strictEqual(one.opened.state().members[0]?.id, "nearest")
+        } finally {
+          await node.stop()
+        }
+      })
+  )
+
+  it("share what is equal, refuse what is too much, and end with their collection", () =>
+    seeded(seedOf(54), async (source) => {
+      const node = await startActors(await newStore(), { standingQueriesMax: 2 })
+      const model = new Map<string, Stored>()
+      try {
+        await create(node, "cosine", 2)
+        for (let i = 0; i < 30; i++) await change(node, model, source, 60)
+        const id = [...model.keys()][0] as string
+        const first = queryOf(source, "cosine")
+        const [vector, vectorless] = [(model.get(id) as Stored).vector, { ...first, vectorId: id }]
+        const { vector: _, ...byId } = vectorless
+        const service = Context.get(node.context, StandingQueries)
+        const a = await new Listening(first).open(node)
+        const b = await new Listening({ ...first, vector: (first.vector as Float32Array).slice() }).open(node)
+        assert.strictEqual(service.size(), 1)
+        assert.strictEqual(a.opened.state(), b.opened.state())
+        const c = await new Listening(byId).open(node)
+        const d = await new Listening({ ...first, vector }).open(node)
+        assert.strictEqual(service.size(), 2)
+        assert.strictEqual(c.opened.state().members, d.opened.state().members)
+
+        const refused = (query: StandingQuery) => run(Effect.flip(service.open(query, { onChange() {}, onLost() {} })))
+        const third = await refused({ ...first, k: first.k + 1 })
+        assert.strictEqual(third._tag === "Overloaded" && third.bound, "standingQueriesMax")
+        for (const k of [0, 257, 1.5]) assert.strictEqual((await refused({ ...first, k }))._tag, "InvalidInput")
+        assert.strictEqual((await refused({ ...first, vector: Float32Array.of(1) }))._tag, "InvalidInput")
+        assert.strictEqual((await refused({ ...first, vector: new Float32Array(dimensions) }))._tag, "InvalidInput")
+        assert.strictEqual((await refused({ ...first, minScore: Number.NaN }))._tag, "InvalidInput")
+        assert.strictEqual((await refused({ ...byId, vectorId: "none" }))._tag, "VectorNotFound")
+        assert.strictEqual((await refused({ ...first, collection: "none" }))._tag, "CollectionNotFound")
+        c.opened.close()
+        d.opened.close()
+        assert.strictEqual(service.size(), 1)
+        const { told } = b
+        b.opened.close()
+        await run(node.router.upsert("c", [{ id: "nearest", vector: first.vector as Float32Array, metadata: "" }]))
+        assert.strictEqual(b.told, told, "nothing is told after it is closed")
+
+        await run(node.router.deleteCollection("c"))
+        assert.strictEqual(a.lost, "CollectionNotFound")
+        assert.strictEqual(service.size(), 0)
+        // Another of that name is another.
+        await create(node, "cosine", 1)
+        const e = await new Listening({ ...first, filter: "", minScore: Number.NEGATIVE_INFINITY }).open(node)
+        assert.deepStrictEqual(e.opened.state().members, [])
+        await run(node.router.upsert("c", [{ id: "only", vector: first.vector as Float32Array, metadata: "" }]))
+        assert.deepStrictEqual(
+          e.last?.members.map(({ id }) => id),
+          ["only"]
+        )
+      } finally {
+        await node.stop()
+      }
+    }))
+
+  it(
+    "are streamed by a partition's entity: the whole share, then its changes, for as long as it is there",
+    { timeout: 30_000 },
+    () =>
+      seeded(seedOf(55), async (source) => {
+        const node = await startActors(await newStore())
+        const model = new Map<string, Stored>()
+        try {
+          const { uid } = await create(node, "l2", 1)
+          for (let i = 0; i < 40; i++) await change(node, model, source, 60)
+          const query = { ...queryOf(source, "l2"), k: 5, minScore: Number.NEGATIVE_INFINITY, filter: "" }
+          const { vector, k, filter, includeMetadata, includeVector } = query as typeof query & { vector: Float32Array }
+          const share = new StandingShare()
+          const firsts: Array<boolean> = []
+          const watching = Effect.gen(function* () {
+            const client = (yield* IndexPartition.client)(partitionId({ collection: "c", uid, partition: 0 }))
+            const payload = { vector, k, filter, includeMetadata, includeVector, seeds: [] }
+            yield* Stream.runForEach(client.Watch(payload), (change) =>
+              Effect.sync(() => {
+                firsts.push(change.first)
+                share.apply(change)
+              })
+            )
+          })
+          const fiber = Effect.runForkWith(node.context)(watching)
+          const holds = async () => {
+            for (let i = 0; i < 200; i++) {
+              if (firsts.length > 0 && faultOf(new Listening(query), share.members, model, "l2") === undefined) return
+              await new Promise((resolve) => setTimeout(resolve, 20))
+            }
+            assert.fail(faultOf(new Listening(query), share.members, model, "l2") as string)
+          }
+          await holds()
+          for (let i = 0; i < 60; i++) await change(node, model, source, 60)
+          await holds()
+          for (const resident of Context.get(node.context, MemoryBudget).residents()) await run(resident.passivate)
+          for (let i = 0; i < 20; i++) await change(node, model, source, 60)
+          await holds()
+          assert.isTrue(firsts[0])
+          assert.isAbove(firsts.filter((first) => first).length, 1, "whole again after the partition was let go")
+          assert.isAbove(firsts.filter((first) => !first).length, 5)
+          await run(node.router.deleteCollection("c"))
+          const exit = await run(Fiber.await(fiber))
+          assert.isTrue(Exit.isFailure(exit) && JSON.stringify(exit.cause).includes("CollectionNotFound"), String(exit))
+        } finally {
+          await node.stop()
+        }
+      })
+  )
 })
+
+/** Records enough for a snapshot to have a sketch, so that there is a mapped form. */
+const many = 3_000
+const settings = { snapshotOps: 1_000, snapshotSharePercent: 10, snapshotIdleMillis: 100 }
+
+/** Makes the partitions resident, in the full form. */
+const wakeFull = async (node: RunningActors, of: Collection) => {
+  for (let i = 0; i < 400; i++) {
+    const stats = await run(Effect.result(node.router.stats(of)))
+    if (stats._tag === "Success" && stats.success.every(({ form }) => form === "full")) return
+    await new Promise((resolve) => setTimeout(resolve, 25))
+  }
+  assert.fail("the form is not full within ten seconds")
+}

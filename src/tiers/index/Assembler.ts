@@ -123,6 +123,7 @@ export const multiply: Code = [0x6c]
 export const and: Code = [0x71]
 export const or: Code = [0x72]
 export const shiftLeft: Code = [0x74]
+export const shiftRight: Code = [0x76]
 export const countTrailingZeros: Code = [0x68]
 export const lessThan: Code = [0x49]
 export const greaterThan: Code = [0x4b]
@@ -180,14 +181,17 @@ export const shiftRightShorts: Code = vector(0x8d)
 export const addShorts: Code = vector(0x8e)
 export const subtractShorts: Code = vector(0x91)
 export const lessShorts: Code = vector(0x30)
+export const bitmaskInts: Code = vector(0xa4)
 export const shiftLeftInts: Code = vector(0xab)
 export const addInts: Code = vector(0xae)
 export const minInts: Code = vector(0xb6)
 /** Products of int16s, added by pairs to int32s. */
 export const dotShorts: Code = vector(0xba)
 export const intsOfFloats: Code = vector(0xf8)
+export const floatsOfInts: Code = vector(0xfa)
 
 export const lessFloats: Code = vector(0x43)
+export const greaterOrEqualFloats: Code = vector(0x46)
 export const addLanes: Code = vector(0xe4)
 export const subtractLanes: Code = vector(0xe5)
 export const multiplyLanes: Code = vector(0xe6)

@@ -47,6 +47,8 @@ export class StandingRegistry {
   /** Records that some query holds, or has said. */
   readonly #members = new Map<string, Member>()
   readonly #filters = new Map<string, Filter>()
+  /** Those of them with queries that every record reaches which passes. */
+  readonly #open = new Set<Filter>()
   /** Queries to be searched anew, the one that waits longest first. */
   readonly #thin = new Set<Query>()
   readonly #changed = new Set<Query>()
@@ -90,20 +92,24 @@ export class StandingRegistry {
     for (const member of query.members) this.#letGo(member, query)
     for (const member of query.told) this.#untell(member)
     const { filter } = query
-    filter.open.delete(query)
+    this.#unopen(query)
     filter.queries -= 1
     if (filter.queries === 0) this.#filters.delete(filter.text)
     this.#index.remove(query.slot)
     this.#bySlot[query.slot] = undefined
   }
 
-  /** Brings the answers up to date with records that have changed, one a step. */
+  /** Brings the answers up to date with records that have changed, a record or a number of queries a step. */
   *match(ids: Iterable<string>): Work<void> {
     for (const id of ids) {
-      this.#match(id)
+      yield* this.#match(id)
       yield
     }
-    for (const query of this.#changed) this.#settle(query)
+    let done = 0
+    for (const query of this.#changed) {
+      this.#settle(query)
+      if (++done % queriesInStep === 0) yield
+    }
     this.#changed.clear()
   }
 
@@ -137,10 +143,12 @@ export class StandingRegistry {
     return this.#index.bytes + this.#queries.size * queryBytes + held * heldBytes + this.#members.size * memberBytes
   }
 
-  #match(id: string): void {
+  *#match(id: string): Work<void> {
     const record = this.#source.visible(id)
     const known = this.#members.get(id)
+    const factor = record === undefined ? 0 : this.#index.factorOf(record.vector)
     this.#tick += 1
+    let done = 0
     if (known !== undefined) {
       known.stamp = this.#tick
       for (const query of [...known.holders]) {
@@ -148,25 +156,34 @@ export class StandingRegistry {
         query.take(query.members.indexOf(known))
         const score =
           record !== undefined && this.#passes(query.filter, record.metadata)
-            ? this.#index.score(query.slot, record.vector)
+            ? this.#index.score(query.slot, record.vector, factor)
             : Number.NaN
         if (score >= query.bar) query.put(known, score)
         else this.#letGo(known, query)
+        if (++done % queriesInStep === 0) yield
       }
     }
     if (record === undefined) return
-    const reach = (query: Query, score: number): void => {
-      if (score < query.bar || (known !== undefined && query.members.includes(known))) return
-      this.#hold(query, this.#memberOf(id), score)
-      this.#changed.add(query)
-    }
-    this.#index.reached(record.vector, (slot, score) => {
-      const query = this.#bySlot[slot]!
-      if (this.#passes(query.filter, record.metadata)) reach(query, score)
+    const reached: Array<Query> = []
+    const scores: Array<number> = []
+    this.#index.reached(record.vector, factor, (slot, score) => {
+      reached.push(this.#bySlot[slot]!)
+      scores.push(score)
     })
-    for (const filter of this.#filters.values()) {
-      if (filter.open.size === 0 || !this.#passes(filter, record.metadata)) continue
-      for (const query of filter.open) reach(query, this.#index.score(query.slot, record.vector))
+    for (const filter of this.#open) {
+      if (!this.#passes(filter, record.metadata)) continue
+      for (const query of filter.open) {
+        reached.push(query)
+        scores.push(this.#index.score(query.slot, record.vector, factor))
+      }
+    }
+    for (let i = 0; i < reached.length; i++) {
+      const query = reached[i]!
+      if (++done % queriesInStep === 0) yield
+      if (!(scores[i]! >= query.bar) || !this.#passes(query.filter, record.metadata)) continue
+      if (known !== undefined && query.members.includes(known)) continue
+      this.#hold(query, this.#memberOf(id), scores[i]!)
+      this.#changed.add(query)
     }
   }
 
@@ -194,9 +211,15 @@ export class StandingRegistry {
       this.#letGo(member, query)
     }
     const isOpen = query.bar === Number.NEGATIVE_INFINITY
+    if (isOpen) this.#open.add(query.filter)
     if (isOpen) query.filter.open.add(query)
-    else query.filter.open.delete(query)
-    this.#index.setBar(query.slot, isOpen ? Number.POSITIVE_INFINITY : query.bar)
+    else this.#unopen(query)
+    this.#index.setBar(query.slot, isOpen ? Number.NaN : query.bar)
+  }
+
+  #unopen(query: Query): void {
+    const { filter } = query
+    if (filter.open.delete(query) && filter.open.size === 0) this.#open.delete(filter)
   }
 
   /** Finds the best of all records. What the query holds stays, where it belongs: a walk of the graph may miss it. */
@@ -218,7 +241,7 @@ export class StandingRegistry {
     // Another record than the last one that a filter's verdict is kept of.
     this.#tick += 1
     if (!this.#passes(query.filter, record.metadata)) return
-    const score = this.#index.score(query.slot, record.vector)
+    const score = this.#index.score(query.slot, record.vector, this.#index.factorOf(record.vector))
     if (score >= query.bar) this.#hold(query, this.#memberOf(id), score)
   }
 
@@ -441,6 +464,9 @@ class Told {
   }
 }
 
+/** Queries looked at in one step. */
+const queriesInStep = 256
+
 /** Records held beyond those of the answer: as many again, within bounds. */
 const slackOf = (k: number): number => Math.min(slackMax, Math.max(slackMin, k))
 const slackMin = 8
@@ -449,6 +475,7 @@ const slackMax = 64
 /** The next float32 above one. */
 const above = (x: number): number => {
   if (x === 0) return smallestFloat
+  if (x === Number.POSITIVE_INFINITY) return x
   float[0] = x
   bits[0] = bits[0]! + (x > 0 ? 1 : -1)
   return float[0]!

@@ -1,0 +1,245 @@
+/**
+ * Measures a server that is asked for more than it can do: real word vectors, a server process of its own, and a client
+ * process that sends on a schedule whether it is answered or not. The peak is what the server answers to a closed loop.
+ *
+ *   npm run bench:overload -- [--seconds 60] [--count 100000] [--ef 128] [--sockets 32] [--factor 3] [--seed 1]
+ *                             [--only overload,refusals] [--json FILE]
+ */
+import { type ChildProcess, fork } from "node:child_process"
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs"
+import { fileURLToPath } from "node:url"
+import { parseArgs } from "node:util"
+import { cacheDirectory } from "./cacheFile.ts"
+import { HttpConnection, postJson } from "./HttpConnection.ts"
+import { LoadClient } from "./LoadClient.ts"
+import type { Outcome, Round } from "./overloadClient.ts"
+import { cpuMicros } from "./processTree.ts"
+import { type Server, startOurs } from "./servers.ts"
+import { openWebSocket, searchFields } from "./wires.ts"
+import { type DataOptions, loadWords } from "./words.ts"
+
+interface Row {
+  readonly figure: string
+  readonly value: number
+  readonly unit: string
+  readonly asked: string
+}
+
+const rows: Array<Row> = []
+const row = (figure: string, value: number, unit: string, asked = ""): void => {
+  rows.push({ figure, value: Number(value.toPrecision(4)), unit, asked })
+  process.stderr.write(`  ${figure} ${value.toPrecision(4)} ${unit}${asked === "" ? "" : ` (asked ${asked})`}\n`)
+}
+
+const main = async (): Promise<void> => {
+  const { values } = parseArgs({
+    options: {
+      seconds: { type: "string", default: "60" },
+      count: { type: "string", default: "100000" },
+      ef: { type: "string", default: "128" },
+      sockets: { type: "string", default: "32" },
+      factor: { type: "string", default: "3" },
+      seed: { type: "string", default: "1" },
+      only: { type: "string", default: "overload,refusals" },
+      json: { type: "string" }
+    }
+  })
+  const seconds = Number(values.seconds)
+  const ef = Number(values.ef)
+  const options: DataOptions = { count: Number(values.count), queries: 2_000, seed: Number(values.seed) }
+  mkdirSync(cacheDirectory, { recursive: true })
+  const directory = mkdtempSync(`${cacheDirectory}overload-`)
+  process.on("exit", () => rmSync(directory, { recursive: true, force: true, maxRetries: 3 }))
+  for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => process.exit(1))
+
+  const only = values.only.split(",")
+  if (only.includes("overload"))
+    await overload(options, `${directory}/data`, {
+      seconds,
+      ef,
+      sockets: Number(values.sockets),
+      factor: Number(values.factor)
+    })
+  if (only.includes("refusals")) await refusals(options, directory)
+
+  const width = Math.max(...rows.map(({ figure }) => figure.length))
+  for (const { figure, value, unit, asked } of rows) {
+    console.log(`${figure.padEnd(width)} ${String(value).padStart(9)} ${unit.padEnd(10)} ${asked}`)
+  }
+  if (values.json !== undefined) writeFileSync(values.json, `${JSON.stringify(rows, null, 2)}\n`)
+}
+
+interface Overload {
+  readonly seconds: number
+  readonly ef: number
+  readonly sockets: number
+  readonly factor: number
+}
+
+const overload = async (
+  options: DataOptions,
+  directory: string,
+  { ef, factor, seconds, sockets }: Overload
+): Promise<void> => {
+  // Every search asks the index: what a cache answers is no load.
+  const server = await startOurs(directory, ["--result-cache-bytes", "0"])
+  const client = new LoadClient(options)
+  await client.run({ type: "insert", url: server.url, part: "base", from: 0, inFlight: 2 })
+  await settled(server)
+  const closed = (lanes: number, time: number) =>
+    client.run({
+      type: "search",
+      url: server.url,
+      wire: "ws",
+      lanes,
+      ef,
+      until: { seconds: time, warmUpSeconds: 2 }
+    })
+  await closed(16, 2)
+  const peak = (await closed(16, Math.min(10, seconds))).rate
+  row("peak, closed loop of 16", peak, "searches/s")
+  await client.close()
+
+  const open = new OpenClient(options)
+  const round = { url: server.url, seconds, warmUpSeconds: 2, sockets, ef }
+  const usual = await measured(server, () => open.run({ ...round, perSecond: peak * 0.8 }))
+  report("at 80 %", usual)
+  const over = await measured(server, () => open.run({ ...round, perSecond: peak * factor }))
+  report(`at ${factor} x`, over)
+  row("goodput over peak", over.perSecond / peak, "", ">= 0.9")
+  row("p99 of admitted over that at 80 %", over.p99 / usual.p99, "x", "<= 2")
+  row("refusals that are not typed", over.untyped, "", "0")
+  row("never answered", over.unanswered + over.wrong, "", "0")
+  open.close()
+  await server.stop()
+}
+
+const report = (what: string, outcome: Outcome & { readonly micros: number }): void => {
+  row(`${what}: offered`, outcome.offered, "searches")
+  row(`${what}: answered`, outcome.perSecond, "searches/s")
+  row(`${what}: refused`, (100 * outcome.refused) / outcome.offered, "%")
+  row(`${what}: p50 of answers`, outcome.p50, "ms")
+  row(`${what}: p99 of answers`, outcome.p99, "ms")
+  if (outcome.refused > 0) row(`${what}: p99 of refusals`, outcome.refusedP99, "ms")
+  row(`${what}: searches sent late by, p99`, outcome.lagP99, "ms")
+  row(`${what}: CPU of the server`, outcome.micros, "us a search offered")
+}
+
+/** With the server's CPU time for each search offered, warm-up included in both. */
+const measured = async (server: Server, run: () => Promise<Outcome>): Promise<Outcome & { micros: number }> => {
+  const before = cpuMicros(server.pid)
+  const look = setInterval(async () => {
+    const { level, searches } = (await (await fetch(`${server.url}/api/v1/load`)).json()) as Record<string, unknown>
+    process.stderr.write(`    level ${level} ${JSON.stringify(searches)}\n`)
+  }, lookMillis)
+  const outcome = await run()
+  clearInterval(look)
+  return { ...outcome, micros: (cpuMicros(server.pid) - before) / outcome.offered }
+}
+
+/** Between two looks at the server's load. */
+const lookMillis = 1_000
+
+/** Until the graph is built: nothing is left to be put into it. */
+const settled = async (server: Server): Promise<void> => {
+  for (let quiet = 0; quiet < 3; ) {
+    const before = cpuMicros(server.pid)
+    await new Promise((resolve) => setTimeout(resolve, 500))
+    quiet = cpuMicros(server.pid) - before < 50_000 ? quiet + 1 : 0
+  }
+}
+
+/**
+ * CPU of a refusal: a server at level 95 by its connections, which sheds every search, on each wire. What is done to have
+ * nothing else in it: nothing is ever searched.
+ */
+const refusals = async (options: DataOptions, directory: string): Promise<void> => {
+  const connections = 40
+  const flags = ["--connections-max", String(connections), "--load-sample-millis", "50", "--load-raise-millis", "0"]
+  const server = await startOurs(`${directory}/refusing`, [...flags, "--shed-percent", "100"])
+  const url = new URL(server.url)
+  const { queries } = loadWords(options)
+  const fields = queries.words.map((_, query) => `${searchFields(queries, query, {})}}`)
+  const fail = (error: Error): void => {
+    throw error
+  }
+  const socket = await openWebSocket(url)
+  const https = await Promise.all(Array.from({ length: connections - 2 }, () => HttpConnection.open(url, fail)))
+  await new Promise((resolve) => setTimeout(resolve, 500))
+
+  const total = 30_000
+  const wires = {
+    WebSocket: () =>
+      new Promise<void>((resolve) => {
+        let sent = 0
+        let back = 0
+        const send = (): void => {
+          socket.send(`{"type":"search","id":"${sent}",${fields[sent % fields.length]}`)
+          sent += 1
+        }
+        socket.removeAllListeners("message")
+        socket.on("message", (bytes: Buffer) => {
+          if (!bytes.includes("shedPercent")) fail(new Error(`not refused: ${bytes}`))
+          back += 1
+          if (back === total) return resolve()
+          if (sent < total) send()
+        })
+        for (let i = 0; i < 32; i++) send()
+      }),
+    HTTP: async () => {
+      const requests = fields.map((body) => postJson(url, "/api/v1/search", `{${body}`))
+      let sent = 0
+      await Promise.all(
+        https.map(
+          (connection) =>
+            new Promise<void>((resolve) => {
+              const next = (): void => {
+                if (sent >= total) return resolve()
+                connection.send(requests[sent++ % requests.length] as Buffer, ({ body, status }) => {
+                  if (status !== 429) fail(new Error(`not refused: ${status} ${body}`))
+                  next()
+                })
+              }
+              next()
+            })
+        )
+      )
+    }
+  }
+  for (const [name, run] of Object.entries(wires)) {
+    await run()
+    const before = cpuMicros(server.pid)
+    await run()
+    row(`CPU of a refusal, ${name}`, (cpuMicros(server.pid) - before) / total, "us", "< 50")
+  }
+  socket.terminate()
+  for (const one of https) one.close()
+  await server.stop()
+}
+
+class OpenClient {
+  readonly #process: ChildProcess
+
+  constructor(data: DataOptions) {
+    this.#process = fork(fileURLToPath(new URL("overloadClient.ts", import.meta.url)), [JSON.stringify(data)])
+  }
+
+  run(round: Round): Promise<Outcome> {
+    return new Promise((resolve, reject) => {
+      const onExit = () => reject(new Error("the client process ended"))
+      this.#process.once("exit", onExit)
+      this.#process.once("message", ({ failure, outcome }: { outcome?: Outcome; failure?: string }) => {
+        this.#process.off("exit", onExit)
+        if (outcome === undefined) reject(new Error(failure))
+        else resolve(outcome)
+      })
+      this.#process.send(round)
+    })
+  }
+
+  close(): void {
+    this.#process.disconnect()
+  }
+}
+
+await main()

@@ -1,0 +1,155 @@
+/** A real server that is asked for more than it may do. */
+import { connect } from "node:net"
+import { afterAll, assert, beforeAll, describe, test } from "vitest"
+import { WebSocket } from "ws"
+import type { Problem } from "../../src/protocol/Errors.ts"
+import type { LoadState } from "../../src/protocol/LoadShedder.ts"
+import { type RunningNode, startNode } from "../support/Node.ts"
+
+const dimensions = 16
+const vectors = Array.from({ length: 300 }, (_, i) => ({
+  id: `v${i}`,
+  vector: Array.from({ length: dimensions }, (_, d) => Math.sin(i * dimensions + d))
+}))
+
+const post = (base: string, path: string, body: unknown) =>
+  fetch(`${base}${path}`, {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify(body)
+  })
+
+describe("over capacity", () => {
+  let node: RunningNode
+  beforeAll(async () => {
+    node = await startNode({
+      searchLimitMin: 1,
+      searchLimitMax: 1,
+      searchQueueMax: 2,
+      searchQueueMin: 1,
+      resultCacheBytes: 0,
+      sessionSearchesMax: 1_000
+    })
+    assert.strictEqual((await post(node.base, "/api/v1/insert", { vectors })).status, 200)
+  })
+  afterAll(() => node.stop())
+
+  test("over HTTP each is answered: rightly, or with when to come back", async () => {
+    let answered = 0
+    let refused = 0
+    for (let round = 0; round < 5; round++) {
+      await Promise.all(
+        vectors.slice(0, 60).map(async ({ id, vector }) => {
+          const response = await post(node.base, "/api/v1/search", { query: vector, k: 3 })
+          if (response.status === 200) {
+            const { results } = (await response.json()) as { results: ReadonlyArray<{ vector_id: string }> }
+            assert.strictEqual(results[0]?.vector_id, id)
+            answered += 1
+            return
+          }
+          const problem = (await response.json()) as Problem
+          assert.strictEqual(response.status, 429)
+          assert.strictEqual(response.headers.get("content-type"), "application/problem+json")
+          assert.strictEqual(problem.code, "overloaded")
+          assert.isAbove(problem.retry_after_ms ?? 0, 0)
+          assert.isAtLeast(Number(response.headers.get("retry-after")), 1)
+          refused += 1
+        })
+      )
+    }
+    assert.strictEqual(answered + refused, 300)
+    assert.isAbove(answered, 0)
+    assert.isAbove(refused, 0)
+  })
+
+  test("over a WebSocket too, in whatever form a search is written", async () => {
+    const ws = new WebSocket(`${node.base.replace("http", "ws")}/api/v1/ws`)
+    await new Promise((resolve) => ws.once("open", resolve))
+    const events = new Map<string, { event: string; problem?: Problem; results?: Array<{ vector_id: string }> }>()
+    const all = new Promise<void>((resolve) => {
+      ws.on("message", (data) => {
+        const event = JSON.parse(String(data))
+        events.set(event.id, event)
+        if (events.size === 300) resolve()
+      })
+    })
+    for (const [i, { id, vector }] of vectors.entries()) {
+      const query = JSON.stringify(vector)
+      const text =
+        i % 3 === 0
+          ? `{"type":"search","id":"${id}","query":${query},"k":3}`
+          : i % 3 === 1
+            ? `{"query":${query},"k":3,"id":"${id}","type":"search"}`
+            : `{"type":"search","query":${query},"k":3,"id":"${id}"}`
+      ws.send(text)
+    }
+    await all
+    let answered = 0
+    for (const [id, { event, problem, results }] of events) {
+      if (event === "results") {
+        answered += 1
+        assert.strictEqual(results?.[0]?.vector_id, id)
+      } else {
+        assert.strictEqual(problem?.code, "overloaded")
+        assert.isAbove(problem?.retry_after_ms ?? 0, 0)
+      }
+    }
+    assert.isAbove(answered, 0)
+    assert.isBelow(answered, 300)
+    ws.terminate()
+    const state = (await (await fetch(`${node.base}/api/v1/load`)).json()) as LoadState
+    assert.strictEqual(state.searches.limit, 1)
+    assert.isAbove(state.refused["searchQueue"] ?? 0, 0)
+  })
+})
+
+describe("at level 95", () => {
+  let node: RunningNode
+  const sockets: Array<ReturnType<typeof connect>> = []
+  beforeAll(async () => {
+    node = await startNode({ connectionsMax: 100, loadSampleMillis: 50, loadRaiseMillis: 0, loadLowerMillis: 100 })
+    // Held open from before: more than the trigger, and room for those that ask.
+    for (let i = 0; i < 96; i++) {
+      const socket = connect(node.port, "127.0.0.1")
+      await new Promise((resolve) => socket.once("connect", resolve))
+      socket.on("error", () => {})
+      sockets.push(socket)
+    }
+  })
+  afterAll(async () => {
+    for (const socket of sockets) socket.destroy()
+    await node.stop()
+  })
+
+  /** One request on a connection of its own. */
+  const request = (text: string): Promise<string> =>
+    new Promise((resolve, reject) => {
+      const socket = connect(node.port, "127.0.0.1", () => socket.write(text))
+      let answer = ""
+      socket.on("data", (data) => (answer += data))
+      socket.on("close", () => resolve(answer))
+      socket.on("error", reject)
+    })
+  const get = (path: string, more = "") =>
+    request(`GET ${path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: ${more === "" ? "close" : more}\r\n\r\n`)
+
+  test("new connections are rejected with a time to come back, operators are answered, and it ends", async () => {
+    let ready = ""
+    while (!ready.includes('"load_level":95')) ready = await get("/health/ready")
+    assert.match(ready, /^HTTP\/1\.1 200 /)
+    const rejected = await get("/api/v1/collections")
+    assert.match(rejected, /^HTTP\/1\.1 503 [\s\S]*\r\nretry-after: [1-9]/i)
+    assert.include(rejected, '"code":"overloaded"')
+    const upgrade = await get(
+      "/api/v1/ws",
+      "Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ=="
+    )
+    assert.match(upgrade, /^HTTP\/1\.1 503 [\s\S]*\r\nretry-after: [1-9]/i)
+    assert.match(await get("/metrics"), /\nruvector_load_level 95\n/)
+
+    for (const socket of sockets.splice(5)) socket.destroy()
+    let answer = ""
+    while (!answer.startsWith("HTTP/1.1 200")) answer = await get("/api/v1/collections")
+    assert.notInclude(await get("/health/ready"), "load_level")
+  })
+})
