@@ -84,10 +84,17 @@ const standing = (source: Random): ReadonlyArray<Asked & { readonly stream: "sub
   { stream: "subscribe", collection, query: source.vector(dimensions), k: 10, filter: { even: true } }
 ]
 
+/** Partitions that the server has made resident. */
+const activations = async ({ url }: Server): Promise<number> => {
+  const text = await (await fetch(`${url}/metrics`)).text()
+  return Number(/^ruvector_partition_activations(?:\{[^}]*\})? (\d+)/m.exec(text)?.[1] ?? Number.NaN)
+}
+
 const cuts = async (wanted: number): Promise<void> => {
   const source = random(Number(values.seed))
   const data = join(directory, "cuts")
-  const flags = ["--partition-idle-millis", "300", "--drain-millis", "300", "--reconnect-spread-millis", "0"]
+  // Looked at every five seconds: then whatever has just nothing to do is passivated, under load and followers.
+  const flags = ["--partition-idle-millis", "5", "--drain-millis", "300", "--reconnect-spread-millis", "0"]
   const start = () => startOurs(data, [...flags, "--log-level", "error"])
   let server: Server = await start()
   const portOf = () => Number(new URL(server.url).port)
@@ -122,23 +129,18 @@ const cuts = async (wanted: number): Promise<void> => {
         counts.client += 1
       }
     }
-    // Five times each, spread over the run.
+    // Ten times, spread over the run: stopped, or killed with writes under way.
     if (cutSoFar() >= wanted * nextEvent) {
-      const which = Math.round(nextEvent * 10) % 3
-      nextEvent += 1 / 15
-      if (which === 0) {
-        await sleep(700)
-        counts.passivated += 1
-      } else {
-        // Killed, with writes under way.
-        const writing = which === 1 ? load.run(20) : Promise.resolve()
-        if (which === 1) await sleep(30)
-        await server.stop(which === 1 ? "SIGKILL" : "SIGTERM")
-        await writing
-        server = await start()
-        proxy.target = portOf()
-        counts[which === 1 ? "killed" : "stopped"] += 1
-      }
+      nextEvent += 0.09
+      const kill = counts.stopped > counts.killed
+      counts.passivated += (await activations(server)) - partitions
+      const writing = kill ? load.run(20) : Promise.resolve()
+      if (kill) await sleep(30)
+      await server.stop(kill ? "SIGKILL" : "SIGTERM")
+      await writing
+      server = await start()
+      proxy.target = portOf()
+      counts[kill ? "killed" : "stopped"] += 1
       process.stderr.write(`  ${cutSoFar()} cuts, ${load.changes} changes\n`)
     }
   }

@@ -106,7 +106,8 @@ const make = (secret: Buffer): Cursors["Service"] => {
   const unseal = (binding: Binding, text: string): Buffer | undefined => {
     if (text.length > cursorCharsMax || !/^[A-Za-z0-9_-]+$/.test(text)) return undefined
     const bytes = Buffer.from(text, "base64url")
-    if (bytes.length < headBytes || bytes[0] !== format) return undefined
+    // Bits of the last character that say nothing make no other cursor.
+    if (bytes.length < headBytes || bytes[0] !== format || bytes.toString("base64url") !== text) return undefined
     const payload = bytes.subarray(headBytes)
     const right = macOf(binding, payload).subarray(0, macBytes)
     return timingSafeEqual(right, bytes.subarray(1, headBytes)) ? payload : undefined

@@ -10,7 +10,17 @@ import { type RedisServer, skipRedis, startRedis } from "../support/RedisServer.
 import { ready, type ServerProcess, withDirectory } from "../support/ServerProcess.ts"
 import { startFailingServer, tell } from "./failingServer.ts"
 
-const flags = ["--snapshot-ops", "100", "--snapshot-share-percent", "1", "--snapshot-idle-millis", "100"]
+// The log goes with the snapshots that need it: nothing more is kept of it for followers of changes.
+const flags = [
+  "--snapshot-ops",
+  "100",
+  "--snapshot-share-percent",
+  "1",
+  "--snapshot-idle-millis",
+  "100",
+  "--change-retention-millis",
+  "0"
+]
 const dimensions = 8
 const records = 30
 

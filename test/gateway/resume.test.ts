@@ -55,6 +55,12 @@ const subscribeAll = (random: Random, proxy: CutProxy) => {
   return { faults, answers, feeds, subscribers: [...answers, ...feeds].map(({ subscriber }) => subscriber) }
 }
 
+/** Partitions made resident so far. */
+const activations = async (node: RunningNode): Promise<number> => {
+  const text = await (await fetch(`${node.base}/metrics`)).text()
+  return Number(/^ruvector_partition_activations(?:\{[^}]*\})? (\d+)/m.exec(text)?.[1] ?? Number.NaN)
+}
+
 /** Waits until it holds; answers the last words of why it does not. */
 const settled = async (why: () => string, millis = 10_000): Promise<string> => {
   const until = Date.now() + millis
@@ -69,7 +75,8 @@ describe("streams that are cut", () => {
   it("come to the right answers, and to every change once", { timeout: 60_000 }, () =>
     seeded(seedOf(20_261_126), async (random) => {
       const data = await mkdtemp(join(tmpdir(), "ruvector-"))
-      const start = () => startNode({ data, partitionIdleMillis: 400, drainMillis: 200, reconnectSpreadMillis: 0 })
+      // Looked at every five seconds: then whatever has just nothing to do is passivated, under load and followers.
+      const start = () => startNode({ data, partitionIdleMillis: 5, drainMillis: 200, reconnectSpreadMillis: 0 })
       let node: RunningNode = await start()
       const proxy = await startCutProxy(node.port)
       try {
@@ -82,15 +89,21 @@ describe("streams that are cut", () => {
         proxy.allowance = () => 150 + random.below(3_000)
         const { faults, answers, feeds, subscribers } = subscribeAll(random, proxy)
         const load = new ChangeLoad(() => node.base, collection, random, 60, dimensions)
-        for (let round = 0; round < 8; round++) {
+        for (let round = 0; round < 7; round++) {
           await load.run(60)
           for (const subscriber of subscribers) if (random.next() < 0.3) subscriber.cut()
-          // Nobody writes, so the partitions are passivated under those who follow them.
-          if (round === 2 || round === 5) await new Promise((resolve) => setTimeout(resolve, 900))
-          if (round === 3 || round === 6) {
+          if (round === 2 || round === 5) {
             await node.stop()
             node = await start()
             proxy.target = node.port
+          }
+          if (round === 4) {
+            const before = await activations(node)
+            const until = Date.now() + 15_000
+            while (!((await activations(node)) > before)) {
+              assert.isBelow(Date.now(), until, "no partition was passivated")
+              await load.run(10)
+            }
           }
         }
         // Cut until all have been, and then left alone.

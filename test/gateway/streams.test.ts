@@ -240,7 +240,7 @@ describe("slow readers", () => {
     socket.pause()
     socket.on("error", () => {})
     const path = "/api/v1/stream/search?collection=large&query_vector_id=l1&k=150&include=metadata"
-    socket.write(`GET ${path} HTTP/1.1\r\nhost: x\r\n\r\n`)
+    socket.write(`GET ${path} HTTP/1.1\r\nhost: localhost\r\n\r\n`)
     const other = await SocketClient.open(node.base)
     const closed = async () => /ruvector_stream_closes\{wire="sse",code="slow"\} 1/.test(await metrics())
     const metrics = async () => (await fetch(`${node.base}/metrics`)).text()

@@ -358,7 +358,7 @@ describe("slow readers", () => {
     const socket = net.connect(node.port, "127.0.0.1")
     let got = ""
     socket.on("data", (chunk) => (got += chunk.toString()))
-    socket.write(`GET /api/v1/stream/changes?collection=${c} HTTP/1.1\r\nhost: x\r\n\r\n`)
+    socket.write(`GET /api/v1/stream/changes?collection=${c} HTTP/1.1\r\nhost: localhost\r\n\r\n`)
     while (!got.includes("following")) await new Promise((resolve) => setTimeout(resolve, 5))
     socket.pause()
     const id = "i".repeat(500)

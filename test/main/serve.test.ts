@@ -80,7 +80,7 @@ describe("serve", () => {
       await ready(server.base)
       const body = '{"vectors":[{"id":"a","vector":[1,0]}]}'
       const socket = net.connect(server.port, "127.0.0.1")
-      const head = `POST /api/v1/insert HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: ${body.length}`
+      const head = `POST /api/v1/insert HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: ${body.length}`
       let text = ""
       socket.on("data", (chunk) => {
         text += chunk.toString()

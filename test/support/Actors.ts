@@ -6,6 +6,7 @@ import { Context, Effect, Exit, Layer, Logger, References, Scope } from "effect"
 import type { Sharding } from "effect/cluster"
 import { defaultSettings, Settings, type SettingValues } from "../../src/config.ts"
 import { actors, type CacheEvents, Router, type StandingQueries } from "../../src/index.ts"
+import type { ChangeFeeds } from "../../src/shards/ChangeFeeds.ts"
 import type { LocalActors } from "../../src/shards/LocalActors.ts"
 import type { ResultCache } from "../../src/shards/ResultCache.ts"
 import { DataDirectory } from "../../src/tiers/DataDirectory.ts"
@@ -16,7 +17,7 @@ export interface RunningActors {
   readonly router: Router["Service"]
   /** Everything the actors offer, to run other effects with. */
   readonly context: Context.Context<
-    Router | StandingQueries | Sharding.Sharding | LocalActors | ResultCache | CacheEvents | MemoryBudget
+    Router | StandingQueries | ChangeFeeds | Sharding.Sharding | LocalActors | ResultCache | CacheEvents | MemoryBudget
   >
   /** Stops them as a node is stopped. */
   readonly stop: () => Promise<void>
