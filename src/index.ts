@@ -146,7 +146,9 @@ export const node = (settings: SettingValues) =>
 
 /** The engine of a node, without its wires: what `VectorDB.open` opens. */
 const engine = (settings: SettingValues) =>
-  actors.pipe(
+  Subscriptions.layer.pipe(
+    Layer.provideMerge(Cursors.layer),
+    Layer.provideMerge(actors),
     Layer.provideMerge(ServerBackup.layer),
     Layer.provideMerge(store(settings)),
     Layer.provideMerge(DataDirectory.layer({ path: localDirectory(settings) })),

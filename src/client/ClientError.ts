@@ -23,6 +23,7 @@ export interface ProblemMembers {
  * | `deadline_exceeded` | connected, but no answer before the deadline; likewise |
  * | `queue_full` | `waitingMax` calls wait already; nothing was sent |
  * | `invalid_metadata` | the schema given refuses the metadata; `field` says where |
+ * | `not_streaming` | a subscription was asked of a client with `streaming: false` |
  * | `closed` | the client was closed |
  */
 export class VectorDBError extends Data.TaggedError("VectorDBError")<{
@@ -52,7 +53,7 @@ export const errorOfProblem = (problem: ProblemMembers): VectorDBError =>
   })
 
 export const ownError = (
-  code: "disconnected" | "deadline_exceeded" | "queue_full" | "invalid_metadata" | "closed",
+  code: "disconnected" | "deadline_exceeded" | "queue_full" | "invalid_metadata" | "not_streaming" | "closed",
   message: string,
   field?: string
 ): VectorDBError => new VectorDBError({ code, message, status: 0, ...(field === undefined ? {} : { field }) })

@@ -43,6 +43,8 @@ export interface ClientOptions {
   readonly connectMillis?: number
   /** Without a sign of life for this long the server is asked for one; after as long again the connection is given up. */
   readonly quietMillis?: number
+  /** Changes of one subscription that wait to be read; then no more are asked for until half of them are. */
+  readonly subscriptionBufferMax?: number
   /** Between two looks at which endpoint is nearest. */
   readonly probeIntervalMillis?: number
   /** In place of the platform's `WebSocket`. */
@@ -64,6 +66,7 @@ export interface ResolvedOptions {
   readonly reconnectCapMillis: number
   readonly connectMillis: number
   readonly quietMillis: number
+  readonly subscriptionBufferMax: number
   readonly probeIntervalMillis: number
   readonly webSocket: (url: string, protocols: ReadonlyArray<string>) => WebSocketLike
   readonly fetch: typeof globalThis.fetch
@@ -92,6 +95,7 @@ export const resolveOptions = (options: ClientOptions): ResolvedOptions => {
     reconnectCapMillis: bounded("reconnectCapMillis", options.reconnectCapMillis, 10_000, 1, 600_000),
     connectMillis: bounded("connectMillis", options.connectMillis, 5_000, 1, 600_000),
     quietMillis: bounded("quietMillis", options.quietMillis, 30_000, 100, 600_000),
+    subscriptionBufferMax: bounded("subscriptionBufferMax", options.subscriptionBufferMax, 1_000, 1, 1_000_000),
     probeIntervalMillis: bounded("probeIntervalMillis", options.probeIntervalMillis, 30_000, 100, 3_600_000),
     webSocket: webSocket ?? platformWebSocket,
     fetch: fetch ?? ((input, init) => globalThis.fetch(input, init))

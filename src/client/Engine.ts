@@ -52,6 +52,30 @@ export interface SearchAnswer {
   readonly missingPartitions: ReadonlyArray<number>
 }
 
+/** `enter` and `update` have all of the record; an update is of one that was among the nearest before. */
+export type MemberChange =
+  | ({ readonly type: "enter" | "update"; readonly version: string } & SearchHit)
+  | { readonly type: "leave"; readonly id: string }
+
+export interface SubscribeOptions {
+  readonly collection: string
+  /** 1 to 256. */
+  readonly k: number
+  readonly minScore?: number
+  readonly filter?: Filter
+  readonly includeVector: boolean
+}
+
+/** One change of a collection, in log order for each id; `resync`: changes are gone that were not handed on. */
+export type CollectionChange =
+  | { readonly kind: "upsert" | "metadata" | "delete"; readonly id: string; readonly version: string }
+  | { readonly kind: "resync" }
+
+export interface FollowOptions {
+  readonly collection: string
+  readonly from: "newest" | "oldest"
+}
+
 export interface CollectionParameters {
   readonly dimensions: number
   readonly metric?: "cosine" | "l2" | "ip"
@@ -99,6 +123,10 @@ export interface Engine {
   readonly search: (query: Query, options: SearchOptions) => Effect.Effect<SearchAnswer, VectorDBError>
   /** Hits as they arrive, nearest first. */
   readonly searchStream: (query: Query, options: SearchOptions) => Stream.Stream<SearchHit, VectorDBError>
+  /** What is nearest, and from then on what changes in that. Ends by being interrupted, or fails. */
+  readonly subscribe: (query: Query, options: SubscribeOptions) => Stream.Stream<MemberChange, VectorDBError>
+  /** The changes of a collection from now on, or from the oldest that is kept. */
+  readonly follow: (options: FollowOptions) => Stream.Stream<CollectionChange, VectorDBError>
   readonly createCollection: (
     name: string,
     parameters: CollectionParameters,

@@ -7,9 +7,11 @@ import { Backoff } from "./Backoff.ts"
 import { errorOfProblem, isTransient, ownError, type ProblemMembers, VectorDBError } from "./ClientError.ts"
 import type { ResolvedOptions } from "./ClientOptions.ts"
 import type {
+  CollectionChange,
   CollectionInfo,
   Engine,
   Item,
+  MemberChange,
   Metadata,
   Query,
   SearchAnswer,
@@ -18,6 +20,7 @@ import type {
   StoredVector,
   Vector
 } from "./Engine.ts"
+import { type Entering, Members } from "./Members.ts"
 import { Wire, type WireEvent } from "./Wire.ts"
 
 export interface RemoteEngine extends Engine {
@@ -99,7 +102,101 @@ export const makeRemoteEngine = (options: ResolvedOptions): RemoteEngine => {
     )
   }
 
+  /**
+   * Events of a subscription as long as it is wanted. After a cut it goes on from the newest cursor; without one where that
+   * is good no more. A reader that lags far behind is not sent more until it has caught up: what it has not read by then
+   * comes as one difference.
+   */
+  const events = <A>(
+    frame: Readonly<Record<string, unknown>>,
+    floats: Float32Array | undefined,
+    read: (event: WireEvent) => ReadonlyArray<A>
+  ): Stream.Stream<A, VectorDBError> =>
+    Stream.callback<A, VectorDBError>((queue) =>
+      Effect.acquireRelease(
+        Effect.sync(() => {
+          let cursor: string | undefined
+          let timer: ReturnType<typeof setTimeout> | undefined
+          let cancel = () => {}
+          const later = (millis: number) => {
+            timer = setTimeout(() => {
+              if (Queue.sizeUnsafe(queue) > options.subscriptionBufferMax / 2) later(pausedMillis)
+              else begin()
+            }, millis)
+          }
+          const begin = () => {
+            cancel = wire.start({
+              frame: () => (cursor === undefined ? frame : { ...frame, cursor }),
+              ...(floats === undefined ? {} : { floats }),
+              deadlineMillis: Number.POSITIVE_INFINITY,
+              endFrame: "unsubscribe",
+              onEvent: (event) => {
+                if (typeof event["cursor"] === "string") cursor = event["cursor"]
+                for (const item of read(event)) Queue.offerUnsafe(queue, item)
+                if (Queue.sizeUnsafe(queue) <= options.subscriptionBufferMax) return false
+                cancel()
+                later(pausedMillis)
+                return false
+              },
+              onError: (error) => {
+                if (error.code !== "invalid_cursor" || cursor === undefined) {
+                  Queue.failCauseUnsafe(queue, Cause.fail(error))
+                  return
+                }
+                cursor = undefined
+                later(0)
+              }
+            })
+          }
+          if (options.streaming) begin()
+          else Queue.failCauseUnsafe(queue, Cause.fail(notStreaming()))
+          return () => {
+            clearTimeout(timer)
+            cancel()
+          }
+        }),
+        (end) => Effect.sync(end)
+      )
+    )
+
   const engine: RemoteEngine = {
+    subscribe: (query, { collection, k, minScore, filter, includeVector }) => {
+      const floats = "id" in query ? undefined : floatsOf(query)
+      const frame = {
+        type: "subscribe",
+        collection,
+        k,
+        ...("id" in query ? { query_vector_id: query.id } : {}),
+        ...(minScore === undefined ? {} : { min_score: minScore }),
+        ...(filter === undefined ? {} : { filter }),
+        include: includeVector ? ["metadata", "vector"] : ["metadata"]
+      }
+      return Stream.suspend(() => {
+        const members = new Members()
+        return events(frame, floats, (event) => {
+          switch (event.event) {
+            case "subscribed":
+              return members.answer((event["results"] as ReadonlyArray<Json>).map(enteringOf))
+            case "resumed": {
+              const keep = event["keep"] as ReadonlyArray<string> | undefined
+              const leaves = keep === undefined ? [] : members.keep(new Set(keep))
+              return [...leaves, ...members.apply(changesOf(event))]
+            }
+            case "changes":
+              return members.apply(changesOf(event))
+            default:
+              return []
+          }
+        })
+      })
+    },
+    follow: ({ collection, from }) =>
+      events<CollectionChange>({ type: "follow", collection, from }, undefined, (event) => {
+        if (event.event === "resync") return [{ kind: "resync" }]
+        if (event.event !== "change") return []
+        const kind = event["kind"] as "upsert" | "metadata" | "delete"
+        return [{ kind, id: String(event["vector_id"]), version: String(event["version"]) }]
+      }),
     insert: options.streaming ? insertOverWire : insertOverHttp,
     patch: (id, metadata, { collection, deadlineMillis }) =>
       Effect.map(
@@ -204,6 +301,21 @@ const hitOf = (result: Json): SearchHit => ({
   metadata: (result["metadata"] ?? {}) as Metadata,
   ...(Array.isArray(result["vector"]) ? { vector: Float32Array.from(result["vector"] as Array<number>) } : {})
 })
+
+const enteringOf = (member: Json): Entering => ({ type: "enter", version: String(member["version"]), ...hitOf(member) })
+
+const changesOf = (event: WireEvent): ReadonlyArray<MemberChange> =>
+  (event["changes"] as ReadonlyArray<Json>).map((change) =>
+    change["type"] === "leave"
+      ? { type: "leave", id: String(change["vector_id"]) }
+      : { ...enteringOf(change), type: change["type"] as "enter" | "update" }
+  )
+
+/** A look whether a reader that lags has caught up. */
+const pausedMillis = 50
+
+const notStreaming = () =>
+  ownError("not_streaming", "Subscriptions need a connection: this client was made with `streaming: false`.")
 
 const answerOf = (body: Json): SearchAnswer => ({
   hits: (body["results"] as ReadonlyArray<Json>).map(hitOf),

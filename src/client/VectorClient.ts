@@ -7,11 +7,13 @@ import { ownError, type VectorDBError } from "./ClientError.ts"
 import { type ClientOptions, resolveOptions } from "./ClientOptions.ts"
 import type {
   Ack,
+  CollectionChange,
   CollectionInfo,
   CollectionParameters,
   Engine,
   Filter,
   Item,
+  MemberChange,
   Metadata,
   Query,
   SearchHit,
@@ -52,6 +54,27 @@ export interface SearchCall extends Call {
   readonly filter?: Filter
   readonly includeVector?: boolean
 }
+
+export interface SubscribeCall {
+  readonly collection?: string
+  /** 1 to 256; 10 where left out. */
+  readonly k?: number
+  /** Records that score lower are not among them. */
+  readonly minScore?: number
+  readonly filter?: Filter
+  readonly includeVector?: boolean
+}
+
+export interface FollowCall {
+  readonly collection?: string
+  /** `newest` (the default): changes from now on. */
+  readonly from?: "newest" | "oldest"
+}
+
+/** The k nearest change: one enters, one leaves, one is another than before. */
+export type Standing<M> =
+  | (Omit<Extract<MemberChange, { readonly type: "enter" | "update" }>, "metadata"> & { readonly metadata: M })
+  | Extract<MemberChange, { readonly type: "leave" }>
 
 export interface InsertCall extends Call {
   readonly ack?: Ack
@@ -100,6 +123,14 @@ export interface TypedClient<M> {
   readonly get: (id: string, call?: Call) => Effect.Effect<Stored<M> | undefined, VectorDBError>
   readonly search: (query: Query, call?: SearchCall) => Effect.Effect<Hits<M>, VectorDBError>
   readonly searchStream: (query: Query, call?: SearchCall) => Stream.Stream<Hit<M>, VectorDBError>
+  /**
+   * A standing query: first the k nearest enter, then whatever changes among them, for as long as it is read. Applied one
+   * after the other the changes give what is nearest now. Goes on by itself after cuts, without a gap or a repeat; a reader
+   * that lags is given what changed in between as one difference.
+   */
+  readonly subscribe: (query: Query, call?: SubscribeCall) => Stream.Stream<Standing<M>, VectorDBError>
+  /** Every change of a collection, each once, in order for each id; goes on by itself after cuts. */
+  readonly follow: (call?: FollowCall) => Stream.Stream<CollectionChange, VectorDBError>
   readonly collections: Collections
 }
 
@@ -231,6 +262,25 @@ export const clientOf = <M>(engine: Engine, defaults: Defaults<M>): TypedClient<
       const hits = engine.searchStream(query, searchOf(call))
       return schema === undefined ? (hits as Stream.Stream<Hit<M>, VectorDBError>) : Stream.mapEffect(hits, hitOf)
     },
+    subscribe: (query, call) => {
+      const changes = engine.subscribe(query, {
+        collection: call?.collection ?? defaults.collection,
+        k: call?.k ?? defaultK,
+        includeVector: call?.includeVector ?? false,
+        ...(call?.minScore === undefined ? {} : { minScore: call.minScore }),
+        ...(call?.filter === undefined ? {} : { filter: call.filter })
+      })
+      if (schema === undefined) return changes as Stream.Stream<Standing<M>, VectorDBError>
+      return Stream.mapEffect(
+        changes,
+        (change): Effect.Effect<Standing<M>, VectorDBError> =>
+          change.type === "leave"
+            ? Effect.succeed(change)
+            : Effect.map(checked(change.metadata), (metadata) => ({ ...change, metadata }))
+      )
+    },
+    follow: (call) =>
+      engine.follow({ collection: call?.collection ?? defaults.collection, from: call?.from ?? "newest" }),
     collections: {
       create: (name, parameters, call) => engine.createCollection(name, parameters, untilOf(call)),
       get: (name, call) => found(engine.collection(name, untilOf(call)), "collection_not_found"),

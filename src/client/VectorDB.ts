@@ -8,20 +8,31 @@
 import { Effect, Exit, Stream } from "effect"
 import type { ClientOptions } from "./ClientOptions.ts"
 import { resolveOptions } from "./ClientOptions.ts"
-import type { CollectionInfo, CollectionParameters, Engine, Metadata, Query, Vector } from "./Engine.ts"
+import type {
+  CollectionChange,
+  CollectionInfo,
+  CollectionParameters,
+  Engine,
+  Metadata,
+  Query,
+  Vector
+} from "./Engine.ts"
 import { makeRemoteEngine } from "./RemoteEngine.ts"
 import type { StandardSchema } from "./StandardSchema.ts"
 import {
   type Call,
   type Change,
   clientOf,
+  type FollowCall,
   type Hit,
   type Hits,
   type InsertCall,
   type InsertManyCall,
   type NewItem,
   type SearchCall,
+  type Standing,
   type Stored,
+  type SubscribeCall,
   type TypedClient
 } from "./VectorClient.ts"
 
@@ -96,6 +107,24 @@ export class VectorDB<M = Metadata> {
   /** The same, one by one as they arrive. Leaving the loop ends the search on the server too. */
   searchStream(query: Query, options: SearchCall & Aborts = {}): AsyncIterable<Hit<M>> {
     return iterate(this.#client.searchStream(query, options), options.signal)
+  }
+
+  /**
+   * A standing query: first the k nearest enter, then whatever changes among them, until the loop is left. It goes on by
+   * itself after cuts, without a gap or a repeat.
+   *
+   *     for await (const change of db.subscribe(vector, { k: 5, minScore: 0.8 })) {
+   *       if (change.type === "leave") nearest.delete(change.id)
+   *       else nearest.set(change.id, change)
+   *     }
+   */
+  subscribe(query: Query, options: SubscribeCall & Aborts = {}): AsyncIterable<Standing<M>> {
+    return iterate(this.#client.subscribe(query, options), options.signal)
+  }
+
+  /** Every change of a collection, each once, in order for each id; goes on by itself after cuts. */
+  follow(options: FollowCall & Aborts = {}): AsyncIterable<CollectionChange> {
+    return iterate(this.#client.follow(options), options.signal)
   }
 
   readonly collections = {

@@ -251,12 +251,24 @@ export class Wire {
     const event = decode(data)
     // Not our server, or one that is ill.
     if (event === undefined) return this.#socket?.close(1000, "")
+    if (event.event === "session_closed") return this.#resume()
     const id = event["id"]
     const pending = typeof id === "string" ? this.#calls.get(id) : undefined
     if (pending === undefined) return
     if (event.event === "error") return this.#refused(pending, event["problem"] as ProblemMembers)
     if (!pending.call.onEvent(event)) return
     this.#end(pending)
+    this.#flush()
+  }
+
+  /** The server has ended the session, and the connection is well: all that was under way is asked for again. */
+  #resume(): void {
+    for (const pending of this.#calls.values()) {
+      if (!pending.sent) continue
+      pending.sent = false
+      this.#sent -= pending.weight
+      this.#waiting.add(pending)
+    }
     this.#flush()
   }
 

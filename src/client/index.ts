@@ -3,6 +3,7 @@ export { type ProblemMembers, VectorDBError } from "./ClientError.ts"
 export type { ClientOptions, Credential, WebSocketLike } from "./ClientOptions.ts"
 export type {
   Ack,
+  CollectionChange,
   CollectionInfo,
   CollectionParameters,
   Filter,
@@ -15,13 +16,16 @@ export {
   type Call,
   type Change,
   type Collections,
+  type FollowCall,
   type Hit,
   type Hits,
   type InsertCall,
   type InsertManyCall,
   type NewItem,
   type SearchCall,
+  type Standing,
   type Stored,
+  type SubscribeCall,
   type TypedClient,
   VectorClient
 } from "./VectorClient.ts"

@@ -2,31 +2,49 @@
  * The engine of a client in the client's own process: the same actors, tiers and data format as a server's, and no port.
  * Calls are checked by the same schemas as those of the wires, and fail with the same codes.
  */
-import { type Context, Effect, Result, Stream } from "effect"
+import { type Context, Deferred, Effect, Result, Stream } from "effect"
 import { errorOfProblem, ownError, type VectorDBError } from "../client/ClientError.ts"
-import type { Engine, Item, Metadata, Query, SearchAnswer, SearchHit, SearchOptions } from "../client/Engine.ts"
+import type {
+  CollectionChange,
+  Engine,
+  Item,
+  MemberChange,
+  Metadata,
+  Query,
+  SearchAnswer,
+  SearchHit,
+  SearchOptions
+} from "../client/Engine.ts"
 import { toQuery } from "../gateway/Queries.ts"
+import type { StreamEvent } from "../gateway/StreamEvents.ts"
+import type { Delivery, DeliveryListener, Subscriptions } from "../gateway/Subscriptions.ts"
 import { CollectionRequest } from "../protocol/Collection.ts"
 import { type ApiError, type InvalidInput, toProblem } from "../protocol/Errors.ts"
 import { CollectionName, decoderOf, MetadataObject, VectorId } from "../protocol/Fields.ts"
 import { DeleteRequest, InsertRequest } from "../protocol/HttpApi.ts"
+import { anonymous } from "../protocol/Principal.ts"
 import { SearchRequest } from "../protocol/Search.ts"
 import type { SearchAnswer as RouterAnswer, SessionQuery } from "../protocol/StreamSession.ts"
+import { FollowRequest, SubscribeRequest } from "../protocol/Subscription.ts"
 import type { Router } from "../shards/Router.ts"
+import type { StandingMember } from "../shards/StandingQueries.ts"
 
 /** `release` ends what the engine rests on, after what it holds is safe; it is called once no call is under way. */
 export const makeEmbeddedEngine = (
   router: Context.Service.Shape<typeof Router>,
+  subscriptions: Context.Service.Shape<typeof Subscriptions>,
   release: () => Promise<void>
 ): Engine & { readonly close: () => Promise<void> } => {
   let underWay = 0
   let closed: Promise<void> | undefined
   let onQuiet: (() => void) | undefined
+  /** Wakes what waits for news. */
+  const enders = new Set<() => void>()
 
   /** A call: counted, so that closing waits for it, and failing as those of a service do. */
   const call = <A>(effect: Effect.Effect<A, ApiError>): Effect.Effect<A, VectorDBError> =>
     Effect.suspend(() => {
-      if (closed !== undefined) return Effect.fail(ownError("closed", "The client is closed."))
+      if (closed !== undefined) return Effect.fail(isClosed())
       underWay += 1
       return Effect.onExit(
         Effect.mapError(effect, (error) => errorOfProblem(toProblem(error))),
@@ -39,12 +57,53 @@ export const makeEmbeddedEngine = (
     })
 
   const close = (): Promise<void> => {
+    const first = closed === undefined
     closed ??= (underWay === 0 ? Promise.resolve() : new Promise<void>((resolve) => (onQuiet = resolve))).then(release)
+    if (first) for (const end of enders) end()
     return closed
   }
 
   const search = (query: Query, options: SearchOptions) =>
     call(Effect.map(Effect.flatMap(queryOf(query, options), router.search), answerOf))
+
+  /** Events of a delivery, each made when it is read: nothing waits for a reader that lags. */
+  const delivered = <A>(
+    begin: (listener: DeliveryListener) => Effect.Effect<Delivery, ApiError>,
+    read: (event: StreamEvent) => ReadonlyArray<A>
+  ): Stream.Stream<A, VectorDBError> =>
+    Stream.unwrap(
+      Effect.gen(function* () {
+        let news = Deferred.makeUnsafe<void>()
+        let lost: ApiError | undefined
+        const ready = () => Deferred.doneUnsafe(news, Effect.void)
+        const delivery = yield* Effect.acquireRelease(
+          call(
+            begin({
+              onReady: ready,
+              onLost: (error) => {
+                lost = error
+                ready()
+              }
+            })
+          ),
+          (opened) => Effect.sync(opened.close)
+        )
+        enders.add(ready)
+        yield* Effect.addFinalizer(() => Effect.sync(() => enders.delete(ready)))
+        const next = Effect.gen(function* () {
+          while (true) {
+            if (closed !== undefined) return yield* isClosed()
+            if (lost !== undefined) return yield* errorOfProblem(toProblem(lost))
+            const waited = news
+            const event = delivery.next()
+            if (event !== undefined) return read(event)
+            yield* Deferred.await(waited)
+            if (news === waited) news = Deferred.makeUnsafe()
+          }
+        })
+        return Stream.flattenIterable(Stream.fromEffectRepeat(next))
+      })
+    )
 
   const info = (name: string) =>
     Effect.flatMap(decoded(decodeName(name)), (name) =>
@@ -96,6 +155,46 @@ export const makeEmbeddedEngine = (
       ),
     search,
     searchStream: (query, options) => Stream.fromIterableEffect(Effect.map(search(query, options), ({ hits }) => hits)),
+    subscribe: (query, { collection, k, minScore, filter, includeVector }) =>
+      delivered(
+        (listener) =>
+          Effect.flatMap(
+            decoded(
+              decodeSubscribe({
+                collection,
+                k,
+                ...("id" in query ? { query_vector_id: query.id } : { query: kept(query) }),
+                ...(minScore === undefined ? {} : { min_score: minScore }),
+                ...(filter === undefined ? {} : { filter }),
+                include: includeVector ? ["metadata", "vector"] : ["metadata"]
+              })
+            ),
+            (request) => subscriptions.subscribe(anonymous, request, listener)
+          ),
+        (event): ReadonlyArray<MemberChange> => {
+          if (event.event === "subscribed") return event.members.map((member) => entering("enter", member))
+          if (event.event !== "changes") return []
+          const { leaves, enters, updates } = event.difference
+          return [
+            ...leaves.map((id) => ({ type: "leave" as const, id })),
+            ...enters.map((member) => entering("enter", member)),
+            ...updates.map((member) => entering("update", member))
+          ]
+        }
+      ),
+    follow: ({ collection, from }) =>
+      delivered(
+        (listener) =>
+          Effect.flatMap(decoded(decodeFollow({ collection, from })), (request) =>
+            subscriptions.follow(anonymous, request, listener)
+          ),
+        (event): ReadonlyArray<CollectionChange> => {
+          if (event.event === "resync") return [{ kind: "resync" }]
+          if (event.event !== "change") return []
+          const { kind, id, version } = event.change
+          return [{ kind, id, version }]
+        }
+      ),
     createCollection: (name, parameters, deadlineMillis) =>
       Effect.gen(function* () {
         const request = yield* decoded(decodeCollection(parameters))
@@ -110,6 +209,8 @@ export const makeEmbeddedEngine = (
 }
 
 const decodeSearch = decoderOf(SearchRequest)
+const decodeSubscribe = decoderOf(SubscribeRequest)
+const decodeFollow = decoderOf(FollowRequest)
 const decodeInsert = decoderOf(InsertRequest)
 const decodeDelete = decoderOf(DeleteRequest)
 const decodeCollection = decoderOf(CollectionRequest)
@@ -159,6 +260,20 @@ const answerOf = (answer: RouterAnswer): SearchAnswer => {
     missingPartitions: missing
   }
 }
+
+const isClosed = () => ownError("closed", "The client is closed.")
+
+const entering = (
+  type: "enter" | "update",
+  { id, score, version, metadata, vector }: StandingMember
+): MemberChange => ({
+  type,
+  id,
+  score,
+  version,
+  metadata: parsed(metadata ?? ""),
+  ...(vector === undefined ? {} : { vector: vector.slice() })
+})
 
 const within =
   (deadlineMillis: number) =>

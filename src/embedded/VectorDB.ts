@@ -4,6 +4,7 @@ import type { Metadata } from "../client/Engine.ts"
 import type { StandardSchema } from "../client/StandardSchema.ts"
 import * as Client from "../client/VectorDB.ts"
 import { defaultSettings, type SettingValues } from "../config.ts"
+import { Subscriptions } from "../gateway/Subscriptions.ts"
 import { Router } from "../shards/Router.ts"
 import { makeEmbeddedEngine } from "./EmbeddedEngine.ts"
 
@@ -18,7 +19,7 @@ export interface OpenOptions<M = Metadata> {
 }
 
 /** What makes an engine: the layers of a node without its wires. */
-export type EngineLayer = (settings: SettingValues) => Layer.Layer<Router, { readonly message: string }>
+export type EngineLayer = (settings: SettingValues) => Layer.Layer<Router | Subscriptions, { readonly message: string }>
 
 /** `VectorDB`, with `open` for an engine in this process. */
 export const withEngine = (layer: EngineLayer) =>
@@ -47,7 +48,7 @@ export const withEngine = (layer: EngineLayer) =>
       }
       const { collection, deadlineMillis, metadata } = options
       return new this<M>({
-        engine: makeEmbeddedEngine(Context.get(context, Router), close),
+        engine: makeEmbeddedEngine(Context.get(context, Router), Context.get(context, Subscriptions), close),
         ...(collection === undefined ? {} : { collection }),
         ...(deadlineMillis === undefined ? {} : { deadlineMillis }),
         ...(metadata === undefined ? {} : { metadata })
