@@ -41,6 +41,19 @@ export class MultiplexedSocket {
     })
   }
 
+  /** The same, asked again while it is refused. How often it was. */
+  async insist(session: string, query: string): Promise<number> {
+    for (let refused = 0; ; refused++) {
+      try {
+        await this.search(session, query)
+        return refused
+      } catch (error) {
+        if (!this.isOpen) throw error
+        await new Promise((resolve) => setTimeout(resolve, 20))
+      }
+    }
+  }
+
   /** Ends it without a word. */
   end(): void {
     this.#socket.removeAllListeners("close")

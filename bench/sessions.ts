@@ -68,7 +68,7 @@ const parts: Record<string, () => Promise<void>> = {
     const searched = (sockets: ReadonlyArray<MultiplexedSocket>, from: number, to: number) =>
       Promise.all(
         sockets.map(async (socket) => {
-          for (let n = from; n < to; n++) await socket.search(`s${n}`, queryText(n))
+          for (let n = from; n < to; n++) await socket.insist(`s${n}`, queryText(n))
         })
       )
     {
@@ -108,7 +108,7 @@ const parts: Record<string, () => Promise<void>> = {
       await Promise.all(
         Array.from({ length: lanes }, async (_, lane) => {
           for (let n = lane; performance.now() < until; n += lanes) {
-            await socket.search(`s${lane}`, queryText(n))
+            await socket.insist(`s${lane}`, queryText(n))
             searches++
           }
         })
@@ -141,7 +141,7 @@ const parts: Record<string, () => Promise<void>> = {
     await Promise.all(
       sockets.map(async (socket, connection) => {
         for (let n = connection; n < all; n += connections) {
-          await socket.search(session(n), queryText(n))
+          await socket.insist(session(n), queryText(n))
           if (++made % 20_000 === 0) say(`${made} sessions`)
         }
       })
@@ -190,7 +190,7 @@ const parts: Record<string, () => Promise<void>> = {
     const spreadMillis = 5_000
     const server = await served()
     let sockets = await openSome(server.url, count)
-    await Promise.all(sockets.map((socket, n) => socket.search("", queryText(n))))
+    await Promise.all(sockets.map((socket, n) => socket.insist("", queryText(n))))
     say(`${count} connections, each with a session`)
     const calm = await probed(server.url, 10)
     const during = probed(server.url, 15)
@@ -203,7 +203,7 @@ const parts: Record<string, () => Promise<void>> = {
       Array.from({ length: count }, async (_, n) => {
         await new Promise((resolve) => setTimeout(resolve, Math.random() * spreadMillis))
         const socket = await MultiplexedSocket.open(server.url)
-        await socket.search("", queryText(n))
+        await socket.insist("", queryText(n))
         back.add(performance.now() - started)
         return socket
       })
@@ -291,7 +291,7 @@ const probe = async (url: string): Promise<void> => {
     const wait = at - performance.now()
     if (wait > 0) await new Promise((resolve) => setTimeout(resolve, wait))
     const sent = performance.now()
-    await socket.search("probe", queryText(n))
+    await socket.insist("probe", queryText(n))
     if (sent > started + 1_000) latencies.add(performance.now() - sent)
   }
   process.send?.({ p50: latencies.at(0.5), p99: latencies.at(0.99) })

@@ -238,9 +238,9 @@ export const settings = {
   searchProbeMillis: integer("between two looks at what searches take alone, under load", "ms", 10_000, 500, 3_600_000),
   searchQueueMax: integer("searches that wait to begin, in a burst", "searches", 1_024, 1, 100_000),
   searchQueueBurstMillis: integer("that a search waits to begin, in a burst", "ms", 250, 5, 60_000),
-  searchQueueStandingMillis: integer("least wait that, when it lasts that long, is overload", "ms", 25, 1, 60_000),
+  searchQueueStandingMillis: integer("least wait that, when it lasts that long, is overload", "ms", 100, 1, 60_000),
   searchQueueMillis: integer("mean time that a search waits to begin under overload", "ms", 5, 1, 60_000),
-  searchQueueMin: integer("searches that wait under overload, however long that takes", "searches", 16, 1, 100_000),
+  searchQueueMin: integer("searches that wait under overload, however long that takes", "searches", 64, 1, 100_000),
 
   // Load shedding
   loadSampleMillis: integer("between two looks at the load", "ms", 1_000, 50, 60_000),
