@@ -12,7 +12,8 @@ let node: RunningNode
 let client: SearchClient
 
 beforeAll(async () => {
-  node = await startNode({ defaultPartitions: 3 })
+  // A thousand at once are not what is looked at here, but who carries them.
+  node = await startNode({ defaultPartitions: 3, searchQueueBurstMillis: 60_000, searchQueueStandingMillis: 60_000 })
   const vectors = Array.from({ length: count }, (_, i) => ({
     id: `v${i}`,
     vector: vectorOf(i),

@@ -203,9 +203,10 @@ describe("narrow rows", () => {
           const exact = Array.from(slots, (slot) => {
             const row = vectors.subarray(slot * dimensions, (slot + 1) * dimensions)
             const factor = (of: Float32Array) => (metric === "cosine" ? 1 / Math.hypot(...of) : 1 / 64)
+            const [ofRow, ofQuery] = [factor(row), factor(query)]
             let sum = 0
             for (let d = 0; d < dimensions; d++) {
-              const [a, b] = [row[d]! * factor(row), query[d]! * factor(query)]
+              const [a, b] = [row[d]! * ofRow, query[d]! * ofQuery]
               sum += metric === "l2" ? (a - b) ** 2 : -a * b
             }
             return sum
