@@ -4,12 +4,13 @@
  *
  *     npm run bench:access
  */
-import { Context, Effect, Layer, Logger } from "effect"
-import { RateLimiter } from "effect/persistence"
-import { exportJWK, generateKeyPair, SignJWT } from "jose"
+
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
+import { Context, Effect, Layer, Logger } from "effect"
+import { RateLimiter } from "effect/persistence"
+import { exportJWK, generateKeyPair, SignJWT } from "jose"
 import { defaultSettings, Settings } from "../src/config.ts"
 import { Access, isPrincipal } from "../src/gateway/Access.ts"
 import { ApiKeyring } from "../src/gateway/ApiKeyring.ts"
@@ -81,16 +82,28 @@ const program = Effect.gen(function* () {
   const line = (what: string, value: number) => process.stdout.write(`${what.padEnd(58)} ${value.toFixed(2)} us\n`)
   for (const [name, request] of Object.entries(requests)) {
     const principal = principals[name] as Principal
-    line(`authenticate, ${name}`, microseconds(calls, () => void access.authenticate(request)))
-    line(`  all three questions`, microseconds(calls, () => {
+    line(
+      `authenticate, ${name}`,
+      microseconds(calls, () => void access.authenticate(request))
+    )
+    line(
+      `  all three questions`,
+      microseconds(calls, () => {
         access.authenticate(request)
         access.allow(principal, "read", "docs")
         access.admit(principal, address)
-      }))
+      })
+    )
   }
   const byKey = principals["key"] as Principal
-  line("admit (two token buckets)", microseconds(calls, () => void access.admit(byKey, address)))
-  line("allow", microseconds(calls, () => void access.allow(byKey, "read", "docs")))
+  line(
+    "admit (two token buckets)",
+    microseconds(calls, () => void access.admit(byKey, address))
+  )
+  line(
+    "allow",
+    microseconds(calls, () => void access.allow(byKey, "read", "docs"))
+  )
 
   const limiter = yield* RateLimiter.make.pipe(Effect.provide(RateLimiter.layerStoreMemory))
   const consume = limiter.consume({
@@ -99,11 +112,16 @@ const program = Effect.gen(function* () {
     limit: 1_000_000,
     key: "k"
   })
-  line("the library's limiter in memory, one bucket, runSync", microseconds(20_000, () => void Effect.runSync(consume)))
+  line(
+    "the library's limiter in memory, one bucket, runSync",
+    microseconds(20_000, () => void Effect.runSync(consume))
+  )
   const started = performance.now()
   for (let i = 0; i < 200; i++) {
     const fresh = `${token.slice(0, -4)}${String(i).padStart(4, "A")}`
-    yield* Effect.promise(async () => access.authenticate({ headers: { authorization: `Bearer ${fresh}` }, address: `198.51.100.${i}` }))
+    yield* Effect.promise(async () =>
+      access.authenticate({ headers: { authorization: `Bearer ${fresh}` }, address: `198.51.100.${i}` })
+    )
   }
   line("a token that is not known: its signature checked (RS256)", ((performance.now() - started) / 200) * 1_000)
 })

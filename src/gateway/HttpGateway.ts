@@ -164,7 +164,12 @@ export class HttpGateway extends Context.Service<
       return HttpGateway.of({ host: settings.host, port: port.address.port })
     })
   ).pipe(
-    Layer.provide([Sse.Sse.layer, SearchEndpoint.SearchEndpoint.layer, WebSocketGateway.WebSocketGateway.layer, GrpcHandler.layer]),
+    Layer.provide([
+      Sse.Sse.layer,
+      SearchEndpoint.SearchEndpoint.layer,
+      WebSocketGateway.WebSocketGateway.layer,
+      GrpcHandler.layer
+    ]),
     Layer.provide(
       Callers.layer({
         // Where browsers can send no header.

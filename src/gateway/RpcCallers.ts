@@ -57,7 +57,12 @@ export const callerOfCall = (access: Access["Service"], headers: Headers.Headers
     const own = ownCredentials(headers, found.headers)
     if (own === undefined) return settled(found.answer)
     const answer = access.authenticate({ headers: own, address })
-    return answer instanceof Promise ? Effect.flatMap(Effect.promise(() => answer), settled) : settled(answer)
+    return answer instanceof Promise
+      ? Effect.flatMap(
+          Effect.promise(() => answer),
+          settled
+        )
+      : settled(answer)
   })
 
 const credentialHeaders = ["authorization", "x-api-key"] as const

@@ -36,11 +36,17 @@ describe("keys", () => {
         assert.strictEqual(await statusOf(server.base, second), 200)
 
         const listed = await run("list", "--data", data, "--json")
-        const keys = listed.stdout.trim().split("\n").map((line) => JSON.parse(line))
-        assert.deepStrictEqual(keys.map(({ name, tenant, scopes }) => [name, tenant, scopes]), [
-          ["first", "default", ["read", "write", "admin"]],
-          ["second", "acme", ["read"]]
-        ])
+        const keys = listed.stdout
+          .trim()
+          .split("\n")
+          .map((line) => JSON.parse(line))
+        assert.deepStrictEqual(
+          keys.map(({ name, tenant, scopes }) => [name, tenant, scopes]),
+          [
+            ["first", "default", ["read", "write", "admin"]],
+            ["second", "acme", ["read"]]
+          ]
+        )
         assert.notInclude(listed.stdout, "hash")
         assert.match((await run("list", "--data", data)).stdout, /acme +read +standard +good/)
 

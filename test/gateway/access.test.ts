@@ -8,6 +8,7 @@ import { RpcClient, RpcSerialization } from "effect/rpc"
 import { afterAll, assert, beforeAll, describe, it } from "vitest"
 import { closeCodes } from "../../src/protocol/Frames.ts"
 import { RuvectorRpcs } from "../../src/protocol/Rpcs.ts"
+import { metadataOf, outcome, searchClient } from "../support/Grpc.ts"
 import { type RunningNode, startNode } from "../support/Node.ts"
 import { type Event, SocketClient } from "../support/Streams.ts"
 import { startIssuer, type TokenIssuer } from "../support/TokenIssuer.ts"
@@ -19,6 +20,8 @@ const logged: Array<string> = []
 const secrets: Array<string> = []
 
 const keyRefreshMillis = 600
+/** NOT_FOUND */
+const notFoundOfGrpc = 5
 const unshed = { shedUserRate: 100_000, shedPercent: 0 }
 
 beforeAll(async () => {
@@ -216,7 +219,10 @@ describe("a key", () => {
     assert.strictEqual((await call(key.key, "GET", "/api/v1/collections")).status, 200)
     assert.strictEqual((await call(undefined, "DELETE", `/api/v1/keys/${key.id}`)).status, 204)
     assert.strictEqual((await call(key.key, "GET", "/api/v1/collections")).status, 401)
-    const listed = (await call(undefined, "GET", "/api/v1/keys")).body.keys as Array<{ id: string; revoked_ms?: number }>
+    const listed = (await call(undefined, "GET", "/api/v1/keys")).body.keys as Array<{
+      id: string
+      revoked_ms?: number
+    }>
     assert.isNumber(listed.find(({ id }) => id === key.id)?.revoked_ms)
   })
 
@@ -233,10 +239,16 @@ describe("a key", () => {
     assert.deepStrictEqual([hidden.status, absent.status], [404, 404])
     assert.deepStrictEqual(withoutNames(hidden.body, "closed"), withoutNames(absent.body, "absent"))
     const made = [await collectionOf(part.key, "closed"), await collectionOf(part.key, "other")]
-    assert.deepStrictEqual(made.map(({ status }) => status), [403, 403])
+    assert.deepStrictEqual(
+      made.map(({ status }) => status),
+      [403, 403]
+    )
     assert.deepStrictEqual(made[0]?.body, made[1]?.body)
     const names = (await call(part.key, "GET", "/api/v1/collections")).body.collections as Array<{ name: string }>
-    assert.deepStrictEqual(names.map(({ name }) => name), ["open"])
+    assert.deepStrictEqual(
+      names.map(({ name }) => name),
+      ["open"]
+    )
   })
 })
 
@@ -308,7 +320,9 @@ describe("a token", () => {
     const [head, ...rest] = (await issuer.token()).split(".") as [string, string, string]
     const named = (kid: string) =>
       [
-        Buffer.from(JSON.stringify({ ...JSON.parse(Buffer.from(head, "base64url").toString()), kid })).toString("base64url"),
+        Buffer.from(JSON.stringify({ ...JSON.parse(Buffer.from(head, "base64url").toString()), kid })).toString(
+          "base64url"
+        ),
         ...rest
       ].join(".")
     const started = Date.now()
@@ -332,7 +346,9 @@ describe("a token", () => {
         assert.deepStrictEqual([answer.status, answer.body.code], [503, "authentication_unavailable"])
         assert.isNotNull(answer.headers.get("retry-after"))
         issuer.down = false
-        await until(async () => (await call(token, "GET", "/api/v1/collections", undefined, {}, fresh.base)).status === 200)
+        await until(
+          async () => (await call(token, "GET", "/api/v1/collections", undefined, {}, fresh.base)).status === 200
+        )
       } finally {
         await fresh.stop()
       }
@@ -403,7 +419,8 @@ describe("tenants", () => {
       patch: async (name) =>
         rest(await call(guest.key, "PATCH", `/api/v1/vectors/a?collection=${name}`, { metadata: { x: 1 } })),
       delete: async (name) => rest(await call(guest.key, "DELETE", `/api/v1/vectors/a?collection=${name}`)),
-      "delete many": async (name) => rest(await call(guest.key, "POST", "/api/v1/delete", { collection: name, ids: ["a"] })),
+      "delete many": async (name) =>
+        rest(await call(guest.key, "POST", "/api/v1/delete", { collection: name, ids: ["a"] })),
       read: async (name) => rest(await call(guest.key, "GET", `/api/v1/collections/${name}`)),
       drop: async (name) => rest(await call(guest.key, "DELETE", `/api/v1/collections/${name}`)),
       invalidate: async (name) =>
@@ -440,9 +457,19 @@ describe("tenants", () => {
       "RPC SearchStream": async (name) =>
         failureOf(
           await rpc(guest.key, (c) =>
-            Stream.runDrain(c.SearchStream({ collection: name, query: Float32Array.of(1, 0) }) as Stream.Stream<unknown>)
+            Stream.runDrain(
+              c.SearchStream({ collection: name, query: Float32Array.of(1, 0) }) as Stream.Stream<unknown>
+            )
           )
         ),
+      "gRPC StreamSearch": async (name) => {
+        const client = searchClient(node.port)
+        const told = await outcome(
+          client.StreamSearch({ collection: name, query: [1, 0] }, metadataOf({ authorization: `Bearer ${guest.key}` }))
+        )
+        client.close()
+        return [told.status.code === notFoundOfGrpc ? "collection_not_found" : told.status.code, told.status.details]
+      },
       "RPC Changes": async (name) =>
         failureOf(
           await rpc(guest.key, (c) => Stream.runDrain(c.Changes({ collection: name }) as Stream.Stream<unknown>))
@@ -498,7 +525,10 @@ describe("where a credential stands", () => {
     }
     const stream = await call(undefined, "GET", `/api/v1/stream/changes?access_token=${key}&collection=x`)
     assert.strictEqual(stream.status, 404)
-    assert.strictEqual((await call(undefined, "GET", `/api/v1/stream/changes?access_token=no&collection=x`)).status, 401)
+    assert.strictEqual(
+      (await call(undefined, "GET", `/api/v1/stream/changes?access_token=no&collection=x`)).status,
+      401
+    )
     // Where headers can be sent, a URL is no place for one.
     const url = await call(undefined, "GET", `/api/v1/search?access_token=${key}&query_vector_id=a`)
     assert.deepStrictEqual([url.status, url.body.field], [400, "access_token"])
@@ -519,7 +549,10 @@ describe("what is held open", () => {
         fetch(`${node.base}/api/v1/stream/subscribe?collection=c&query_vector_id=a`, { headers: { "x-api-key": key } })
       )
     )
-    assert.deepStrictEqual(streams.map(({ status }) => status), [200, 200])
+    assert.deepStrictEqual(
+      streams.map(({ status }) => status),
+      [200, 200]
+    )
     const texts = streams.map((stream) => stream.text())
     await call(undefined, "DELETE", `/api/v1/keys/${revoked.id}`)
     assert.strictEqual((await sockets[0].closed).code, closeCodes.unauthenticated)
@@ -539,7 +572,14 @@ describe("what is held open", () => {
 
 describe("rates", () => {
   it("of a key and of an address are limited, with the time to come again; frames are told, not cut", async () => {
-    const limited = await startNode({ ...unshed, keyRate: 5, keyBurst: 5, addressRate: 40, addressBurst: 40, refusalsPerMinute: 5 })
+    const limited = await startNode({
+      ...unshed,
+      keyRate: 5,
+      keyBurst: 5,
+      addressRate: 40,
+      addressBurst: 40,
+      refusalsPerMinute: 5
+    })
     try {
       const first = await makeKey({ tenant: "fast", scopes: ["read"] }, limited.base)
       const ask = (credential: string) => call(credential, "GET", "/api/v1/collections", undefined, {}, limited.base)
@@ -561,7 +601,9 @@ describe("rates", () => {
 
       // Many keys of one address together come to its bound.
       const keys = await Promise.all(Array.from({ length: 15 }, () => makeKey({ scopes: ["read"] }, limited.base)))
-      const spread = (await Promise.all(keys.map(({ key }) => Promise.all([ask(key), ask(key), ask(key), ask(key)])))).flat()
+      const spread = (
+        await Promise.all(keys.map(({ key }) => Promise.all([ask(key), ask(key), ask(key), ask(key)])))
+      ).flat()
       assert.isTrue(spread.some(({ status, body }) => status === 429 && body.field === "address"))
       // The user at this machine is not counted.
       const own = await Promise.all(
@@ -582,7 +624,8 @@ describe("without a credential", () => {
   it("nothing is served but health and documents, where that is said", async () => {
     const closed = await startNode({ anonymousAccess: "off" })
     try {
-      const status = async (method: string, path: string) => (await call(undefined, method, path, undefined, {}, closed.base)).status
+      const status = async (method: string, path: string) =>
+        (await call(undefined, method, path, undefined, {}, closed.base)).status
       for (const path of ["/health/live", "/health/ready", "/", "/docs", "/openapi.json"]) {
         assert.strictEqual(await status("GET", path), 200, path)
       }
@@ -629,7 +672,11 @@ describe("without a credential", () => {
 
 it("what was refused is logged: who and why, and no secret", () => {
   const refusals = logged.filter((line) => line.includes('"Refused"'))
-  for (const why of ["The token's signature is wrong.", "The API key was revoked.", "which the credential does not have"]) {
+  for (const why of [
+    "The token's signature is wrong.",
+    "The API key was revoked.",
+    "which the credential does not have"
+  ]) {
     assert.isTrue(
       refusals.some((line) => line.includes(why) && /address|principal/.test(line)),
       why

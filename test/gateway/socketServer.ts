@@ -4,20 +4,20 @@ import type { AddressInfo } from "node:net"
 import { Context, Effect, Exit, Layer, Logger, References, Scope } from "effect"
 import { WebSocketServer } from "ws"
 import { defaultSettings, Settings, type SettingValues } from "../../src/config.ts"
-import { type ConnectionSubscriptions, SubscriptionFrames } from "../../src/gateway/SessionSink.ts"
-import type { SessionLink } from "../../src/gateway/Sessions.ts"
 import { Callers } from "../../src/gateway/Callers.ts"
 import { ClientAddresses } from "../../src/gateway/ClientAddresses.ts"
+import { type ConnectionSubscriptions, SubscriptionFrames } from "../../src/gateway/SessionSink.ts"
+import type { SessionLink } from "../../src/gateway/Sessions.ts"
 import { Sessions } from "../../src/gateway/Sessions.ts"
-import { ClientSocket, type Hub, WebSocketConnection } from "../../src/gateway/WebSocketConnection.ts"
 import { TenantRouter } from "../../src/gateway/TenantRouter.ts"
-import { accessLayer } from "../support/AccessLayer.ts"
+import { ClientSocket, type Hub, WebSocketConnection } from "../../src/gateway/WebSocketConnection.ts"
 import { WebSocketGateway } from "../../src/gateway/WebSocketGateway.ts"
 import type { ApiError } from "../../src/protocol/Errors.ts"
 import { anonymous, type Principal } from "../../src/protocol/Principal.ts"
 import type { SearchAnswer, SessionQuery } from "../../src/protocol/StreamSession.ts"
 import { Admission } from "../../src/shards/Admission.ts"
 import { Router } from "../../src/shards/Router.ts"
+import { accessLayer } from "../support/AccessLayer.ts"
 
 export type Search = (query: SessionQuery) => Effect.Effect<SearchAnswer, ApiError>
 
@@ -81,9 +81,7 @@ export const startSocketServer = async (
     Layer.succeed(Admission, unpressed)
   )
   const layer = WebSocketGateway.layer.pipe(
-    Layer.provideMerge(
-      Callers.layer({ urlCredentials: () => true, ownRefusals: () => false, operators: new Set() })
-    ),
+    Layer.provideMerge(Callers.layer({ urlCredentials: () => true, ownRefusals: () => false, operators: new Set() })),
     Layer.provide(TenantRouter.layer),
     Layer.provide(Layer.mergeAll(accessLayer, ClientAddresses.layer)),
     Layer.provideMerge(services)
