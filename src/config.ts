@@ -368,6 +368,72 @@ export const settings = {
   ),
   warmWriteMillis: integer("and the time Redis keeps them", "ms", 86_400_000, 60_000, 604_800_000),
 
+  // Who may do what
+  anonymousAccess: choice(
+    "who may do everything without a credential: whoever is on this machine, where the address listened on is a loopback; nobody; or everybody",
+    "loopback",
+    ["loopback", "off", "everyone"]
+  ),
+  metricsAccess: choice("who may read /metrics and /load: operators, or everybody", "operator", ["operator", "open"]),
+  docsAccess: choice("who may read /docs and /openapi.json: everybody, or who has a credential", "open", [
+    "open",
+    "authenticated"
+  ]),
+  keyRefreshMillis: integer(
+    "after which an API key that was revoked elsewhere works no more, and streams opened with it are closed",
+    "ms",
+    10_000,
+    100,
+    3_600_000
+  ),
+  keyOutageMillis: integer(
+    "that keys seen before go on working while the store of keys cannot be read",
+    "ms",
+    300_000,
+    0,
+    86_400_000
+  ),
+  keysCachedMax: integer("API keys known in memory", "keys", 10_000, 16, 1_000_000),
+  keyLookupsMax: integer("API keys being looked up in the store", "lookups", 64, 1, 10_000),
+  jwtIssuer: text("issuer (iss) of the tokens that are accepted; empty: no tokens are", "", "a text", /^\S{0,1024}$/),
+  jwtAudience: text("audience (aud) that tokens are to be for", "", "a text", /^\S{0,1024}$/),
+  jwtJwks: text("key set (JWKS) of the issuer", "", "a URL, or the path of a file", /^[^\0\n]{0,2048}$/),
+  jwtAlgorithms: text(
+    "signature algorithms that are accepted",
+    "RS256,RS384,RS512,PS256,PS384,PS512,ES256,ES384,ES512,EdDSA",
+    "some of RS256 RS384 RS512 PS256 PS384 PS512 ES256 ES384 ES512 EdDSA, by commas",
+    /^(?:[RPE]S(?:256|384|512)|EdDSA)(?:,(?:[RPE]S(?:256|384|512)|EdDSA))*$/
+  ),
+  jwtClockToleranceSeconds: integer("that the issuer's clock may differ from ours", "s", 30, 0, 600),
+  jwtTenant: text(
+    "tenant of tokens that name none; empty: those are refused",
+    "",
+    "a tenant's name, or empty",
+    /^(?:[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?)?$/
+  ),
+  jwtTenantClaim: text("claim that names the tenant", "tenant", "a claim's name", /^\S{1,256}$/),
+  jwtScopeClaim: text("claim with the scopes: a text with spaces, or a list", "scope", "a claim's name", /^\S{1,256}$/),
+  jwtTierClaim: text("claim with the tier", "tier", "a claim's name", /^\S{1,256}$/),
+  jwtCollectionsClaim: text(
+    "claim with a list of the only collections",
+    "collections",
+    "a claim's name",
+    /^\S{1,256}$/
+  ),
+  jwtTokensMax: integer("tokens known as good, so that they are not checked anew", "tokens", 10_000, 16, 1_000_000),
+  jwksMaxAgeMillis: integer("after which the key set is read anew", "ms", 600_000, 1_000, 86_400_000),
+  jwksCooldownMillis: integer("between two readings of the key set at least", "ms", 10_000, 100, 3_600_000),
+  jwksTimeoutMillis: integer("for the key set to arrive", "ms", 5_000, 100, 60_000),
+  credentialsWatchedMax: integer("credentials with open streams", "credentials", 200_000, 16, 10_000_000),
+
+  // Rates
+  keyRate: integer("requests of one key or token; 0: no limit", "requests/s", 100, 0, 1_000_000),
+  keyBurst: integer("and at once, after a pause", "requests", 200, 1, 1_000_000),
+  addressRate: integer("requests of one address; 0: no limit", "requests/s", 100, 0, 1_000_000),
+  addressBurst: integer("and at once, after a pause", "requests", 200, 1, 1_000_000),
+  refusalsPerMinute: integer("wrong credentials of one address", "requests/min", 60, 1, 1_000_000),
+  ratesKnownMax: integer("keys and addresses whose rate is known", "entries", 100_000, 128, 10_000_000),
+
   // Wires
   corsOrigins: text(
     "origins of web pages that may call, beside the server's own: those of this machine, all, or a list",
@@ -530,6 +596,11 @@ export const readSettings = (
     set(name, flags[name], `--${flagOf(name)}`)
   }
   const read = values as SettingValues
+  const issuer = [read.jwtIssuer, read.jwtAudience, read.jwtJwks]
+  if (issuer.some((value) => value !== "") && issuer.includes("")) {
+    const names = (["jwtIssuer", "jwtAudience", "jwtJwks"] as const).map((name) => `--${flagOf(name)}`)
+    throw new SettingError(`${names.join(", ")}: expected all of them, or none`)
+  }
   if (read.pingIntervalMillis >= read.idleTimeoutMillis) {
     const expected = `less than ${flagOf("idleTimeoutMillis")} (${read.idleTimeoutMillis}), or quiet clients are cut`
     throw new SettingError(`--${flagOf("pingIntervalMillis")}: expected ${expected}, got ${read.pingIntervalMillis}`)

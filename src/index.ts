@@ -12,13 +12,18 @@ import * as TierPromoterActor from "./actors/TierPromoter.ts"
 import type { Metadata } from "./client/index.ts"
 import { Settings, type SettingValues } from "./config.ts"
 import { withEngine } from "./embedded/VectorDB.ts"
+import { Access } from "./gateway/Access.ts"
+import { ApiKeyring } from "./gateway/ApiKeyring.ts"
 import { Cursors } from "./gateway/Cursors.ts"
 import { HttpGateway } from "./gateway/HttpGateway.ts"
 import { Load } from "./gateway/Load.ts"
 import { Promoter } from "./gateway/Promoter.ts"
+import { RateLimits } from "./gateway/RateLimits.ts"
 import { Readiness } from "./gateway/Readiness.ts"
 import { Sessions } from "./gateway/Sessions.ts"
 import { Subscriptions } from "./gateway/Subscriptions.ts"
+import { TenantRouter } from "./gateway/TenantRouter.ts"
+import { TokenVerifier } from "./gateway/TokenVerifier.ts"
 import * as WebSocketSubscriptions from "./gateway/WebSocketSubscriptions.ts"
 import { toProblem } from "./protocol/Errors.ts"
 import { defaultCollection } from "./protocol/Fields.ts"
@@ -57,10 +62,17 @@ export { ResultStore } from "./shards/ResultStore.ts"
 export { Router } from "./shards/Router.ts"
 export { StandingQueries } from "./shards/StandingQueries.ts"
 
+/** Who may do what. */
+const access = Access.layer.pipe(
+  Layer.provideMerge(Layer.mergeAll(ApiKeyring.layer, TokenVerifier.layer, RateLimits.layer))
+)
+
 /** The wires over the actors, on one port. Closed first: it drains before the actors below it stop. */
 const wires = HttpGateway.layer.pipe(
   Layer.provideMerge(WebSocketSubscriptions.layer),
   Layer.provideMerge(Subscriptions.layer),
+  Layer.provideMerge(TenantRouter.layer),
+  Layer.provideMerge(access),
   Layer.provideMerge(Cursors.layer),
   Layer.provideMerge(Sessions.layer),
   Layer.provideMerge(Promoter.layer),

@@ -7,10 +7,12 @@ import { Cause, Console, Effect, Exit, Layer, Logger, Option, References, Runtim
 import { Command, Flag } from "effect/cli"
 import { backup } from "./commands/backup.ts"
 import { drill } from "./commands/drill.ts"
+import { keys } from "./commands/keys.ts"
 import { Refused } from "./commands/Refused.ts"
 import { restore } from "./commands/restore.ts"
 import { verify } from "./commands/verify.ts"
 import { flagOf, readSettings, type SettingName, type SettingValues, settings, variableOf } from "./config.ts"
+import { isLoopback } from "./gateway/Access.ts"
 import { HttpGateway } from "./gateway/HttpGateway.ts"
 import { activate, localDirectory, node } from "./index.ts"
 
@@ -62,11 +64,21 @@ const greeting = (host: string, port: number, values: SettingValues): string => 
   const base = `${values.tlsCert === "" ? "http" : "https"}://${shown}:${port}`
   return [
     `ruvector-streaming ${version} listens on ${base}, ${place(values)}`,
+    ...openness(values),
     "First vectors and a first search:",
     `  curl --json '{"vectors":[{"id":"a","vector":[1,0,0]},{"id":"b","vector":[0.8,0.6,0]}]}' ${base}/api/v1/insert`,
     `  curl -N '${base}/api/v1/stream/search?query_vector_id=a&k=2'`,
     `Try it in a browser: ${base}/docs`
   ].join("\n")
+}
+
+/** Whether anybody may do anything, which nobody is to find out from a log alone. */
+const openness = ({ anonymousAccess, host }: SettingValues): ReadonlyArray<string> => {
+  if (anonymousAccess === "everyone")
+    return ["Everybody who reaches it may do everything (--anonymous-access everyone)."]
+  return anonymousAccess === "loopback" && isLoopback(host)
+    ? ["Whoever is on this machine may do everything, without a credential (--anonymous-access off ends that)."]
+    : []
 }
 
 const place = (values: SettingValues): string => {
@@ -99,7 +111,8 @@ const root = Command.make("ruvector").pipe(
     Command.provide(backup, quietly),
     Command.provide(restore, quietly),
     Command.provide(verify, quietly),
-    Command.provide(drill, quietly)
+    Command.provide(drill, quietly),
+    Command.provide(keys, quietly)
   ])
 )
 

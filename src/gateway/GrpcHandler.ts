@@ -10,12 +10,13 @@ import {
   type OutgoingHttpHeaders,
   type ServerHttp2Stream
 } from "node:http2"
-import { Context, Effect, Layer, Option, Result } from "effect"
+import { Context, Effect, Layer, Result } from "effect"
 import { Settings } from "../config.ts"
 import { type ApiError, InvalidInput, Overloaded, ShuttingDown, toProblem } from "../protocol/Errors.ts"
 import { anonymous, type Principal } from "../protocol/Principal.ts"
 import { Router } from "../shards/Router.ts"
 import { Access, isPrincipal } from "./Access.ts"
+import { ClientAddresses } from "./ClientAddresses.ts"
 import { type CallHandler, type CallLimits, GrpcCall, grpcContentType, Outbound, withoutBody } from "./GrpcCall.ts"
 import { acceptedEncodings, type Encoding, encodingOf, PartialBytes } from "./GrpcFrames.ts"
 import { healthCheck, healthWatch } from "./GrpcHealth.ts"
@@ -49,7 +50,8 @@ export class GrpcHandler extends Context.Service<
     GrpcHandler,
     Effect.gen(function* () {
       const settings = yield* Settings
-      const access = yield* Effect.serviceOption(Access)
+      const access = yield* Access
+      const { streamAddress } = yield* ClientAddresses
       const hub = {
         settings,
         router: yield* Router,
@@ -59,10 +61,7 @@ export class GrpcHandler extends Context.Service<
         run: Effect.runForkWith(yield* Effect.context<never>()),
         isDraining: () => draining,
         mayRead: (caller: Caller, collection: string) =>
-          Option.isNone(access)
-            ? undefined
-            : (access.value.admit(caller.principal, caller.address) ??
-              access.value.allow(caller.principal, "read", collection))
+          access.admit(caller.principal, caller.address) ?? access.allow(caller.principal, "read", collection)
       }
       const methods: ReadonlyMap<string, Method> = new Map<string, Method>([
         [
@@ -180,20 +179,20 @@ export class GrpcHandler extends Context.Service<
             })
           }
           call.start(handler)
-          if (!method.isLong || method.isOpen || Option.isNone(access)) return
-          const stop = access.value.watch(caller.principal, (error) => call.fail(error))
+          if (!method.isLong || method.isOpen) return
+          const stop = access.watch(caller.principal, (error) => call.fail(error))
           stream.once("close", stop)
         }
 
-        const address = session.socket.remoteAddress ?? ""
-        if (method.isOpen || Option.isNone(access)) return begin({ principal: anonymous, address })
+        const address = streamAddress(stream, headers)
+        if (method.isOpen) return begin({ principal: anonymous, address })
         // Until it is known who asks nothing is read.
         const known = (who: Principal | ApiError) => {
           if (stream.destroyed || stream.closed) return
           if (isPrincipal(who)) begin({ principal: who, address })
           else fail(who)
         }
-        const who = access.value.authenticate({ headers, address })
+        const who = access.authenticate({ headers, address })
         if (who instanceof Promise) void who.then(known)
         else known(who)
       }

@@ -5,6 +5,7 @@ import { type ApiError, InternalError, InvalidInput, Overloaded, ShuttingDown, t
 import { ClientId, decoderOf, describe } from "../protocol/Fields.ts"
 import type { Principal } from "../protocol/Principal.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
+import { shownError } from "../protocol/Tenant.ts"
 import type { Router } from "../shards/Router.ts"
 import { type CallHandler, type GrpcCall, pieceBytes, type Source } from "./GrpcCall.ts"
 import {
@@ -20,6 +21,7 @@ import { grpcStatus, type Trailers } from "./GrpcStatus.ts"
 import { countDefect, countRequest } from "./Instruments.ts"
 import { instance, queryOfBody } from "./Queries.ts"
 import type { SessionLink, Sessions } from "./Sessions.ts"
+import { storedQuery } from "./TenantRouter.ts"
 
 export interface SearchHub {
   readonly settings: SettingValues
@@ -59,7 +61,7 @@ export class StreamSearch implements CallHandler {
     const refused = this.#hub.mayRead(this.#caller, query.success.collection)
     if (refused !== undefined) return call.fail(refused)
     const started = performance.now()
-    this.#search = this.#hub.run(this.#hub.router.search(query.success))
+    this.#search = this.#hub.run(this.#hub.router.search(storedQuery(this.#caller.principal, query.success)))
     this.#search.addObserver((exit) => {
       const millis = performance.now() - started
       if (Exit.isFailure(exit)) {
@@ -151,7 +153,7 @@ export class BidirectionalSearch implements CallHandler {
     if (Result.isFailure(query)) return this.#refuse(query.failure, requestId)
     const refused = this.#hub.mayRead(this.#caller, query.success.collection)
     if (refused !== undefined) return this.#refuse(refused, requestId)
-    this.#search(query.success, requestId)
+    this.#search(storedQuery(this.#caller.principal, query.success), requestId)
   }
 
   /** What comes while enough is under way waits at the client: that is what flow control is for. */
@@ -341,7 +343,7 @@ const summaryTrailers = ({ queryId, missing }: SearchAnswer): Trailers => {
 /** What a search failed with; `undefined` where it was ended before. A defect is logged, and told by its id alone. */
 const errorOf = (hub: SearchHub, exit: Exit.Failure<unknown, ApiError>): ApiError | undefined => {
   const error = Exit.findErrorOption(exit)
-  if (error._tag === "Some") return error.value
+  if (error._tag === "Some") return shownError(error.value)
   if (Exit.hasInterrupts(exit)) return undefined
   const requestId = `req_grpc${(defects++).toString(36)}_${hub.settings.region}_${instance}`
   countDefect()

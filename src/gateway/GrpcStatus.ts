@@ -26,6 +26,8 @@ const statuses: Readonly<Record<ApiError["_tag"], number>> = {
   Unauthenticated: grpcStatus.unauthenticated,
   Forbidden: grpcStatus.permissionDenied,
   RateLimited: grpcStatus.resourceExhausted,
+  AuthenticationUnavailable: grpcStatus.unavailable,
+  KeyNotFound: grpcStatus.notFound,
   CollectionNotFound: grpcStatus.notFound,
   VectorNotFound: grpcStatus.notFound,
   RouteNotFound: grpcStatus.unimplemented,

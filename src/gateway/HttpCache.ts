@@ -6,6 +6,7 @@ import { HttpServerResponse } from "effect/http"
 import type { SettingValues } from "../config.ts"
 import { type Collection, cacheStateAt } from "../protocol/Collection.ts"
 import type { ApiError } from "../protocol/Errors.ts"
+import { anonymous, type Principal } from "../protocol/Principal.ts"
 import type { SessionQuery } from "../protocol/StreamSession.ts"
 import { cacheTags } from "../shards/CacheTags.ts"
 import { resultKey } from "../shards/ResultCache.ts"
@@ -13,46 +14,59 @@ import { fingerprint } from "../shards/ResultStore.ts"
 import { countNotModified } from "./Instruments.ts"
 import { problemResponse } from "./Problems.ts"
 
+/** What answers to one caller say to caches. */
+export interface CachePolicy {
+  readonly httpCache: SettingValues["httpCache"]
+  /** Whether another caller may be answered otherwise. */
+  readonly varies: boolean
+}
+
+/** Answers to whoever showed a credential are that one's own, whatever the settings say. */
+export const cachePolicy = (
+  { httpCache }: Pick<SettingValues, "httpCache">,
+  caller: Principal,
+  varies: boolean
+): CachePolicy => ({ httpCache: httpCache === "public" && caller !== anonymous ? "private" : httpCache, varies })
+
 /**
  * The headers of an answer about a collection that may be kept for `seconds`; less while an invalidation that was announced
  * draws near, so that caches are empty when it takes effect. `own` is the tag of this kind of answer.
  */
 export const cacheHeaders = (
-  { httpCache }: Pick<SettingValues, "httpCache">,
+  policy: CachePolicy,
   of: Collection,
   seconds: number,
   own: string
 ): Record<string, string> => {
-  if (httpCache === "off") return { "cache-control": "no-store" }
+  if (policy.httpCache === "off") return { "cache-control": "no-store" }
   const now = Date.now()
   const { pending_ms } = cacheStateAt(of, now)
   const age = Math.min(seconds, ...pending_ms.map((at) => Math.floor((at - now) / 1_000)))
-  return { ...keptFor(httpCache, age), "cache-tag": cacheTags(of, own, now) }
+  return { ...keptFor(policy, age), "cache-tag": cacheTags(of, own, now) }
 }
 
 /** The answer 404 of a GET; `own`: of a vector in a collection that exists. */
 export const notFoundResponse = (
-  settings: Pick<SettingValues, "httpCache" | "notFoundCacheSeconds">,
+  policy: CachePolicy,
+  seconds: number,
   error: ApiError,
   own: { readonly of: Collection; readonly tag: string } | undefined
 ): HttpServerResponse.HttpServerResponse => {
   const response = problemResponse(error)
-  if (settings.httpCache === "off") return response
+  if (policy.httpCache === "off") return response
   return HttpServerResponse.setHeaders(
     response,
-    own === undefined
-      ? keptFor(settings.httpCache, settings.notFoundCacheSeconds)
-      : cacheHeaders(settings, own.of, settings.notFoundCacheSeconds, own.tag)
+    own === undefined ? keptFor(policy, seconds) : cacheHeaders(policy, own.of, seconds, own.tag)
   )
 }
 
 /**
- * Who may keep an answer differs by who asks once that is told by a header; shared caches are not to mix the two up. What
- * is public is the same for everybody and varies by nothing.
+ * Answers differ by who asks, so caches are told what says that. Not where nobody has a credential: then what is public is
+ * the same for everybody, and caches that keep nothing which varies (CDNs) keep it.
  */
-const keptFor = (visibility: "public" | "private", seconds: number): Record<string, string> => ({
-  "cache-control": `${visibility}, max-age=${seconds}`,
-  ...(visibility === "private" ? { vary: "authorization" } : {})
+const keptFor = ({ httpCache, varies }: CachePolicy, seconds: number): Record<string, string> => ({
+  "cache-control": `${httpCache}, max-age=${seconds}`,
+  ...(varies || httpCache === "private" ? { vary: "authorization, x-api-key" } : {})
 })
 
 /** Strong: the body is a function of the record's version. */

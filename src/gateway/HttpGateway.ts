@@ -15,6 +15,7 @@ import { OpenApi } from "effect/http-api"
 import { Settings } from "../config.ts"
 import { RuvectorApi } from "../protocol/HttpApi.ts"
 import { overloadedBy, Shedding } from "../shards/Shedding.ts"
+import { addressOf, Callers, callerOf } from "./Callers.ts"
 import { ClientAddresses } from "./ClientAddresses.ts"
 import { GrpcHandler } from "./GrpcHandler.ts"
 import { countRefusal, countRequest } from "./Instruments.ts"
@@ -31,6 +32,7 @@ import * as RestApi from "./RestApi.ts"
 import * as RpcGateway from "./RpcGateway.ts"
 import * as SearchEndpoint from "./SearchEndpoint.ts"
 import * as Sse from "./Sse.ts"
+import * as TiersApi from "./TiersApi.ts"
 import * as WebSocketGateway from "./WebSocketGateway.ts"
 
 export class HttpGateway extends Context.Service<
@@ -51,6 +53,7 @@ export class HttpGateway extends Context.Service<
       const search = yield* SearchEndpoint.SearchEndpoint
       const webSockets = yield* WebSocketGateway.WebSocketGateway
       const grpc = yield* GrpcHandler
+      const callers = yield* Callers
       // Requests under way live in a scope of their own, which is closed after the drain below has waited for them.
       const handlers = yield* Scope.fork(yield* Effect.scope, "parallel")
 
@@ -91,18 +94,22 @@ export class HttpGateway extends Context.Service<
             countRequest("http", "connection", 503, 0)
             return refuseRequest(request, response, id, refusal, 503)
           }
-          if (Sse.paths.has(path)) return sse.handle(request, response, id)
-          if (path === SearchEndpoint.path && request.method === "POST") return search.handle(request, response, id)
-          // Calls of RPC are refused one by one.
-          const shed =
-            isOperators || rpcPaths.has(path) ? undefined : shedding.refusal(askerOf(addresses.clientAddress(request)))
-          if (shed !== undefined) {
-            countRequest("http", routeOf(path), 429, 0)
-            return refuseRequest(request, response, id, shed)
-          }
-          // Handed on in the request, where the Effect side reads it; a client's own is not taken over.
-          request.headers[requestIdHeader] = id
-          handler(request, response)
+          callers.request(request, response, id, path, () => {
+            if (Sse.paths.has(path)) return sse.handle(request, response, id)
+            if (path === SearchEndpoint.path && request.method === "POST") return search.handle(request, response, id)
+            // Calls of RPC are refused one by one.
+            const shed =
+              isOperators || rpcPaths.has(path)
+                ? undefined
+                : shedding.refusal(askerOf(addressOf(request), callerOf(request)))
+            if (shed !== undefined) {
+              countRequest("http", routeOf(path), 429, 0)
+              return refuseRequest(request, response, id, shed)
+            }
+            // Handed on in the request, where the Effect side reads it; a client's own is not taken over.
+            request.headers[requestIdHeader] = id
+            handler(request, response)
+          })
         },
         onUpgrade: (request, socket, head) => {
           socket.on("error", () => {})
@@ -114,11 +121,12 @@ export class HttpGateway extends Context.Service<
             countRequest("http", "connection", 503, 0)
             return refuseUpgrade(socket, refusal)
           }
-          if (pathOf(request.url as string) === WebSocketGateway.path) {
-            return webSockets.handleUpgrade(request, socket, head)
-          }
-          request.headers[requestIdHeader] = nextRequestId()
-          upgrade(request, socket, head)
+          const path = pathOf(request.url as string)
+          callers.upgrade(request, socket, path, () => {
+            if (path === WebSocketGateway.path) return webSockets.handleUpgrade(request, socket, head)
+            request.headers[requestIdHeader] = nextRequestId()
+            upgrade(request, socket, head)
+          })
         },
         onGrpc: (stream, headers, onBytes) => {
           const { socket } = stream.session ?? {}
@@ -157,12 +165,24 @@ export class HttpGateway extends Context.Service<
     })
   ).pipe(
     Layer.provide([
-      ClientAddresses.layer,
       Sse.Sse.layer,
       SearchEndpoint.SearchEndpoint.layer,
       WebSocketGateway.WebSocketGateway.layer,
       GrpcHandler.layer
     ]),
+    Layer.provide(
+      Callers.layer({
+        // Where browsers can send no header.
+        urlCredentials: (path) =>
+          path.startsWith(streamPaths) ||
+          path === TiersApi.eventsPath ||
+          path === WebSocketGateway.path ||
+          RpcGateway.webSockets.includes(path),
+        ownRefusals: (path) => RpcGateway.calls.includes(path),
+        operators: new Set(["/metrics", Operations.loadPath])
+      })
+    ),
+    Layer.provide(ClientAddresses.layer),
     Layer.provide(NodeHttpServer.layerHttpServices)
   )
 }

@@ -53,6 +53,10 @@ const refusals = Metric.counter("ruvector_port_refusals", {
   description: "Connections, sessions and requests that were refused or cut before a handler saw them, by reason",
   incremental: true
 })
+const denials = Metric.counter("ruvector_access_refusals", {
+  description: "Requests refused for their credential, scope or rate, by reason",
+  incremental: true
+})
 const defects = Metric.counter("ruvector_defects", {
   description: "Requests that met a defect of the server",
   incremental: true
@@ -142,6 +146,11 @@ const codeLabel = (code: number | string): string =>
 
 export const countNotModified = (route: string): void => {
   series(notModified, "notModified", { route }).updateUnsafe(1, context)
+}
+
+/** A credential, a scope or a rate was not good enough. */
+export const countDenial = (reason: string): void => {
+  series(denials, "denials", { reason }).updateUnsafe(1, context)
 }
 
 /** `reason`: the setting whose bound was reached, or one of a few words of the port's. */

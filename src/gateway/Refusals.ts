@@ -14,7 +14,7 @@ import { problemContentType } from "./Problems.ts"
  * this machine, where one address may be many.
  */
 export const askerOf = (address: string | undefined, principal: Principal = anonymous): Asker => {
-  if (principal.id !== anonymous.id) return { user: principal.id, tier: principal.tier }
+  if (principal.id !== anonymous.id) return { user: `${principal.tenant}/${principal.id}`, tier: principal.tier }
   if (address === undefined || loopback.test(address)) return nobody
   return { user: address, tier: principal.tier }
 }

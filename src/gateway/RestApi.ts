@@ -1,3 +1,5 @@
+import type { IncomingMessage } from "node:http"
+import * as NodeHttpServerRequest from "@effect/platform-node/NodeHttpServerRequest"
 import { Effect, Layer, Result, Scope } from "effect"
 import { HttpRouter, type HttpServerRequest, HttpServerResponse } from "effect/http"
 import { HttpApiBuilder, HttpApiScalar, OpenApi } from "effect/http-api"
@@ -6,13 +8,25 @@ import { type Collection, CollectionRequest, InvalidateRequest } from "../protoc
 import { type ApiError, InvalidInput } from "../protocol/Errors.ts"
 import { CollectionName, decoderOf, defaultCollection, VectorId } from "../protocol/Fields.ts"
 import { DeleteRequest, InsertRequest, PatchRequest, RoutedApi, RuvectorApi } from "../protocol/HttpApi.ts"
+import { shownCollection } from "../protocol/Tenant.ts"
 import { searchTag, vectorTag } from "../shards/CacheTags.ts"
-import { Router } from "../shards/Router.ts"
+import { Access } from "./Access.ts"
 import * as Answers from "./Answers.ts"
 import * as Bodies from "./Bodies.ts"
-import { cacheHeaders, namesTag, notFoundResponse, notModified, searchETag, vectorETag } from "./HttpCache.ts"
+import { callerOf } from "./Callers.ts"
+import {
+  cacheHeaders,
+  cachePolicy,
+  namesTag,
+  notFoundResponse,
+  notModified,
+  searchETag,
+  vectorETag
+} from "./HttpCache.ts"
+import * as KeysApi from "./KeysApi.ts"
 import { problemResponse } from "./Problems.ts"
 import { queryOfParameters } from "./Queries.ts"
+import { TenantRouter, type TenantView } from "./TenantRouter.ts"
 import * as TiersApi from "./TiersApi.ts"
 
 const decodeInsert = decoderOf(InsertRequest)
@@ -33,34 +47,46 @@ const noContent = HttpServerResponse.empty({ status: 204, headers: noStore })
 
 const failed = Effect.catch((error: ApiError) => Effect.succeed(problemResponse(error)))
 
+/** The router as the request's caller may use it. */
+const routed = Effect.map(
+  TenantRouter,
+  (tenants) =>
+    (request: HttpServerRequest.HttpServerRequest): TenantView =>
+      tenants.of(callerOf(messageOf(request)))
+)
+
+const messageOf = (request: HttpServerRequest.HttpServerRequest): IncomingMessage =>
+  NodeHttpServerRequest.toIncomingMessage(request) as IncomingMessage
+
 const Collections = HttpApiBuilder.group(
   RoutedApi,
   "collections",
   Effect.fnUntraced(function* (handlers) {
-    const router = yield* Router
+    const routerOf = yield* routed
     const settings = yield* Settings
     return handlers
       .handleRaw("putCollection", ({ params, request }) =>
         Effect.gen(function* () {
           const name = yield* Effect.fromResult(decodeName(params.name))
           const body = yield* Bodies.json(request, settings)
-          const { collection, created } = yield* router.createCollection(
+          const { collection, created } = yield* routerOf(request).createCollection(
             name,
             yield* Effect.fromResult(decodeCollection(body))
           )
-          return json(JSON.stringify(collection), created ? 201 : 200)
+          return json(JSON.stringify(shownCollection(collection)), created ? 201 : 200)
         }).pipe(failed)
       )
-      .handleRaw("listCollections", () =>
-        router.collections.pipe(
-          Effect.map((collections) => json(JSON.stringify({ collections }))),
+      .handleRaw("listCollections", ({ request }) =>
+        routerOf(request).collections.pipe(
+          Effect.map((collections) => json(JSON.stringify({ collections: collections.map(shownCollection) }))),
           failed
         )
       )
-      .handleRaw("getCollection", ({ params }) =>
+      .handleRaw("getCollection", ({ params, request }) =>
         Effect.gen(function* () {
+          const router = routerOf(request)
           const collection = yield* router.collection(yield* Effect.fromResult(decodeName(params.name)))
-          return json(JSON.stringify({ ...collection, count: yield* router.count(collection) }))
+          return json(JSON.stringify({ ...shownCollection(collection), count: yield* router.count(collection) }))
         }).pipe(failed)
       )
       .handleRaw("invalidate", ({ params, request }) =>
@@ -69,12 +95,12 @@ const Collections = HttpApiBuilder.group(
           const body = yield* Effect.fromResult(decodeInvalidate(yield* Bodies.json(request, settings)))
           const fault = invalidateFault(body)
           if (fault !== undefined) return yield* fault
-          return json(JSON.stringify(yield* router.invalidate(name, body)))
+          return json(JSON.stringify(yield* routerOf(request).invalidate(name, body)))
         }).pipe(failed)
       )
-      .handleRaw("deleteCollection", ({ params }) =>
+      .handleRaw("deleteCollection", ({ params, request }) =>
         Effect.fromResult(decodeName(params.name)).pipe(
-          Effect.flatMap(router.deleteCollection),
+          Effect.flatMap(routerOf(request).deleteCollection),
           Effect.as(noContent),
           failed
         )
@@ -86,7 +112,8 @@ const Vectors = HttpApiBuilder.group(
   RoutedApi,
   "vectors",
   Effect.fnUntraced(function* (handlers) {
-    const router = yield* Router
+    const access = yield* Access
+    const routerOf = yield* routed
     const settings = yield* Settings
     return handlers
       .handleRaw("insert", ({ request }) =>
@@ -99,7 +126,7 @@ const Vectors = HttpApiBuilder.group(
             vector,
             metadata: metadata === undefined ? "" : JSON.stringify(metadata)
           }))
-          const inserted = yield* router.upsert(collection ?? defaultCollection, records, ack)
+          const inserted = yield* routerOf(request).upsert(collection ?? defaultCollection, records, ack)
           return json(`{"inserted":${inserted}}`)
         }).pipe(failed)
       )
@@ -107,17 +134,20 @@ const Vectors = HttpApiBuilder.group(
         Effect.gen(function* () {
           const id = yield* Effect.fromResult(decodeId(params.id))
           const name = yield* collectionParameter(request)
+          const router = routerOf(request)
+          const policy = cachePolicy(settings, callerOf(messageOf(request)), access.varies())
           const found = yield* Effect.result(router.get(name, id))
           if (Result.isFailure(found)) {
             const error = found.failure
-            if (error._tag === "CollectionNotFound") return notFoundResponse(settings, error, undefined)
+            if (error._tag === "CollectionNotFound")
+              return notFoundResponse(policy, settings.notFoundCacheSeconds, error, undefined)
             if (error._tag !== "VectorNotFound") return problemResponse(error)
             const of = yield* router.collection(name)
-            return notFoundResponse(settings, error, { of, tag: vectorTag(of, id) })
+            return notFoundResponse(policy, settings.notFoundCacheSeconds, error, { of, tag: vectorTag(of, id) })
           }
           const of = yield* router.collection(name)
           const etag = vectorETag(of, found.success.version)
-          const headers = { ...cacheHeaders(settings, of, settings.embedCacheSeconds, vectorTag(of, id)), etag }
+          const headers = { ...cacheHeaders(policy, of, settings.embedCacheSeconds, vectorTag(of, id)), etag }
           if (namesTag(request.headers["if-none-match"], etag)) return notModified("embed", headers)
           return kept(Answers.storedVector(found.success), headers)
         }).pipe(failed)
@@ -127,7 +157,7 @@ const Vectors = HttpApiBuilder.group(
           const id = yield* Effect.fromResult(decodeId(params.id))
           const collection = yield* collectionParameter(request)
           const { metadata } = yield* Effect.fromResult(decodePatch(yield* Bodies.json(request, settings)))
-          const updated = yield* router.updateMetadata(collection, id, JSON.stringify(metadata))
+          const updated = yield* routerOf(request).updateMetadata(collection, id, JSON.stringify(metadata))
           return json(
             `{"vector_id":${JSON.stringify(id)},"metadata":${updated.metadata || "{}"},"version":"${updated.version}"}`
           )
@@ -136,14 +166,14 @@ const Vectors = HttpApiBuilder.group(
       .handleRaw("deleteVector", ({ params, request }) =>
         Effect.gen(function* () {
           const id = yield* Effect.fromResult(decodeId(params.id))
-          yield* router.remove(yield* collectionParameter(request), [id])
+          yield* routerOf(request).remove(yield* collectionParameter(request), [id])
           return noContent
         }).pipe(failed)
       )
       .handleRaw("deleteVectors", ({ request }) =>
         Effect.gen(function* () {
           const { collection, ids } = yield* Effect.fromResult(decodeDelete(yield* Bodies.json(request, settings)))
-          const deleted = yield* router.remove(collection ?? defaultCollection, ids)
+          const deleted = yield* routerOf(request).remove(collection ?? defaultCollection, ids)
           return json(`{"deleted":${deleted}}`)
         }).pipe(failed)
       )
@@ -154,11 +184,14 @@ const CachedSearch = HttpApiBuilder.group(
   RoutedApi,
   "cached search",
   Effect.fnUntraced(function* (handlers) {
-    const router = yield* Router
+    const routerOf = yield* routed
     const settings = yield* Settings
-    const headersOf = (of: Collection) => cacheHeaders(settings, of, settings.searchCacheSeconds, searchTag(of))
-    return handlers.handleRaw("searchById", ({ request }) =>
-      Effect.gen(function* () {
+    const access = yield* Access
+    return handlers.handleRaw("searchById", ({ request }) => {
+      const router = routerOf(request)
+      const policy = cachePolicy(settings, callerOf(messageOf(request)), access.varies())
+      const headersOf = (of: Collection) => cacheHeaders(policy, of, settings.searchCacheSeconds, searchTag(of))
+      return Effect.gen(function* () {
         const query = yield* Effect.fromResult(queryOfParameters(parametersOf(request)))
         const asked = request.headers["if-none-match"]
         if (asked?.includes('"')) {
@@ -179,21 +212,24 @@ const CachedSearch = HttpApiBuilder.group(
         return kept(Answers.searchResponse(answer), headers)
       }).pipe(
         Effect.catchTags({
-          CollectionNotFound: (error) => Effect.succeed(notFoundResponse(settings, error, undefined)),
+          CollectionNotFound: (error) =>
+            Effect.succeed(notFoundResponse(policy, settings.notFoundCacheSeconds, error, undefined)),
           VectorNotFound: (error) =>
             Effect.map(router.collection(error.collection), (of) =>
-              notFoundResponse(settings, error, { of, tag: vectorTag(of, error.id) })
+              notFoundResponse(policy, settings.notFoundCacheSeconds, error, { of, tag: vectorTag(of, error.id) })
             )
         }),
         failed
       )
-    )
+    })
   })
 )
 
 /** Routes of the REST wire, `/openapi.json` and `/docs`. */
 export const layer = Layer.mergeAll(
-  HttpApiBuilder.layer(RoutedApi).pipe(Layer.provide([Collections, Vectors, CachedSearch, TiersApi.group])),
+  HttpApiBuilder.layer(RoutedApi).pipe(
+    Layer.provide([Collections, Vectors, CachedSearch, TiersApi.group, KeysApi.group])
+  ),
   HttpRouter.add("GET", "/openapi.json", Effect.succeed(HttpServerResponse.jsonUnsafe(OpenApi.fromApi(RuvectorApi)))),
   HttpRouter.use(
     Effect.fnUntraced(function* (router) {

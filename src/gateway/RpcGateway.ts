@@ -15,6 +15,7 @@ import { type ApiError, InvalidInput, toProblem, UnsupportedMediaType } from "..
 import { RuvectorRpcs } from "../protocol/Rpcs.ts"
 import * as Bodies from "./Bodies.ts"
 import { problemHeaders, problemResponse } from "./Problems.ts"
+import * as RpcCallers from "./RpcCallers.ts"
 import * as RpcHandlers from "./RpcHandlers.ts"
 import * as RpcSerializations from "./RpcSerializations.ts"
 import * as RpcSockets from "./RpcSockets.ts"
@@ -33,8 +34,10 @@ const webSocketPaths = {
   effect3: `${root}/effect3/ws`
 } as const
 
-/** Those with `/ws` are upgraded from `GET`; the others take `POST`. */
-export const paths: ReadonlyArray<string> = [...Object.values(httpPaths), ...Object.values(webSocketPaths)]
+/** Paths that take `POST`, and those that are upgraded from `GET`. */
+export const calls: ReadonlyArray<string> = Object.values(httpPaths)
+export const webSockets: ReadonlyArray<string> = Object.values(webSocketPaths)
+export const paths: ReadonlyArray<string> = [...calls, ...webSockets]
 
 /** Routes of the RPC wire. */
 export const layer = HttpRouter.use(
@@ -169,7 +172,9 @@ const answer = (server: HttpRpcServer, request: HttpServerRequest.HttpServerRequ
     onFailure: (error) => Effect.succeed(refusal(server.serialization, error)),
     onSuccess: (bytes) =>
       server.serialization.contentType === RpcSerializations.schemaBinaryContentType || isUtf8(bytes)
-        ? Effect.provideService(server.respond, HttpServerRequest.HttpServerRequest, withBody(request, bytes))
+        ? RpcCallers.carried(withBody(request, bytes), (carrying) =>
+            Effect.provideService(server.respond, HttpServerRequest.HttpServerRequest, carrying)
+          )
         : Effect.succeed(refusal(server.serialization, notUtf8))
   })
 
@@ -190,8 +195,9 @@ const connection = (serve: HttpEffect) => (request: HttpServerRequest.HttpServer
       problemResponse(new InvalidInput({ field: "upgrade", expected: "websocket", got: upgrade.slice(0, 80) }))
     )
   }
-  return serve.pipe(
-    Effect.provideService(HttpServerRequest.HttpServerRequest, RpcSockets.bounded(request)),
+  return RpcCallers.carried(RpcSockets.bounded(request), (carrying) =>
+    Effect.provideService(serve, HttpServerRequest.HttpServerRequest, carrying)
+  ).pipe(
     // A client that breaks off, or breaks the rules of WebSocket and was told so by its close code, is no defect of ours.
     Effect.catchDefect((defect) =>
       Socket.isSocketError(defect) ? Effect.succeed(HttpServerResponse.empty()) : Effect.die(defect)

@@ -3,6 +3,7 @@
  * own, open for as long as the stream is.
  */
 import { Cause, Effect, Exit, Result, Schema, type Scope, Stream } from "effect"
+import type { Headers } from "effect/http"
 import type { Rpc } from "effect/rpc"
 import { Settings } from "../config.ts"
 import { type ApiError, InternalError, InvalidInput, Overloaded, toProblem } from "../protocol/Errors.ts"
@@ -16,7 +17,7 @@ import {
   MetadataObject
 } from "../protocol/Fields.ts"
 import * as Limits from "../protocol/Limits.ts"
-import { anonymous } from "../protocol/Principal.ts"
+import type { Principal } from "../protocol/Principal.ts"
 import {
   type RpcAnswerChange,
   type RpcFollowEvent,
@@ -31,23 +32,27 @@ import {
 } from "../protocol/Rpcs.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import type { SubscribeRequest } from "../protocol/Subscription.ts"
+import { shownCollection, shownError } from "../protocol/Tenant.ts"
 import type { TierEvent } from "../protocol/TierPromoter.ts"
-import { Router } from "../shards/Router.ts"
 import { overloadedBy, Shedding } from "../shards/Shedding.ts"
 import type { StandingMember } from "../shards/StandingQueries.ts"
+import { Access } from "./Access.ts"
 import type { AnswerDifference } from "./AnswerChanges.ts"
 import { countDefect, countRequest } from "./Instruments.ts"
-import { Promoter } from "./Promoter.ts"
+import { Promoter, promoterOf } from "./Promoter.ts"
 import { instance, toQuery } from "./Queries.ts"
-import { nobody } from "./Refusals.ts"
+import { askerOf } from "./Refusals.ts"
+import { type Caller, callerOfCall } from "./RpcCallers.ts"
 import { Sessions } from "./Sessions.ts"
 import type { StreamEvent } from "./StreamEvents.ts"
 import { type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
+import { storedQuery, TenantRouter, type TenantView } from "./TenantRouter.ts"
 
 export const layer = RuvectorRpcs.toLayer(
   Effect.gen(function* () {
     const settings = yield* Settings
-    const router = yield* Router
+    const tenants = yield* TenantRouter
+    const access = yield* Access
     const sessions = yield* Sessions
     const promoter = yield* Promoter
     const shedding = yield* Shedding
@@ -57,9 +62,7 @@ export const layer = RuvectorRpcs.toLayer(
     const call = <A, R>(tag: string, effect: Effect.Effect<A, ApiError, R>): Effect.Effect<A, ApiError, R> =>
       Effect.suspend(() => {
         const started = performance.now()
-        const refusal = shedding.refusal(nobody)
-        const admitted = refusal === undefined ? effect : Effect.fail(overloadedBy(refusal))
-        return admitted.pipe(
+        return effect.pipe(
           Effect.catchCause((cause) => answered(tag, cause)),
           Effect.onExit((exit) =>
             Effect.sync(() => countRequest("rpc", tag, statusOf(exit), performance.now() - started))
@@ -81,28 +84,45 @@ export const layer = RuvectorRpcs.toLayer(
     const calls = new Bound("sessionSearchesMax", settings.sessionSearchesMax)
     const streams = new Bound("sessionsPerConnection", settings.sessionsPerConnection)
 
+    /** Who calls, if it may call at all and not too often. */
+    const admitted = (headers: Headers.Headers): Effect.Effect<Caller, ApiError> =>
+      Effect.flatMap(callerOfCall(access, headers), (caller): Effect.Effect<Caller, ApiError> => {
+        const shed = shedding.refusal(askerOf(caller.address, caller.principal))
+        if (shed !== undefined) return Effect.fail(overloadedBy(shed))
+        const limited = access.admit(caller.principal, caller.address)
+        return limited === undefined ? Effect.succeed(caller) : Effect.fail(limited)
+      })
+
     const unary =
-      <P, A>(tag: string, run: (payload: P) => Effect.Effect<A, ApiError>) =>
-      (payload: P, { client }: { readonly client: Rpc.ServerClient }): Effect.Effect<A, ApiError, Scope.Scope> =>
+      <P, A>(tag: string, run: (payload: P, router: TenantView, caller: Caller) => Effect.Effect<A, ApiError>) =>
+      (payload: P, { client, headers }: CallOptions): Effect.Effect<A, ApiError, Scope.Scope> =>
         call(
           tag,
-          Effect.suspend(() =>
-            payload instanceof InvalidInput ? Effect.fail(payload) : Effect.andThen(calls.one(client), run(payload))
+          Effect.flatMap(admitted(headers), (caller) =>
+            payload instanceof InvalidInput
+              ? Effect.fail(payload)
+              : Effect.andThen(calls.one(client), run(payload, tenants.of(caller.principal), caller))
           )
         )
 
-    const searchInSession = Effect.fnUntraced(function* (query: SessionQuery, client: Rpc.ServerClient) {
+    const searchInSession = Effect.fnUntraced(function* (
+      query: SessionQuery,
+      client: Rpc.ServerClient,
+      { principal }: Caller
+    ) {
+      const refusal = access.allow(principal, "read", query.collection)
+      if (refusal !== undefined) return yield* refusal
       yield* streams.one(client)
       const session = yield* Effect.acquireRelease(sessions.open, (link) => link.close)
-      return yield* session.search(query)
+      return yield* Effect.mapError(session.search(storedQuery(principal, query)), shownError)
     })
 
     /** A delivery's events as they are asked for: what the client does not take is not made. */
     const delivered = <A>(
       tag: string,
-      client: Rpc.ServerClient,
+      { client, headers }: CallOptions,
       payload: unknown,
-      begin: (listener: DeliveryListener) => Effect.Effect<Delivery, ApiError>,
+      begin: (whose: Principal, listener: DeliveryListener) => Effect.Effect<Delivery, ApiError>,
       toRpc: (event: StreamEvent) => A
     ): Stream.Stream<A, ApiError> => {
       let wake: (() => void) | undefined
@@ -114,16 +134,19 @@ export const layer = RuvectorRpcs.toLayer(
           wake?.()
         }
       }
-      const open = Effect.suspend((): Effect.Effect<Delivery, ApiError, Scope.Scope> => {
-        if (payload instanceof InvalidInput) return Effect.fail(payload)
-        let delivery: Delivery | undefined
-        return Effect.gen(function* () {
-          yield* streams.one(client)
-          yield* Effect.addFinalizer(() => Effect.sync(() => delivery?.close()))
-          delivery = yield* begin(listener)
-          return delivery
-        })
-      })
+      const open = Effect.flatMap(
+        admitted(headers),
+        ({ principal }): Effect.Effect<Delivery, ApiError, Scope.Scope> => {
+          if (payload instanceof InvalidInput) return Effect.fail(payload)
+          let delivery: Delivery | undefined
+          return Effect.gen(function* () {
+            yield* streams.one(client)
+            yield* Effect.addFinalizer(() => Effect.sync(() => delivery?.close()))
+            delivery = yield* begin(principal, listener)
+            return delivery
+          })
+        }
+      )
       const next = (delivery: Delivery): Effect.Effect<readonly [readonly [A, ...Array<A>], undefined], ApiError> =>
         Effect.callback((resume) => {
           const look = () => {
@@ -154,19 +177,26 @@ export const layer = RuvectorRpcs.toLayer(
     }
 
     return RuvectorRpcs.of({
-      CreateCollection: unary("CreateCollection", ({ name, ...request }) => router.createCollection(name, request)),
-      ListCollections: unary("ListCollections", () => router.collections),
+      CreateCollection: unary("CreateCollection", ({ name, ...request }, router) =>
+        Effect.map(router.createCollection(name, request), ({ collection, created }) => ({
+          collection: shownCollection(collection),
+          created
+        }))
+      ),
+      ListCollections: unary("ListCollections", (_, router) =>
+        Effect.map(router.collections, (all) => all.map(shownCollection))
+      ),
       GetCollection: unary(
         "GetCollection",
-        Effect.fnUntraced(function* ({ name }) {
+        Effect.fnUntraced(function* ({ name }, router) {
           const collection = yield* router.collection(name)
-          return { ...collection, count: yield* router.count(collection) }
+          return { ...shownCollection(collection), count: yield* router.count(collection) }
         })
       ),
-      DeleteCollection: unary("DeleteCollection", ({ name }) => router.deleteCollection(name)),
+      DeleteCollection: unary("DeleteCollection", ({ name }, router) => router.deleteCollection(name)),
       Insert: unary(
         "Insert",
-        Effect.fnUntraced(function* ({ ack, collection = defaultCollection, vectors }) {
+        Effect.fnUntraced(function* ({ ack, collection = defaultCollection, vectors }, router) {
           yield* checkBatch("vectors", vectors)
           const records: Array<{ id: string; vector: Float32Array; metadata: string }> = []
           for (const { id, vector, metadata } of vectors) {
@@ -176,40 +206,40 @@ export const layer = RuvectorRpcs.toLayer(
           return { inserted: yield* router.upsert(collection, records, ack) }
         })
       ),
-      Search: unary("Search", (payload) =>
+      Search: unary("Search", (payload, router) =>
         Effect.fromResult(queryOf(payload)).pipe(Effect.flatMap(router.search), Effect.map(responseOf))
       ),
-      SearchStream: (payload, { client }) =>
+      SearchStream: (payload, { client, headers }) =>
         Stream.unwrap(
           call(
             "SearchStream",
-            Effect.suspend(() =>
+            Effect.flatMap(admitted(headers), (caller) =>
               payload instanceof InvalidInput
                 ? Effect.fail(payload)
-                : Effect.flatMap(Effect.fromResult(queryOf(payload)), (query) => searchInSession(query, client))
+                : Effect.flatMap(Effect.fromResult(queryOf(payload)), (query) => searchInSession(query, client, caller))
             )
           ).pipe(Effect.map((answer) => Stream.flattenArray(Stream.fromIterable(eventsOf(answer), { chunkSize: 1 }))))
         ),
-      Subscribe: (payload, { client }) =>
+      Subscribe: (payload, options) =>
         delivered(
           "Subscribe",
-          client,
+          options,
           payload,
-          (listener) =>
+          (whose, listener) =>
             Effect.flatMap(Effect.fromResult(subscriptionOf(payload)), (request) =>
-              subscriptions.subscribe(anonymous, request, listener)
+              subscriptions.subscribe(whose, request, listener)
             ),
           subscriptionEvent
         ),
-      Changes: (payload, { client }) =>
+      Changes: (payload, options) =>
         delivered(
           "Changes",
-          client,
+          options,
           payload,
-          (listener) => subscriptions.follow(anonymous, payload, listener),
+          (whose, listener) => subscriptions.follow(whose, payload, listener),
           followEvent
         ),
-      Get: unary("Get", ({ collection = defaultCollection, id }) =>
+      Get: unary("Get", ({ collection = defaultCollection, id }, router) =>
         Effect.map(router.get(collection, id), ({ vector, metadata, version }) => ({
           vector_id: id,
           vector,
@@ -219,38 +249,45 @@ export const layer = RuvectorRpcs.toLayer(
       ),
       UpdateMetadata: unary(
         "UpdateMetadata",
-        Effect.fnUntraced(function* ({ collection = defaultCollection, id, metadata }) {
+        Effect.fnUntraced(function* ({ collection = defaultCollection, id, metadata }, router) {
           const updated = yield* router.updateMetadata(collection, id, yield* metadataText(metadata, "metadata"))
           return { vector_id: id, metadata: updated.metadata || "{}", version: updated.version }
         })
       ),
       Delete: unary(
         "Delete",
-        Effect.fnUntraced(function* ({ collection = defaultCollection, ids }) {
+        Effect.fnUntraced(function* ({ collection = defaultCollection, ids }, router) {
           yield* checkBatch("ids", ids)
           return { deleted: yield* router.remove(collection, ids) }
         })
       ),
-      Warm: unary("Warm", (request) =>
-        request.ids === undefined
-          ? promoter.warm(request)
-          : Effect.andThen(checkBatch("ids", request.ids, Limits.warmRecordsMax), promoter.warm(request))
-      ),
-      TierEvents: (payload, { client }) =>
+      Warm: unary("Warm", (request, _, { principal }) => {
+        const warmed = promoterOf(promoter, access, principal).warm(request)
+        return request.ids === undefined
+          ? warmed
+          : Effect.andThen(checkBatch("ids", request.ids, Limits.warmRecordsMax), warmed)
+      }),
+      TierEvents: (payload, { client, headers }) =>
         Stream.unwrap(
           call(
             "TierEvents",
-            Effect.suspend(
-              (): Effect.Effect<Stream.Stream<TierEvent, ApiError>, ApiError, Scope.Scope> =>
+            Effect.flatMap(
+              admitted(headers),
+              ({ principal }): Effect.Effect<Stream.Stream<TierEvent, ApiError>, ApiError, Scope.Scope> =>
                 payload instanceof InvalidInput
                   ? Effect.fail(payload)
-                  : Effect.as(streams.one(client), promoter.events(payload.after))
+                  : Effect.as(streams.one(client), promoterOf(promoter, access, principal).events(payload.after))
             )
           )
         )
     })
   })
 )
+
+interface CallOptions {
+  readonly client: Rpc.ServerClient
+  readonly headers: Headers.Headers
+}
 
 /** A setting's bound on what a client has under way on one connection, or in one body. */
 class Bound {

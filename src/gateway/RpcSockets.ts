@@ -14,7 +14,10 @@ import type { HttpServerRequest } from "effect/http"
 import { Socket } from "effect/socket"
 import { WebSocket, WebSocketServer } from "ws"
 import { Settings, type SettingValues } from "../config.ts"
+import { toProblem } from "../protocol/Errors.ts"
 import { closeCodes, retryReason } from "../protocol/Frames.ts"
+import { Access } from "./Access.ts"
+import { callerOf } from "./Callers.ts"
 import { connectionClosed, connectionOpened } from "./Instruments.ts"
 
 /** Milliseconds for a peer to answer a close frame; then its socket is destroyed. */
@@ -23,6 +26,7 @@ const closeTimeoutMillis = 2_000
 /** The server that RPC connections have to be upgraded by. */
 export class RpcWebSocketServer extends WebSocketServer {
   readonly #settings: SettingValues
+  readonly #access: Access["Service"]
   readonly #connections = new Set<Connection>()
   readonly #intervalMillis: number
   readonly #timer: NodeJS.Timeout
@@ -30,7 +34,7 @@ export class RpcWebSocketServer extends WebSocketServer {
   /** Milliseconds this process has run for, without those it was held up: a peer is not to blame for our own silence. */
   #clockMillis = 1
 
-  constructor(settings: SettingValues) {
+  constructor(settings: SettingValues, access: Access["Service"]) {
     super({
       noServer: true,
       maxPayload: settings.maxFrameBytes,
@@ -39,6 +43,7 @@ export class RpcWebSocketServer extends WebSocketServer {
       // An option of ws that its types do not have yet.
     } as ConstructorParameters<typeof WebSocketServer>[0])
     this.#settings = settings
+    this.#access = access
     const quarter = Math.min(settings.pingIntervalMillis, settings.idleTimeoutMillis) / 4
     this.#intervalMillis = Math.max(50, Math.min(5_000, quarter))
     this.#timer = setInterval(() => this.#lookAfterAll(), this.#intervalMillis)
@@ -56,7 +61,11 @@ export class RpcWebSocketServer extends WebSocketServer {
       const connection = new Connection(ws, socket as NodeSocket, this.#settings, () => this.#clockMillis)
       upgraded.set(request, connection)
       this.#connections.add(connection)
+      const stopWatch = this.#access.watch(callerOf(request), (error) =>
+        ws.close(closeCodes.unauthenticated, toProblem(error).detail)
+      )
       ws.once("close", (code) => {
+        stopWatch()
         this.#connections.delete(connection)
         connection.ended(code)
       })
@@ -86,8 +95,9 @@ export class RpcWebSocketServer extends WebSocketServer {
 /** Open for as long as its scope; then its clients are told to come back elsewhere. */
 export const webSocketServer = Effect.gen(function* () {
   const settings = yield* Settings
+  const access = yield* Access
   return yield* Effect.acquireRelease(
-    Effect.sync(() => new RpcWebSocketServer(settings)),
+    Effect.sync(() => new RpcWebSocketServer(settings, access)),
     (server) =>
       Effect.sync(() => {
         server.drain()

@@ -7,13 +7,14 @@ import { Context, Effect, Exit, Layer, Result } from "effect"
 import { Settings } from "../config.ts"
 import { type ApiError, InternalError, toProblem } from "../protocol/Errors.ts"
 import { Admission } from "../shards/Admission.ts"
-import { Router } from "../shards/Router.ts"
 import * as Answers from "./Answers.ts"
 import { readJson } from "./Bodies.ts"
+import { addressOf, callerOf } from "./Callers.ts"
 import { countDefect, countRequest } from "./Instruments.ts"
 import { problemContentType, problemHeaders } from "./Problems.ts"
 import { queryOfBody } from "./Queries.ts"
 import { askerOf, refuseRequest } from "./Refusals.ts"
+import { TenantRouter } from "./TenantRouter.ts"
 
 export const path = "/api/v1/search"
 
@@ -25,13 +26,15 @@ export class SearchEndpoint extends Context.Service<
     SearchEndpoint,
     Effect.gen(function* () {
       const settings = yield* Settings
-      const router = yield* Router
+      const tenants = yield* TenantRouter
       const admission = yield* Admission
       const run = Effect.runForkWith(yield* Effect.context<never>())
 
       const handle = (request: IncomingMessage, response: ServerResponse, requestId: string): void => {
+        const caller = callerOf(request)
+        const router = tenants.of(caller)
         // Before the body is read: what is refused costs little more than its headers.
-        const refusal = admission.refusal(askerOf(request.socket.remoteAddress))
+        const refusal = admission.refusal(askerOf(addressOf(request), caller))
         if (refusal !== undefined) {
           countRequest("http", "search", 429, 0)
           return refuseRequest(request, response, requestId, refusal)

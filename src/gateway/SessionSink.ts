@@ -38,5 +38,5 @@ export interface ConnectionSubscriptions {
 /** Takes the frames of `subscriptionFrameTypes`. */
 export class SubscriptionFrames extends Context.Service<
   SubscriptionFrames,
-  { readonly connect: (principal: Principal) => ConnectionSubscriptions }
+  { readonly connect: (caller: Principal) => ConnectionSubscriptions }
 >()("ruvector/gateway/SubscriptionFrames") {}

@@ -12,10 +12,13 @@ import type { IncomingMessage, ServerResponse } from "node:http"
 import { Context, Effect, Exit, Layer, Result } from "effect"
 import { Settings } from "../config.ts"
 import { type ApiError, InternalError, InvalidInput, MethodNotAllowed, toProblem } from "../protocol/Errors.ts"
-import { anonymous } from "../protocol/Principal.ts"
+import type { Principal } from "../protocol/Principal.ts"
 import type { SearchAnswer } from "../protocol/StreamSession.ts"
+import { shownError } from "../protocol/Tenant.ts"
 import { Admission } from "../shards/Admission.ts"
+import { Access } from "./Access.ts"
 import * as Answers from "./Answers.ts"
+import { addressOf, callerOf } from "./Callers.ts"
 import { Cursors } from "./Cursors.ts"
 import { connectionClosed, connectionOpened, countDefect, countRequest } from "./Instruments.ts"
 import { problemContentType, problemHeaders } from "./Problems.ts"
@@ -26,6 +29,7 @@ import { type SessionLink, Sessions } from "./Sessions.ts"
 import { SseConnection } from "./SseConnection.ts"
 import { errorText, followRequestOf, pusherOf, subscribeRequestOf } from "./SseSubscriptions.ts"
 import { type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
+import { storedQuery } from "./TenantRouter.ts"
 
 export const path = "/api/v1/stream/search"
 export const subscribePath = "/api/v1/stream/subscribe"
@@ -46,6 +50,7 @@ export class Sse extends Context.Service<
     Sse,
     Effect.gen(function* () {
       const settings = yield* Settings
+      const access = yield* Access
       const sessions = yield* Sessions
       const admission = yield* Admission
       const subscriptions = yield* Subscriptions
@@ -81,19 +86,20 @@ export class Sse extends Context.Service<
         if (request.method !== "GET") {
           return refused(new MethodNotAllowed({ method: request.method ?? "", allowed: ["GET"] }))
         }
-        const refusal = admission.refusal(askerOf(request.socket.remoteAddress))
+        const caller = callerOf(request)
+        const refusal = admission.refusal(askerOf(addressOf(request), caller))
         if (refusal !== undefined) {
           countRequest("sse", routeNames.get(route) as string, 429, 0)
           return refuseRequest(request, response, requestId, refusal)
         }
         const parameters = new URLSearchParams(at === -1 ? "" : url.slice(at + 1))
         const lastEventId = request.headers["last-event-id"]
-        if (route === path) return search(parameters, textOf(lastEventId), response, requestId, refused)
+        if (route === path) return search(caller, parameters, textOf(lastEventId), response, requestId, refused)
         if (route === subscribePath) {
           const asked = subscribeRequestOf(parameters, textOf(lastEventId))
           if (Result.isFailure(asked)) return refused(asked.failure)
           return deliver(
-            (listener) => subscriptions.subscribe(anonymous, asked.success, listener),
+            (listener) => subscriptions.subscribe(caller, asked.success, listener),
             "stream/subscribe",
             response,
             requestId,
@@ -103,7 +109,7 @@ export class Sse extends Context.Service<
         const asked = followRequestOf(parameters, textOf(lastEventId))
         if (Result.isFailure(asked)) return refused(asked.failure)
         deliver(
-          (listener) => subscriptions.follow(anonymous, asked.success, listener),
+          (listener) => subscriptions.follow(caller, asked.success, listener),
           "stream/changes",
           response,
           requestId,
@@ -170,6 +176,7 @@ export class Sse extends Context.Service<
       }
 
       const search = (
+        caller: Principal,
         parameters: URLSearchParams,
         lastEventId: string | undefined,
         response: ServerResponse,
@@ -182,9 +189,11 @@ export class Sse extends Context.Service<
         }
         const query = queryOfParameters(parameters, ["keep_open"])
         if (Result.isFailure(query)) return refused(query.failure)
+        const refusal = access.allow(caller, "read", query.success.collection)
+        if (refusal !== undefined) return refused(refusal)
 
         const started = performance.now()
-        const position = positionOf(lastEventId, cursors)
+        const position = positionOf(lastEventId, caller, cursors)
         if (position?.event === "end" && keepOpen !== "true") {
           response.writeHead(204, { "x-request-id": requestId, "cache-control": "no-store" })
           response.end()
@@ -197,7 +206,8 @@ export class Sse extends Context.Service<
             const kept = yield* sessions.answer(position.session, position.query)
             if (kept !== undefined) return { answer: kept, session: position.session, after: position.event }
           }
-          return { answer: yield* link.search(query.success), session: link.id, after: -1 }
+          const found = link.search(storedQuery(caller, query.success))
+          return { answer: yield* Effect.mapError(found, shownError), session: link.id, after: -1 }
         })
         const close = () => {
           if (link !== undefined) run(link.close)
@@ -219,6 +229,7 @@ export class Sse extends Context.Service<
           const { answer, session, after } = exit.value
           countRequest("sse", "stream/search", 200, performance.now() - started)
           const stream = new SseConnection(response, requestId, (code, bytes) => {
+            stopWatch()
             open.delete(stream)
             connectionClosed("sse", code, bytes)
             // A stream that was cut may be taken up again, so its session keeps the answer until it is passivated.
@@ -226,7 +237,8 @@ export class Sse extends Context.Service<
           })
           open.add(stream)
           connectionOpened("sse")
-          const events = eventTexts(answer, session, after + 1, cursors)
+          const stopWatch = access.watch(caller, (error) => stream.end("unauthenticated", errorText(error)))
+          const events = eventTexts(answer, session, after + 1, caller, cursors)
           pump(stream, events, () => {
             if (keepOpen !== "true") stream.end("end", "")
           })
@@ -267,11 +279,12 @@ const eventTexts = function* (
   answer: SearchAnswer,
   session: string,
   from: number,
+  caller: Principal,
   { sign }: Cursors["Service"]
 ): Generator<string> {
   let n = 0
   const last = answer.ids.length + 1
-  const signature = sign(signedText(session, answer.queryId))
+  const signature = sign(signedText(caller, session, answer.queryId))
   for (const event of Answers.searchEvents(answer, "")) {
     if (n >= from) {
       yield `id: ${session}.${answer.queryId}.${n === last ? "end" : n}.${signature}\ndata: ${event}\n\n`
@@ -280,15 +293,15 @@ const eventTexts = function* (
   }
 }
 
-const signedText = (session: string, query: string): string =>
-  [anonymous.tenant, anonymous.id, session, query].join("\n")
+const signedText = (caller: Principal, session: string, query: string): string =>
+  [caller.tenant, caller.id, session, query].join("\n")
 
 const eventId = /^(s_[0-9a-z]{1,64})\.(q_[0-9a-z]{1,64})\.(\d{1,9}|end)\.([A-Za-z0-9_-]{22})$/
 
 /** `undefined` where the id is not one of ours: nobody reads another's answer by guessing its name. */
-const positionOf = (id: string | undefined, { isSigned }: Cursors["Service"]) => {
+const positionOf = (id: string | undefined, caller: Principal, { isSigned }: Cursors["Service"]) => {
   const match = id === undefined ? null : eventId.exec(id)
-  if (match === null || !isSigned(signedText(match[1] as string, match[2] as string), match[4] as string))
+  if (match === null || !isSigned(signedText(caller, match[1] as string, match[2] as string), match[4] as string))
     return undefined
   const event = match[3] === "end" ? ("end" as const) : Number(match[3])
   return { session: match[1] as string, query: match[2] as string, event }

@@ -17,6 +17,7 @@ import { answerComponentsMax } from "../protocol/Limits.ts"
 import type { Principal } from "../protocol/Principal.ts"
 import { defaultK } from "../protocol/Search.ts"
 import type { FollowRequest, SlowPolicy, SubscribeRequest } from "../protocol/Subscription.ts"
+import { shownError, shownName, storedName } from "../protocol/Tenant.ts"
 import { ChangeFeeds, type ChangeFollower, type FeedState } from "../shards/ChangeFeeds.ts"
 import { Router } from "../shards/Router.ts"
 import {
@@ -25,6 +26,7 @@ import {
   type StandingQuery,
   type StandingState
 } from "../shards/StandingQueries.ts"
+import { Access } from "./Access.ts"
 import { type AnswerDifference, differenceFromKnown, differenceOf, isEmpty } from "./AnswerChanges.ts"
 import { type Binding, Cursors, type KnownMembers } from "./Cursors.ts"
 import type { StreamEvent } from "./StreamEvents.ts"
@@ -69,6 +71,7 @@ export class Subscriptions extends Context.Service<
     Effect.gen(function* () {
       const settings = yield* Settings
       const router = yield* Router
+      const access = yield* Access
       const cursors = yield* Cursors
       const feeds = yield* ChangeFeeds
       const standing = yield* StandingQueries
@@ -95,10 +98,44 @@ export class Subscriptions extends Context.Service<
           )
         })
 
+      /** What only who may read the collection is given, and no longer than the credential is good. */
+      const allowed = (
+        whose: Principal,
+        name: string,
+        listener: DeliveryListener,
+        open: (stored: string, listener: DeliveryListener) => Effect.Effect<Delivery, ApiError>
+      ): Effect.Effect<Delivery, ApiError> =>
+        Effect.suspend(() => {
+          const refusal = access.allow(whose, "read", name)
+          if (refusal !== undefined) return Effect.fail(refusal)
+          let stopWatch = () => {}
+          const lost = (error: ApiError) => {
+            stopWatch()
+            listener.onLost(shownError(error))
+          }
+          const opened = open(storedName(whose.tenant, name), { onReady: listener.onReady, onLost: lost })
+          return Effect.map(Effect.mapError(opened, shownError), ({ policy, next, close }) => {
+            const end = () => {
+              stopWatch()
+              close()
+            }
+            stopWatch = access.watch(whose, (error) => {
+              end()
+              listener.onLost(error)
+            })
+            return { policy, next, close: end }
+          })
+        })
+
       const subscribe = (whose: Principal, request: SubscribeRequest, listener: DeliveryListener) =>
+        allowed(whose, request.collection ?? defaultCollection, listener, (name, shown) =>
+          answers(whose, name, request, shown)
+        )
+
+      const answers = (whose: Principal, name: string, request: SubscribeRequest, listener: DeliveryListener) =>
         counted((end) =>
           Effect.gen(function* () {
-            const query = yield* Effect.fromResult(queryOf(request))
+            const query = yield* Effect.fromResult(queryOf(name, request))
             const of = yield* router.collection(query.collection)
             const fault = faultOf(of, query)
             if (fault !== undefined) return yield* fault
@@ -131,9 +168,14 @@ export class Subscriptions extends Context.Service<
         )
 
       const follow = (whose: Principal, request: FollowRequest, listener: DeliveryListener) =>
+        allowed(whose, request.collection ?? defaultCollection, listener, (name, shown) =>
+          changes(whose, name, request, shown)
+        )
+
+      const changes = (whose: Principal, name: string, request: FollowRequest, listener: DeliveryListener) =>
         counted((end) =>
           Effect.gen(function* () {
-            const of = yield* router.collection(request.collection ?? defaultCollection)
+            const of = yield* router.collection(name)
             const parts = ["feed", whose.tenant, whose.id, of.uid]
             const binding = cursors.binding(parts)
             const from =
@@ -161,7 +203,7 @@ export class Subscriptions extends Context.Service<
 }
 
 /** The rules that a search's query has, and those of a standing one. */
-const queryOf = (request: SubscribeRequest): Result.Result<StandingQuery, InvalidInput> => {
+const queryOf = (collection: string, request: SubscribeRequest): Result.Result<StandingQuery, InvalidInput> => {
   const { query, query_b64, query_vector_id } = request
   const given = Number(query !== undefined) + Number(query_b64 !== undefined) + Number(query_vector_id !== undefined)
   if (given !== 1) {
@@ -175,7 +217,7 @@ const queryOf = (request: SubscribeRequest): Result.Result<StandingQuery, Invali
   }
   const vector = query ?? query_b64
   return Result.succeed({
-    collection: request.collection ?? defaultCollection,
+    collection,
     ...(vector === undefined ? { vectorId: query_vector_id as string } : { vector }),
     k: request.k ?? defaultK,
     minScore: request.min_score ?? Number.NEGATIVE_INFINITY,
@@ -192,7 +234,7 @@ const faultOf = (of: Collection, query: StandingQuery): InvalidInput | undefined
   }
   if (query.vector === undefined) return undefined
   if (query.vector.length !== of.dimensions) {
-    const expected = `${of.dimensions} numbers, the dimensions of collection ${of.name}`
+    const expected = `${of.dimensions} numbers, the dimensions of collection ${shownName(of.name)}`
     return new InvalidInput({ field: "query", expected, got: String(query.vector.length) })
   }
   if (of.metric === "cosine" && query.vector.every((component) => component === 0)) {

@@ -16,10 +16,12 @@ import { decoderOf } from "../protocol/Fields.ts"
 import { RoutedApi } from "../protocol/HttpApi.ts"
 import type { TierEvent } from "../protocol/TierPromoter.ts"
 import { WarmRequest } from "../protocol/Warming.ts"
+import { Access } from "./Access.ts"
 import * as Bodies from "./Bodies.ts"
+import { callerOf } from "./Callers.ts"
 import { connectionClosed, connectionOpened } from "./Instruments.ts"
 import { problemResponse } from "./Problems.ts"
-import { Promoter } from "./Promoter.ts"
+import { Promoter, promoterOf } from "./Promoter.ts"
 import { Readiness } from "./Readiness.ts"
 
 export const eventsPath = "/api/v1/tiers/events"
@@ -32,16 +34,20 @@ export const group = HttpApiBuilder.group(
   "tiers",
   Effect.fnUntraced(function* (handlers) {
     const promoter = yield* Promoter
+    const access = yield* Access
     const readiness = yield* Readiness
     const settings = yield* Settings
+
+    const viewOf = (request: HttpServerRequest.HttpServerRequest) =>
+      promoterOf(promoter, access, callerOf(messageOf(request)))
 
     const events = Effect.fnUntraced(function* (request: HttpServerRequest.HttpServerRequest) {
       const after = yield* positionOf(request)
       // The first event is what says whether one may follow at all: asked for before the answer begins.
-      const frames = yield* framesOf(promoter.events(after), () => readiness.get().state === "draining", {
+      const frames = yield* framesOf(viewOf(request).events(after), () => readiness.get().state === "draining", {
         pingMillis: settings.pingIntervalMillis,
         idleMillis: settings.idleTimeoutMillis,
-        cut: () => (NodeHttpServerRequest.toIncomingMessage(request) as IncomingMessage).socket.destroy()
+        cut: () => messageOf(request).socket.destroy()
       })
       return HttpServerResponse.stream(Stream.encodeText(frames), {
         contentType: "text/event-stream; charset=utf-8",
@@ -53,13 +59,16 @@ export const group = HttpApiBuilder.group(
       .handleRaw("warm", ({ request }) =>
         Effect.gen(function* () {
           const body = yield* Bodies.json(request, settings)
-          return json(yield* promoter.warm(yield* Effect.fromResult(decodeWarm(body))))
+          return json(yield* viewOf(request).warm(yield* Effect.fromResult(decodeWarm(body))))
         }).pipe(failed)
       )
-      .handleRaw("tiers", () => promoter.state.pipe(Effect.map(json), failed))
+      .handleRaw("tiers", ({ request }) => viewOf(request).state.pipe(Effect.map(json), failed))
       .handleRaw("tierEvents", ({ request }) => events(request).pipe(failed))
   })
 )
+
+const messageOf = (request: HttpServerRequest.HttpServerRequest): IncomingMessage =>
+  NodeHttpServerRequest.toIncomingMessage(request) as IncomingMessage
 
 const json = (value: unknown) =>
   HttpServerResponse.text(JSON.stringify(value), {

@@ -28,9 +28,10 @@ import {
   type SearchFrame
 } from "../protocol/Frames.ts"
 import type { Principal } from "../protocol/Principal.ts"
+import { shownError } from "../protocol/Tenant.ts"
 import type { Admission } from "../shards/Admission.ts"
-import type { Router } from "../shards/Router.ts"
 import type { Asker } from "../shards/Shedding.ts"
+import type { Access } from "./Access.ts"
 import * as Answers from "./Answers.ts"
 import {
   connectionClosed,
@@ -42,15 +43,17 @@ import {
 } from "./Instruments.ts"
 import { LogicalSession, ownSession, type SessionOwner } from "./LogicalSession.ts"
 import { instance, toQuery } from "./Queries.ts"
-import { refusalProblem, searchEnvelope } from "./Refusals.ts"
+import { askerOf, refusalProblem, searchEnvelope } from "./Refusals.ts"
 import type { ConnectionSubscriptions, SubscriptionFrames } from "./SessionSink.ts"
 import type { Sessions } from "./Sessions.ts"
+import { storedQuery, type TenantRouter } from "./TenantRouter.ts"
 import * as Frames from "./WebSocketFrames.ts"
 
 /** What all connections share. */
 export interface Hub {
   readonly settings: SettingValues
-  readonly router: Router["Service"]
+  readonly access: Access["Service"]
+  readonly tenants: TenantRouter["Service"]
   readonly admission: Admission["Service"]
   readonly sessions: Sessions["Service"]
   readonly subscriptions: SubscriptionFrames["Service"]
@@ -78,7 +81,9 @@ export class WebSocketConnection implements SessionOwner {
   readonly #hub: Hub
   readonly #ws: ClientSocket
   readonly #socket: Socket
-  readonly #principal: Principal
+  readonly #caller: Principal
+  readonly #address: string
+  readonly #stopWatch: () => void
   readonly #asker: Asker
   #phase: Phase = "serving"
   #closeCode = 0
@@ -114,13 +119,14 @@ export class WebSocketConnection implements SessionOwner {
   #accountedBytes: number
   #unfinishedSince = 0
 
-  constructor(hub: Hub, ws: ClientSocket, socket: Duplex, principal: Principal, asker: Asker) {
+  constructor(hub: Hub, ws: ClientSocket, socket: Duplex, caller: Principal, address: string) {
     this.#hub = hub
     this.#ws = ws
     // What an HTTP server hands over is the connection's own socket.
     this.#socket = socket as Socket
-    this.#principal = principal
-    this.#asker = asker
+    this.#caller = caller
+    this.#address = address
+    this.#asker = askerOf(address, caller)
     const now = hub.clock()
     this.#openedAt = now
     this.#framedAt = now
@@ -134,6 +140,9 @@ export class WebSocketConnection implements SessionOwner {
     ws.on("error", onError)
     ws.on("close", onClose)
     connectionOpened("ws")
+    this.#stopWatch = hub.access.watch(caller, (error) =>
+      this.close(closeCodes.unauthenticated, toProblem(error).detail)
+    )
   }
 
   /** Sessions it carries. */
@@ -303,7 +312,7 @@ export class WebSocketConnection implements SessionOwner {
   }
 
   #isExpired(): boolean {
-    const { expiresAtMillis } = this.#principal
+    const { expiresAtMillis } = this.#caller
     return expiresAtMillis !== Number.POSITIVE_INFINITY && Date.now() >= expiresAtMillis
   }
 
@@ -372,7 +381,9 @@ export class WebSocketConnection implements SessionOwner {
     if (Result.isFailure(label)) return this.#fail(label.failure, envelope)
     const session = this.#session(label.success.session)
     if (session instanceof Overloaded) return this.#fail(session, envelope)
-    this.#subscriptions ??= this.#hub.subscriptions.connect(this.#principal)
+    const limited = this.#tooOften()
+    if (limited !== undefined) return this.#fail(limited, envelope)
+    this.#subscriptions ??= this.#hub.subscriptions.connect(this.#caller)
     this.#subscriptions.frame(frame, session, envelope)
   }
 
@@ -380,6 +391,8 @@ export class WebSocketConnection implements SessionOwner {
     const decoded = toQuery(frame)
     if (Result.isFailure(decoded)) return this.#fail(decoded.failure, envelope)
     const query = decoded.success
+    const refusal = this.#tooOften() ?? this.#hub.access.allow(this.#caller, "read", query.collection)
+    if (refusal !== undefined) return this.#fail(refusal, envelope)
     const session = this.#session(frame.session)
     if (session instanceof Overloaded) return this.#fail(session, envelope)
     const link = session.link ?? this.#hub.sessions.openUnsafe()
@@ -392,12 +405,19 @@ export class WebSocketConnection implements SessionOwner {
     if (started !== undefined) return this.#fail(started, envelope)
     if (isStreamed) session.event(Answers.searchStart(query.queryId, envelope))
     const tail = `,"query_id":${JSON.stringify(query.queryId)}${envelope}`
-    this.#start("search", frame.id, session, events, link.search(query), tail, (answer) =>
+    this.#start("search", frame.id, session, events, link.search(storedQuery(this.#caller, query)), tail, (answer) =>
       session.answer(answer, tail, isStreamed)
     )
   }
 
+  /** Frames that ask for work are counted as requests are. */
+  #tooOften(): ApiError | undefined {
+    return this.#hub.access.admit(this.#caller, this.#address)
+  }
+
   #insert(frame: InsertFrame, envelope: string): void {
+    const limited = this.#tooOften()
+    if (limited !== undefined) return this.#fail(limited, envelope)
     const session = this.#session(frame.session)
     if (session instanceof Overloaded) return this.#fail(session, envelope)
     const refused = this.#admit(frame.id, session, 0)
@@ -407,7 +427,7 @@ export class WebSocketConnection implements SessionOwner {
       vector,
       metadata: metadata === undefined ? "" : JSON.stringify(metadata)
     }))
-    const insert = this.#hub.router.upsert(frame.collection ?? defaultCollection, records, frame.ack)
+    const insert = this.#hub.tenants.of(this.#caller).upsert(frame.collection ?? defaultCollection, records, frame.ack)
     this.#start("insert", frame.id, session, 0, insert, envelope, (inserted) =>
       this.write(`{"event":"inserted","inserted":${inserted}${envelope}}`)
     )
@@ -490,6 +510,7 @@ export class WebSocketConnection implements SessionOwner {
 
   /** Everything that is under way or waits ends. */
   #giveUp(): void {
+    this.#stopWatch()
     const requests = this.#underWay
     const sessions = this.#sessions
     this.#underWay = undefined
@@ -564,7 +585,7 @@ export class WebSocketConnection implements SessionOwner {
   }
 
   #fail(error: ApiError, envelope: string): void {
-    const problem = toProblem(error)
+    const problem = toProblem(shownError(error))
     countRequest("ws", "error", problem.status, 0)
     this.write(`{"event":"error","problem":${JSON.stringify(problem)}${envelope}}`)
   }

@@ -10,14 +10,14 @@ import { Context, Effect, Layer } from "effect"
 import { WebSocketServer } from "ws"
 import { Settings } from "../config.ts"
 import { bearerSubprotocol, closeCodes, retryReason, subprotocol } from "../protocol/Frames.ts"
-import { anonymous, type Principal } from "../protocol/Principal.ts"
 import { Admission } from "../shards/Admission.ts"
-import { Router } from "../shards/Router.ts"
+import { Access } from "./Access.ts"
+import { addressOf, callerOf } from "./Callers.ts"
 import { countRequest } from "./Instruments.ts"
 import { rawProblems } from "./RawProblems.ts"
-import { askerOf } from "./Refusals.ts"
 import { SubscriptionFrames } from "./SessionSink.ts"
 import { Sessions } from "./Sessions.ts"
+import { TenantRouter } from "./TenantRouter.ts"
 import { ClientSocket, type Hub, WebSocketConnection } from "./WebSocketConnection.ts"
 
 export const path = "/api/v1/ws"
@@ -75,7 +75,8 @@ export class WebSocketGateway extends Context.Service<
 
       const hub: Hub = {
         settings,
-        router: yield* Router,
+        access: yield* Access,
+        tenants: yield* TenantRouter,
         admission: yield* Admission,
         sessions: yield* Sessions,
         subscriptions: yield* SubscriptionFrames,
@@ -105,7 +106,6 @@ export class WebSocketGateway extends Context.Service<
 
       return WebSocketGateway.of({
         handleUpgrade: (request, socket, head) => {
-          const principal = authenticate(request)
           if (isDraining) {
             countRequest("ws", "upgrade", rawProblems.shuttingDown.status, 0)
             socket.end(rawProblems.shuttingDown.text)
@@ -113,13 +113,7 @@ export class WebSocketGateway extends Context.Service<
           }
           server.handleUpgrade(request, socket, head, (ws) => {
             connections.add(
-              new WebSocketConnection(
-                hub,
-                ws as ClientSocket,
-                socket,
-                principal,
-                askerOf(request.socket.remoteAddress, principal)
-              )
+              new WebSocketConnection(hub, ws as ClientSocket, socket, callerOf(request), addressOf(request))
             )
           })
         },
@@ -146,9 +140,6 @@ export class WebSocketGateway extends Context.Service<
     })
   )
 }
-
-/** Who it is that connects. Everybody, for ever. */
-const authenticate = (_: IncomingMessage): Principal => anonymous
 
 /** Ours where it is offered, else the first that is no secret. */
 const protocolOf = (offered: Set<string>): string | false => {

@@ -7,7 +7,7 @@ import { Settings } from "../config.ts"
 import { type ApiError, InternalError, InvalidInput, Overloaded, toProblem } from "../protocol/Errors.ts"
 import { decoderOf } from "../protocol/Fields.ts"
 import { closeCodes } from "../protocol/Frames.ts"
-import { anonymous, type Principal } from "../protocol/Principal.ts"
+import type { Principal } from "../protocol/Principal.ts"
 import { FollowFrame, ResumeFrame, SubscribeFrame, UnsubscribeFrame } from "../protocol/Subscription.ts"
 import { countDefect, countRequest } from "./Instruments.ts"
 import { Pusher } from "./Pusher.ts"
@@ -23,7 +23,7 @@ export const layer = Layer.effect(
     const subscriptions = yield* Subscriptions
     const run = Effect.runForkWith(yield* Effect.context<never>())
     const hub: Hub = { region, perSessionMax: subscriptionsPerSession, subscriptions, run }
-    return SubscriptionFrames.of({ connect: () => new Connection(hub, anonymous) })
+    return SubscriptionFrames.of({ connect: (caller) => new Connection(hub, caller) })
   })
 )
 

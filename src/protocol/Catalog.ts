@@ -6,7 +6,7 @@ import { Entity } from "effect/cluster"
 import { Rpc } from "effect/rpc"
 import { Collection, CollectionRequest } from "./Collection.ts"
 import { CollectionConflict, CollectionNotFound, InvalidInput, Overloaded, StorageUnavailable } from "./Errors.ts"
-import { CollectionName, NoticeMillis } from "./Fields.ts"
+import { NoticeMillis, StoredCollectionName } from "./Fields.ts"
 
 /** The id of the one Catalog entity. */
 export const catalogId = "catalog"
@@ -14,25 +14,25 @@ export const catalogId = "catalog"
 export const Catalog = Entity.make("Catalog", [
   /** Creates a collection, or finds the one that is there with the same parameters. */
   Rpc.make("Create", {
-    payload: { name: CollectionName, request: CollectionRequest },
+    payload: { name: StoredCollectionName, request: CollectionRequest },
     success: Schema.Struct({ collection: Collection, created: Schema.Boolean }),
     error: Schema.Union([CollectionConflict, StorageUnavailable, Overloaded, InvalidInput])
   }),
   Rpc.make("Read", {
-    payload: { name: CollectionName },
+    payload: { name: StoredCollectionName },
     success: Collection,
     error: Schema.Union([CollectionNotFound, StorageUnavailable])
   }),
   Rpc.make("List", { success: Schema.Array(Collection), error: StorageUnavailable }),
   /** Raises the collection's cache generation once `notice_ms` have passed; answers the collection and when that is. */
   Rpc.make("Invalidate", {
-    payload: { name: CollectionName, notice_ms: NoticeMillis },
+    payload: { name: StoredCollectionName, notice_ms: NoticeMillis },
     success: Schema.Struct({ collection: Collection, effective_ms: Schema.Int }),
     error: Schema.Union([CollectionNotFound, StorageUnavailable, Overloaded])
   }),
   /** Takes the collection out of the catalogue, then its partitions and their objects. */
   Rpc.make("Delete", {
-    payload: { name: CollectionName },
+    payload: { name: StoredCollectionName },
     success: Schema.Void,
     error: Schema.Union([CollectionNotFound, StorageUnavailable])
   })

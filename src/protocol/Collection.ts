@@ -10,6 +10,7 @@ import {
   NoticeMillis,
   Partitions,
   Quantization,
+  StoredCollectionName,
   VectorId
 } from "./Fields.ts"
 import { invalidationIdsMax } from "./Limits.ts"
@@ -52,7 +53,7 @@ export type CacheState = typeof CacheState.Type
 
 /** A collection. `uid` is of this incarnation of the name: deleted and created again, it is another one. */
 export const Collection = Schema.Struct({
-  name: CollectionName,
+  name: StoredCollectionName,
   uid: Schema.String,
   dimensions: Dimensions,
   metric: Metric,

@@ -31,6 +31,15 @@ export class Forbidden extends Schema.TaggedError<Forbidden>()("Forbidden", {
   detail: Schema.String
 }) {}
 
+/** 503: whether a credential is good cannot be found out now. */
+export class AuthenticationUnavailable extends Schema.TaggedError<AuthenticationUnavailable>()(
+  "AuthenticationUnavailable",
+  { detail: Schema.String, retryAfterMillis: Schema.Int }
+) {}
+
+/** 404: no API key of that id, of those that the caller may see. */
+export class KeyNotFound extends Schema.TaggedError<KeyNotFound>()("KeyNotFound", { id: Schema.String }) {}
+
 /** 404: no collection of that name. */
 export class CollectionNotFound extends Schema.TaggedError<CollectionNotFound>()("CollectionNotFound", {
   collection: Schema.String
@@ -131,6 +140,8 @@ export const ApiError = Schema.Union([
   Unauthenticated,
   Forbidden,
   RateLimited,
+  AuthenticationUnavailable,
+  KeyNotFound,
   CollectionNotFound,
   VectorNotFound,
   RouteNotFound,
@@ -210,6 +221,16 @@ export const toProblem = (error: ApiError): Problem => {
         error.detail,
         error.scope === "" ? {} : { field: "scope", expected: error.scope }
       )
+    case "AuthenticationUnavailable":
+      return problem(503, "authentication_unavailable", "Authentication unavailable", error.detail, {
+        retry_after_ms: error.retryAfterMillis
+      })
+    case "KeyNotFound":
+      return problem(404, "key_not_found", "Not found", `There is no key ${JSON.stringify(error.id)}.`, {
+        field: "id",
+        expected: "the id of a key",
+        got: error.id
+      })
     case "RateLimited":
       return problem(
         429,

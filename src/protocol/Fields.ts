@@ -133,6 +133,17 @@ export const CollectionName = Schema.String.check(
   })
 )
 
+const storedPattern = /^(?:[a-z0-9-]+:)?[A-Za-z0-9][A-Za-z0-9_.-]*$/
+
+/** The name of a collection inside: the client's, behind its tenant's (`Tenant.ts`). Never a client's word. */
+export const StoredCollectionName = Schema.String.check(
+  Schema.makeFilter(
+    (name: string) =>
+      name.length <= Limits.tenantCharsMax + 1 + Limits.collectionNameCharsMax && storedPattern.test(name),
+    { expected: "the name of a collection, as it is stored" }
+  )
+)
+
 export const defaultCollection = "default"
 
 export const Metric = Schema.Literals(["cosine", "l2", "ip"])

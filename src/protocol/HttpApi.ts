@@ -5,6 +5,7 @@
  */
 import { Schema } from "effect"
 import { HttpApi, HttpApiEndpoint, HttpApiGroup, HttpApiSchema, OpenApi } from "effect/http-api"
+import { KeyInfo, KeyRequest, NewKeyInfo } from "./ApiKey.ts"
 import { CollectionInfo, CollectionRequest, InvalidateRequest, Invalidation } from "./Collection.ts"
 import { Problem } from "./Errors.ts"
 import * as Fields from "./Fields.ts"
@@ -115,7 +116,15 @@ const SearchStreamEvent = Schema.Union([
 ]).annotate({ identifier: "SearchStreamEvent" })
 
 const problem = (status: number) => Problem.pipe(HttpApiSchema.status(status))
-const badInput = [problem(400), problem(413), problem(415), problem(429), problem(503)] as const
+const badInput = [
+  problem(400),
+  problem(401),
+  problem(403),
+  problem(413),
+  problem(415),
+  problem(429),
+  problem(503)
+] as const
 const notFound = [...badInput, problem(404)] as const
 const searching = [...notFound, problem(504)] as const
 
@@ -265,12 +274,30 @@ const StreamsGroup = HttpApiGroup.make("streams").add(
   )
 )
 
+const KeysGroup = HttpApiGroup.make("keys").add(
+  HttpApiEndpoint.post("createKey", "/api/v1/keys", {
+    payload: KeyRequest,
+    success: NewKeyInfo.pipe(HttpApiSchema.status(201)),
+    error: badInput
+  }),
+  HttpApiEndpoint.get("listKeys", "/api/v1/keys", {
+    success: Schema.Struct({ keys: Schema.Array(KeyInfo) }),
+    error: badInput
+  }),
+  HttpApiEndpoint.delete("revokeKey", "/api/v1/keys/:id", {
+    params: id,
+    success: HttpApiSchema.NoContent,
+    error: notFound
+  })
+)
+
 /** The calls that the router serves: all but streams and `POST /search`, which the gateway answers before it. */
 export const RoutedApi = HttpApi.make("ruvector")
   .add(CollectionsGroup)
   .add(VectorsGroup)
   .add(CachedSearchGroup)
   .add(TiersGroup)
+  .add(KeysGroup)
 
 /** The REST contract. `/api/v1/ws` is described in its text and in `docs/protocol.md`. */
 export const RuvectorApi = RoutedApi.add(SearchGroup)

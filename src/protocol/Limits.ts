@@ -18,6 +18,15 @@ export const idBytesMax = 512
 /** Characters of a collection's name. */
 export const collectionNameCharsMax = 128
 
+/** Characters of a tenant's name. */
+export const tenantCharsMax = 64
+
+/** Characters of an API key's name. */
+export const keyNameCharsMax = 128
+
+/** Collections that an API key can be restricted to. */
+export const keyCollectionsMax = 100
+
 /** Collections on one node. */
 export const collectionsMax = 10_000
 

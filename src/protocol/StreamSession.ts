@@ -7,12 +7,12 @@ import { Schema } from "effect"
 import { Entity } from "effect/cluster"
 import { Rpc } from "effect/rpc"
 import { ApiError } from "./Errors.ts"
-import { CollectionName, Float32FromBytes, Metric, VectorFromBytes } from "./Fields.ts"
+import { Float32FromBytes, Metric, StoredCollectionName, VectorFromBytes } from "./Fields.ts"
 
 /** A search with its vector in the form our own processes use. Exactly one of `vector` and `vectorId` is set. */
 export const SessionQuery = Schema.Struct({
   queryId: Schema.String,
-  collection: CollectionName,
+  collection: StoredCollectionName,
   vector: Schema.optionalKey(VectorFromBytes),
   vectorId: Schema.optionalKey(Schema.String),
   k: Schema.Int,

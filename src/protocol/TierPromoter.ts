@@ -8,6 +8,7 @@ import { Schema } from "effect"
 import { Entity } from "effect/cluster"
 import { Rpc } from "effect/rpc"
 import { ApiError } from "./Errors.ts"
+import { StoredCollectionName } from "./Fields.ts"
 import { WarmReport, WarmRequest } from "./Warming.ts"
 
 /** The id of the promoter of the node that asks. */
@@ -143,5 +144,9 @@ export const TierPromoter = Entity.make("TierPromoter", [
     stream: true
   }),
   /** Answered when all is loaded and read back. */
-  Rpc.make("Warm", { payload: WarmRequest.fields, success: WarmReport, error: ApiError })
+  Rpc.make("Warm", {
+    payload: { ...WarmRequest.fields, collection: Schema.optionalKey(StoredCollectionName) },
+    success: WarmReport,
+    error: ApiError
+  })
 ])

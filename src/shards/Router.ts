@@ -40,6 +40,7 @@ import {
 } from "../protocol/IndexPartition.ts"
 import { answerComponentsMax } from "../protocol/Limits.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
+import { shownName } from "../protocol/Tenant.ts"
 import { AccessLog } from "../tiers/AccessLog.ts"
 import { RecordCache } from "../tiers/RecordCache.ts"
 import { WarmStore } from "../tiers/WarmStore.ts"
@@ -120,7 +121,7 @@ export class Router extends Context.Service<
     ) => Effect.Effect<Invalidation, CollectionNotFound | StorageUnavailable | Overloaded>
   }
 >()("ruvector/shards/Router") {
-  /** `createOnInsert` names the collection that the first insert creates. */
+  /** `createOnInsert` names the collection that the first insert creates, each tenant's own. */
   static readonly layer = (options: { readonly createOnInsert: string }) =>
     Layer.effect(
       Router,
@@ -258,7 +259,7 @@ export class Router extends Context.Service<
           if (vector.length !== of.dimensions) {
             return new InvalidInput({
               field,
-              expected: `${of.dimensions} numbers, the dimensions of collection ${of.name}`,
+              expected: `${of.dimensions} numbers, the dimensions of collection ${shownName(of.name)}`,
               got: `${vector.length}`
             })
           }
@@ -271,7 +272,7 @@ export class Router extends Context.Service<
         const upsert = Effect.fnUntraced(function* (name: string, records: ReadonlyArray<UpsertRecord>, ack?: Ack) {
           const first = records[0]
           if (first === undefined) return 0
-          if (name === options.createOnInsert && !known.has(name)) {
+          if (shownName(name) === options.createOnInsert && !known.has(name)) {
             yield* Effect.catchTag(collection(name), "CollectionNotFound", () =>
               createCollection(name, { dimensions: first.vector.length }).pipe(
                 // Two first inserts at once: the other's collection is as good, or the check below says what differs.

@@ -16,6 +16,8 @@ class TestAccess {
   readonly addresses = new Set<string>()
 
   readonly service: Access["Service"] = {
+    withoutCredential: new Unauthenticated({ reason: "missing", detail: "none" }),
+    varies: () => true,
     authenticate: ({ headers, address }) => {
       this.addresses.add(address)
       const id = /^Bearer (\w+)$/.exec(headers.authorization ?? "")?.[1] ?? ""

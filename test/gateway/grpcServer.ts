@@ -4,10 +4,12 @@ import type { AddressInfo } from "node:net"
 import { Context, Effect, Exit, Layer, Logger, Scope } from "effect"
 import { defaultSettings, Settings, type SettingValues } from "../../src/config.ts"
 import { Access } from "../../src/gateway/Access.ts"
+import { ClientAddresses } from "../../src/gateway/ClientAddresses.ts"
 import { GrpcHandler } from "../../src/gateway/GrpcHandler.ts"
 import { Readiness } from "../../src/gateway/Readiness.ts"
 import { Sessions } from "../../src/gateway/Sessions.ts"
 import { Router } from "../../src/shards/Router.ts"
+import { accessLayer } from "../support/AccessLayer.ts"
 import { countedSessions, mapRouter, nothingSeen, type Seen } from "./rpcServer.ts"
 
 export interface GrpcTestServer {
@@ -32,11 +34,12 @@ export const openGrpcServer = async (
   const layer = GrpcHandler.layer.pipe(
     Layer.provideMerge(Readiness.layer),
     Layer.provide([
-      Layer.succeed(Settings, { ...defaultSettings, ...given }),
       Layer.succeed(Router, router),
       Layer.succeed(Sessions, countedSessions(router, seen)),
-      access === undefined ? Layer.empty : Layer.succeed(Access, access)
+      access === undefined ? accessLayer : Layer.succeed(Access, access),
+      ClientAddresses.layer
     ]),
+    Layer.provide(Layer.succeed(Settings, { ...defaultSettings, ...given })),
     Layer.provideMerge(Logger.layer([Logger.map(Logger.formatJson, (line) => void logged.push(line))]))
   )
   const context = await Effect.runPromise(Layer.buildWithScope(layer, scope))

@@ -8,10 +8,13 @@ import { NodeHttpServer } from "@effect/platform-node"
 import { Effect, Exit, Layer, Logger, Scope, Stream } from "effect"
 import { HttpRouter } from "effect/http"
 import { defaultSettings, Settings, type SettingValues } from "../../src/config.ts"
+import { Callers } from "../../src/gateway/Callers.ts"
+import { ClientAddresses } from "../../src/gateway/ClientAddresses.ts"
 import { Promoter } from "../../src/gateway/Promoter.ts"
 import * as RpcGateway from "../../src/gateway/RpcGateway.ts"
 import { Sessions } from "../../src/gateway/Sessions.ts"
 import { Subscriptions } from "../../src/gateway/Subscriptions.ts"
+import { TenantRouter } from "../../src/gateway/TenantRouter.ts"
 import type { Collection } from "../../src/protocol/Collection.ts"
 import {
   CollectionConflict,
@@ -23,6 +26,7 @@ import {
 import type { SearchAnswer, SessionQuery } from "../../src/protocol/StreamSession.ts"
 import { Router } from "../../src/shards/Router.ts"
 import { Shedding } from "../../src/shards/Shedding.ts"
+import { accessLayer } from "../support/AccessLayer.ts"
 
 export interface RpcTestServer {
   readonly port: number
@@ -76,13 +80,33 @@ export const startRpcServer = Effect.fnUntraced(function* (given: Partial<Settin
     Layer.provide(Shedding.layer, Layer.succeed(Settings, settings)),
     Layer.succeed(Subscriptions, noSubscriptions)
   )
+  const access = TenantRouter.layer.pipe(
+    Layer.provideMerge(
+      Callers.layer({
+        urlCredentials: () => true,
+        ownRefusals: (path) => !path.includes("/ws"),
+        operators: new Set()
+      })
+    ),
+    Layer.provideMerge(accessLayer),
+    Layer.provide(ClientAddresses.layer),
+    Layer.provideMerge(services)
+  )
   return yield* Effect.gen(function* () {
     const scope = yield* Effect.scope
     const app = yield* HttpRouter.toHttpEffect(RpcGateway.layer)
     const sockets = yield* RpcGateway.webSocketServer
     const server = Http.createServer()
-    server.on("request", yield* NodeHttpServer.makeHandler(app, { scope }))
-    server.on("upgrade", yield* NodeHttpServer.makeUpgradeHandler(Effect.succeed(sockets), app, { scope }))
+    const callers = yield* Callers
+    const handler = yield* NodeHttpServer.makeHandler(app, { scope })
+    const upgrade = yield* NodeHttpServer.makeUpgradeHandler(Effect.succeed(sockets), app, { scope })
+    const pathOf = ({ url }: Http.IncomingMessage) => (url as string).split("?", 1)[0] as string
+    server.on("request", (request, response) =>
+      callers.request(request, response, "req", pathOf(request), () => handler(request, response))
+    )
+    server.on("upgrade", (request, socket, head) =>
+      callers.upgrade(request, socket, pathOf(request), () => upgrade(request, socket, head))
+    )
     yield* Effect.acquireRelease(
       Effect.callback<void>((resume) => {
         server.listen({ port: 0, host: "127.0.0.1" }, () => resume(Effect.void))
@@ -94,7 +118,7 @@ export const startRpcServer = Effect.fnUntraced(function* (given: Partial<Settin
         })
     )
     return { port: (server.address() as AddressInfo).port, seen, logged, sockets } satisfies RpcTestServer
-  }).pipe(Effect.provide(services), Effect.provide(NodeHttpServer.layerHttpServices))
+  }).pipe(Effect.provide(access), Effect.provide(NodeHttpServer.layerHttpServices))
 })
 
 /** The same for a test that runs no effects of its own. */

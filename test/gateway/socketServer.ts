@@ -4,10 +4,12 @@ import type { AddressInfo } from "node:net"
 import { Context, Effect, Exit, Layer, Logger, References, Scope } from "effect"
 import { WebSocketServer } from "ws"
 import { defaultSettings, Settings, type SettingValues } from "../../src/config.ts"
-import { askerOf } from "../../src/gateway/Refusals.ts"
+import { Callers } from "../../src/gateway/Callers.ts"
+import { ClientAddresses } from "../../src/gateway/ClientAddresses.ts"
 import { type ConnectionSubscriptions, SubscriptionFrames } from "../../src/gateway/SessionSink.ts"
 import type { SessionLink } from "../../src/gateway/Sessions.ts"
 import { Sessions } from "../../src/gateway/Sessions.ts"
+import { TenantRouter } from "../../src/gateway/TenantRouter.ts"
 import { ClientSocket, type Hub, WebSocketConnection } from "../../src/gateway/WebSocketConnection.ts"
 import { WebSocketGateway } from "../../src/gateway/WebSocketGateway.ts"
 import type { ApiError } from "../../src/protocol/Errors.ts"
@@ -15,6 +17,7 @@ import { anonymous, type Principal } from "../../src/protocol/Principal.ts"
 import type { SearchAnswer, SessionQuery } from "../../src/protocol/StreamSession.ts"
 import { Admission } from "../../src/shards/Admission.ts"
 import { Router } from "../../src/shards/Router.ts"
+import { accessLayer } from "../support/AccessLayer.ts"
 
 export type Search = (query: SessionQuery) => Effect.Effect<SearchAnswer, ApiError>
 
@@ -77,12 +80,19 @@ export const startSocketServer = async (
     Layer.succeed(SubscriptionFrames, { connect: subscriptions }),
     Layer.succeed(Admission, unpressed)
   )
-  const context = await Effect.runPromise(
-    Layer.buildWithScope(WebSocketGateway.layer.pipe(Layer.provideMerge(services)), scope)
+  const layer = WebSocketGateway.layer.pipe(
+    Layer.provideMerge(Callers.layer({ urlCredentials: () => true, ownRefusals: () => false, operators: new Set() })),
+    Layer.provide(TenantRouter.layer),
+    Layer.provide(Layer.mergeAll(accessLayer, ClientAddresses.layer)),
+    Layer.provideMerge(services)
   )
+  const context = await Effect.runPromise(Layer.buildWithScope(layer, scope))
+  const callers = Context.get(context, Callers)
   const gateway = Context.get(context, WebSocketGateway)
   const server = createServer()
-  server.on("upgrade", (request, socket, head) => gateway.handleUpgrade(request, socket, head))
+  server.on("upgrade", (request, socket, head) =>
+    callers.upgrade(request, socket, "/api/v1/ws", () => gateway.handleUpgrade(request, socket, head))
+  )
   const { port } = await new Promise<AddressInfo>((resolve) =>
     server.listen(0, "127.0.0.1", () => resolve(server.address() as AddressInfo))
   )
@@ -105,6 +115,7 @@ export const startConnections = async (principal: Partial<Principal>, settings: 
   const hub = {
     settings: { ...defaultSettings, ...settings },
     admission: unpressed,
+    access: { watch: () => () => {}, admit: () => undefined, allow: () => undefined },
     run: Effect.runFork,
     clock: () => performance.now(),
     flushLater: (connection: WebSocketConnection) => setImmediate(() => connection.flush()),
@@ -115,7 +126,7 @@ export const startConnections = async (principal: Partial<Principal>, settings: 
   server.on("upgrade", (request, socket, head) =>
     sockets.handleUpgrade(request, socket, head, (ws) => {
       const whose = { ...anonymous, ...principal }
-      connections.push(new WebSocketConnection(hub, ws as ClientSocket, socket, whose, askerOf(undefined, whose)))
+      connections.push(new WebSocketConnection(hub, ws as ClientSocket, socket, whose, ""))
     })
   )
   const { port } = await new Promise<AddressInfo>((resolve) =>

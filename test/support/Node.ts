@@ -12,11 +12,19 @@ export interface RunningNode {
   readonly stop: () => Promise<void>
 }
 
-/** Starts a node and waits until it is ready. Log lines below `error` are dropped. */
-export const startNode = async (settings: Partial<SettingValues> = {}): Promise<RunningNode> => {
+/**
+ * Starts a node and waits until it is ready. Log lines below `error` are dropped, unless `logged` takes those from `info` on.
+ */
+export const startNode = async (
+  settings: Partial<SettingValues> = {},
+  logged?: Array<string>
+): Promise<RunningNode> => {
   const data = settings.data ?? (await mkdtemp(join(tmpdir(), "ruvector-")))
   const scope = await Effect.runPromise(Scope.make())
-  const quiet = Layer.mergeAll(Logger.layer([Logger.consoleJson]), Layer.succeed(References.MinimumLogLevel, "Error"))
+  const quiet =
+    logged === undefined
+      ? Layer.mergeAll(Logger.layer([Logger.consoleJson]), Layer.succeed(References.MinimumLogLevel, "Error"))
+      : Logger.layer([Logger.map(Logger.formatJson, (line) => void logged.push(line))])
   const layer = node({ ...defaultSettings, port: 0, data, drainMillis: 500, ...settings }).pipe(
     Layer.provideMerge(quiet)
   )

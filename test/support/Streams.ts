@@ -3,6 +3,13 @@ import { WebSocket } from "ws"
 
 export type Event = Record<string, unknown> & { readonly event: string }
 
+/** How a connection says who it is from. */
+export interface SocketCredentials {
+  readonly headers?: Record<string, string>
+  readonly query?: string
+  readonly protocols?: ReadonlyArray<string>
+}
+
 /** A WebSocket whose answers are awaited one by one, or by the request's id. */
 export class SocketClient {
   readonly socket: WebSocket
@@ -24,8 +31,12 @@ export class SocketClient {
     })
   }
 
-  static async open(base: string): Promise<SocketClient> {
-    const socket = new WebSocket(`${base.replace("http", "ws")}/api/v1/ws`, { perMessageDeflate: false })
+  static async open(
+    base: string,
+    { headers = {}, query = "", protocols = [] }: SocketCredentials = {}
+  ): Promise<SocketClient> {
+    const url = `${base.replace("http", "ws")}/api/v1/ws${query}`
+    const socket = new WebSocket(url, [...protocols], { perMessageDeflate: false, headers })
     const client = new SocketClient(socket)
     await new Promise((resolve, reject) => {
       socket.once("open", resolve)
