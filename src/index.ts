@@ -160,6 +160,7 @@ export const node = (settings: SettingValues) =>
 const engine = (settings: SettingValues) =>
   Subscriptions.layer.pipe(
     Layer.provideMerge(Cursors.layer),
+    Layer.provide(Access.layerEmbedded),
     Layer.provideMerge(actors),
     Layer.provideMerge(ServerBackup.layer),
     Layer.provideMerge(store(settings)),

@@ -13,7 +13,12 @@ let client: SearchClient
 
 beforeAll(async () => {
   // A thousand at once are not what is looked at here, but who carries them.
-  node = await startNode({ defaultPartitions: 3, searchQueueBurstMillis: 60_000, searchQueueStandingMillis: 60_000 })
+  node = await startNode({
+    defaultPartitions: 3,
+    searchQueueMax: 10_000,
+    searchQueueBurstMillis: 60_000,
+    searchQueueStandingMillis: 60_000
+  })
   const vectors = Array.from({ length: count }, (_, i) => ({
     id: `v${i}`,
     vector: vectorOf(i),
