@@ -12,7 +12,7 @@ import * as TierPromoterActor from "./actors/TierPromoter.ts"
 import type { Metadata } from "./client/index.ts"
 import { Settings, type SettingValues } from "./config.ts"
 import { withEngine } from "./embedded/VectorDB.ts"
-import { Access } from "./gateway/Access.ts"
+import * as Access from "./gateway/Access.ts"
 import { ApiKeyring } from "./gateway/ApiKeyring.ts"
 import { Cursors } from "./gateway/Cursors.ts"
 import { HttpGateway } from "./gateway/HttpGateway.ts"
@@ -63,7 +63,7 @@ export { Router } from "./shards/Router.ts"
 export { StandingQueries } from "./shards/StandingQueries.ts"
 
 /** Who may do what. */
-const access = Access.layer.pipe(
+const access = Access.Access.layer.pipe(
   Layer.provideMerge(Layer.mergeAll(ApiKeyring.layer, TokenVerifier.layer, RateLimits.layer))
 )
 
@@ -159,6 +159,7 @@ export const node = (settings: SettingValues) =>
 /** The engine of a node, without its wires: what `VectorDB.open` opens. */
 const engine = (settings: SettingValues) =>
   Subscriptions.layer.pipe(
+    Layer.provide(Access.layerEmbedded),
     Layer.provideMerge(Cursors.layer),
     Layer.provide(Access.layerEmbedded),
     Layer.provideMerge(actors),

@@ -162,6 +162,16 @@ export class Access extends Context.Service<
     )
 }
 
+/** Where there are no wires: the program itself asks, and may do everything. */
+export const layerEmbedded = Layer.succeed(Access, {
+  withoutCredential: anonymous,
+  varies: () => false,
+  authenticate: () => anonymous,
+  allow: () => undefined,
+  admit: () => undefined,
+  watch: () => notWatched
+})
+
 /** Whether {@link Access.authenticate} answered with a principal. */
 export const isPrincipal = (answer: Principal | ApiError): answer is Principal => !("_tag" in answer)
 

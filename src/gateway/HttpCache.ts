@@ -66,7 +66,7 @@ export const notFoundResponse = (
  */
 const keptFor = ({ httpCache, varies }: CachePolicy, seconds: number): Record<string, string> => ({
   "cache-control": `${httpCache}, max-age=${seconds}`,
-  ...(varies || httpCache === "private" ? { vary: "authorization, x-api-key" } : {})
+  ...(varies || httpCache === "private" ? { vary: "origin, authorization, x-api-key" } : {})
 })
 
 /** Strong: the body is a function of the record's version. */

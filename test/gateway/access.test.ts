@@ -379,7 +379,7 @@ describe("tenants", () => {
       const byUrl = await call(key, "GET", `/api/v1/search?collection=map&query_vector_id=${ids[0]}`)
       assert.deepStrictEqual(found(byUrl.body), [...ids])
       assert.strictEqual(byUrl.headers.get("cache-control"), "private, max-age=30")
-      assert.strictEqual(byUrl.headers.get("vary"), "authorization, x-api-key")
+      assert.strictEqual(byUrl.headers.get("vary"), "origin, authorization, x-api-key")
       const info = await call(key, "GET", "/api/v1/collections/map")
       assert.deepStrictEqual([info.body.name, info.body.count], ["map", ids.length])
       const socket = await SocketClient.open(node.base, asked)

@@ -403,7 +403,7 @@ describe("settings", () => {
       }
       const read = await call("GET", "/api/v1/embed/a", undefined, {}, privately)
       assert.strictEqual(read.header("cache-control"), "private, max-age=7")
-      assert.strictEqual(read.header("vary"), "authorization, x-api-key")
+      assert.strictEqual(read.header("vary"), "origin, authorization, x-api-key")
       const etags = new Set<string | null>()
       for (let i = 0; i < 2; i++) {
         const found = await call("GET", "/api/v1/search?query_vector_id=a", undefined, {}, privately)
