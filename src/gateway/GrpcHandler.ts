@@ -25,6 +25,7 @@ import { grpcMessage, grpcStatus, type Trailers, trailersOf } from "./GrpcStatus
 import { connectionClosed, connectionOpened, countRequest } from "./Instruments.ts"
 import { Readiness } from "./Readiness.ts"
 import { Sessions } from "./Sessions.ts"
+import { sourceBehind } from "./Sources.ts"
 
 export class GrpcHandler extends Context.Service<
   GrpcHandler,
@@ -185,11 +186,15 @@ export class GrpcHandler extends Context.Service<
         }
 
         const address = streamAddress(stream, headers)
-        if (method.isOpen) return begin({ principal: anonymous, address })
+        const callerOf = (principal: Principal): Caller => {
+          const source = sourceBehind(principal, session, address, session.socket.remoteAddress)
+          return { principal, address, source }
+        }
+        if (method.isOpen) return begin(callerOf(anonymous))
         // Until it is known who asks nothing is read.
         const known = (who: Principal | ApiError) => {
           if (stream.destroyed || stream.closed) return
-          if (isPrincipal(who)) begin({ principal: who, address })
+          if (isPrincipal(who)) begin(callerOf(who))
           else fail(who)
         }
         const who = access.authenticate({ headers, address })

@@ -21,6 +21,7 @@ import { grpcStatus, type Trailers } from "./GrpcStatus.ts"
 import { countDefect, countRequest } from "./Instruments.ts"
 import { instance, queryOfBody } from "./Queries.ts"
 import type { SessionLink, Sessions } from "./Sessions.ts"
+import { askedBy } from "./Sources.ts"
 import { storedQuery } from "./TenantRouter.ts"
 
 export interface SearchHub {
@@ -36,6 +37,8 @@ export interface SearchHub {
 export interface Caller {
   readonly principal: Principal
   readonly address: string
+  /** What its searches wait their turns with. */
+  readonly source: string
 }
 
 /** One search, and the end. */
@@ -61,7 +64,7 @@ export class StreamSearch implements CallHandler {
     const refused = this.#hub.mayRead(this.#caller, query.success.collection)
     if (refused !== undefined) return call.fail(refused)
     const started = performance.now()
-    this.#search = this.#hub.run(this.#hub.router.search(storedQuery(this.#caller.principal, query.success)))
+    this.#search = this.#hub.run(this.#hub.router.search(asked(this.#caller, query.success)))
     this.#search.addObserver((exit) => {
       const millis = performance.now() - started
       if (Exit.isFailure(exit)) {
@@ -153,7 +156,7 @@ export class BidirectionalSearch implements CallHandler {
     if (Result.isFailure(query)) return this.#refuse(query.failure, requestId)
     const refused = this.#hub.mayRead(this.#caller, query.success.collection)
     if (refused !== undefined) return this.#refuse(refused, requestId)
-    this.#search(storedQuery(this.#caller.principal, query.success), requestId)
+    this.#search(asked(this.#caller, query.success), requestId)
   }
 
   /** What comes while enough is under way waits at the client: that is what flow control is for. */
@@ -339,6 +342,10 @@ const summaryTrailers = ({ queryId, missing }: SearchAnswer): Trailers => {
   }
   return trailers
 }
+
+/** A caller's query, as it is run. */
+const asked = ({ principal, source }: Caller, query: SessionQuery): SessionQuery =>
+  askedBy(storedQuery(principal, query), principal, source)
 
 /** What a search failed with; `undefined` where it was ended before. A defect is logged, and told by its id alone. */
 const errorOf = (hub: SearchHub, exit: Exit.Failure<unknown, ApiError>): ApiError | undefined => {

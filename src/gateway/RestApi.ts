@@ -26,6 +26,7 @@ import {
 import * as KeysApi from "./KeysApi.ts"
 import { problemResponse } from "./Problems.ts"
 import { queryOfParameters } from "./Queries.ts"
+import { askedBy, sourceOfRequest } from "./Sources.ts"
 import { TenantRouter, type TenantView } from "./TenantRouter.ts"
 import * as TiersApi from "./TiersApi.ts"
 
@@ -189,10 +190,13 @@ const CachedSearch = HttpApiBuilder.group(
     const access = yield* Access
     return handlers.handleRaw("searchById", ({ request }) => {
       const router = routerOf(request)
-      const policy = cachePolicy(settings, callerOf(messageOf(request)), access.varies())
+      const message = messageOf(request)
+      const caller = callerOf(message)
+      const policy = cachePolicy(settings, caller, access.varies())
       const headersOf = (of: Collection) => cacheHeaders(policy, of, settings.searchCacheSeconds, searchTag(of))
       return Effect.gen(function* () {
-        const query = yield* Effect.fromResult(queryOfParameters(parametersOf(request)))
+        const named = yield* Effect.fromResult(queryOfParameters(parametersOf(request)))
+        const query = askedBy(named, caller, sourceOfRequest(message, caller))
         const asked = request.headers["if-none-match"]
         if (asked?.includes('"')) {
           // A copy of an answer at the collection's present revision is right without searching again.

@@ -12,16 +12,19 @@ import { type ApiError, Unauthenticated } from "../protocol/Errors.ts"
 import type { Principal } from "../protocol/Principal.ts"
 import { type Access, isPrincipal } from "./Access.ts"
 import { addressOf, answerOf } from "./Callers.ts"
+import { sourceOfRequest } from "./Sources.ts"
 
 export interface Caller {
   readonly principal: Principal
   readonly address: string
+  /** What its searches wait their turns with. */
+  readonly source: string
 }
 
 interface Carried {
   readonly answer: Principal | ApiError
   readonly address: string
-  readonly headers: IncomingHttpHeaders
+  readonly message: IncomingMessage
 }
 
 const header = "x-ruvector-caller"
@@ -36,7 +39,7 @@ export const carried = <A, E, R>(
   Effect.suspend(() => {
     const message = NodeHttpServerRequest.toIncomingMessage(request) as IncomingMessage
     const name = randomUUID()
-    known.set(name, { answer: answerOf(message), address: addressOf(message), headers: message.headers })
+    known.set(name, { answer: answerOf(message), address: addressOf(message), message })
     const headers = Headers.set(request.headers, header, name)
     return Effect.andThen(
       // A response that is streamed goes on as long as the request's scope.
@@ -51,10 +54,12 @@ export const callerOfCall = (access: Access["Service"], headers: Headers.Headers
     const found = known.get(headers[header] ?? "")
     // A client that writes the header itself names nobody.
     if (found === undefined) return Effect.fail(nobody)
-    const { address } = found
+    const { address, message } = found
     const settled = (answer: Principal | ApiError): Effect.Effect<Caller, ApiError> =>
-      isPrincipal(answer) ? Effect.succeed({ principal: answer, address }) : Effect.fail(answer)
-    const own = ownCredentials(headers, found.headers)
+      isPrincipal(answer)
+        ? Effect.succeed({ principal: answer, address, source: sourceOfRequest(message, answer) })
+        : Effect.fail(answer)
+    const own = ownCredentials(headers, message.headers)
     if (own === undefined) return settled(found.answer)
     const answer = access.authenticate({ headers: own, address })
     return answer instanceof Promise

@@ -44,6 +44,7 @@ import { instance, toQuery } from "./Queries.ts"
 import { askerOf } from "./Refusals.ts"
 import { type Caller, callerOfCall } from "./RpcCallers.ts"
 import { Sessions } from "./Sessions.ts"
+import { askedBy } from "./Sources.ts"
 import type { StreamEvent } from "./StreamEvents.ts"
 import { type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
 import { storedQuery, TenantRouter, type TenantView } from "./TenantRouter.ts"
@@ -108,13 +109,16 @@ export const layer = RuvectorRpcs.toLayer(
     const searchInSession = Effect.fnUntraced(function* (
       query: SessionQuery,
       client: Rpc.ServerClient,
-      { principal }: Caller
+      { principal, source }: Caller
     ) {
       const refusal = access.allow(principal, "read", query.collection)
       if (refusal !== undefined) return yield* refusal
       yield* streams.one(client)
       const session = yield* Effect.acquireRelease(sessions.open, (link) => link.close)
-      return yield* Effect.mapError(session.search(storedQuery(principal, query)), shownError)
+      return yield* Effect.mapError(
+        session.search(askedBy(storedQuery(principal, query), principal, source)),
+        shownError
+      )
     })
 
     /** A delivery's events as they are asked for: what the client does not take is not made. */
@@ -206,8 +210,11 @@ export const layer = RuvectorRpcs.toLayer(
           return { inserted: yield* router.upsert(collection, records, ack) }
         })
       ),
-      Search: unary("Search", (payload, router) =>
-        Effect.fromResult(queryOf(payload)).pipe(Effect.flatMap(router.search), Effect.map(responseOf))
+      Search: unary("Search", (payload, router, { principal, source }) =>
+        Effect.fromResult(queryOf(payload)).pipe(
+          Effect.flatMap((query) => router.search(askedBy(query, principal, source))),
+          Effect.map(responseOf)
+        )
       ),
       SearchStream: (payload, { client, headers }) =>
         Stream.unwrap(

@@ -14,6 +14,7 @@ import { countDefect, countRequest } from "./Instruments.ts"
 import { problemContentType, problemHeaders } from "./Problems.ts"
 import { queryOfBody } from "./Queries.ts"
 import { askerOf, refuseRequest } from "./Refusals.ts"
+import { askedBy, sourceOfRequest } from "./Sources.ts"
 import { TenantRouter } from "./TenantRouter.ts"
 
 export const path = "/api/v1/search"
@@ -34,7 +35,8 @@ export class SearchEndpoint extends Context.Service<
         const caller = callerOf(request)
         const router = tenants.of(caller)
         // Before the body is read: what is refused costs little more than its headers.
-        const refusal = admission.refusal(askerOf(addressOf(request), caller))
+        const source = sourceOfRequest(request, caller)
+        const refusal = admission.refusal(askerOf(addressOf(request), caller), source)
         if (refusal !== undefined) {
           countRequest("http", "search", 429, 0)
           return refuseRequest(request, response, requestId, refusal)
@@ -63,7 +65,7 @@ export class SearchEndpoint extends Context.Service<
         readJson(request, settings, (body) => {
           const query = Result.flatMap(body, queryOfBody)
           if (Result.isFailure(query)) return refuse(query.failure)
-          const fiber = run(router.search(query.success))
+          const fiber = run(router.search(askedBy(query.success, caller, source)))
           const onGone = () => fiber.interruptUnsafe()
           response.once("close", onGone)
           fiber.addObserver((exit) => {

@@ -26,6 +26,7 @@ import { queryOfParameters } from "./Queries.ts"
 import { byeEvent, reconnectMillis } from "./Reconnects.ts"
 import { askerOf, refuseRequest } from "./Refusals.ts"
 import { type SessionLink, Sessions } from "./Sessions.ts"
+import { askedBy, sourceOfRequest } from "./Sources.ts"
 import { SseConnection } from "./SseConnection.ts"
 import { errorText, followRequestOf, pusherOf, subscribeRequestOf } from "./SseSubscriptions.ts"
 import { type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
@@ -87,14 +88,15 @@ export class Sse extends Context.Service<
           return refused(new MethodNotAllowed({ method: request.method ?? "", allowed: ["GET"] }))
         }
         const caller = callerOf(request)
-        const refusal = admission.refusal(askerOf(addressOf(request), caller))
+        const source = sourceOfRequest(request, caller)
+        const refusal = admission.refusal(askerOf(addressOf(request), caller), source)
         if (refusal !== undefined) {
           countRequest("sse", routeNames.get(route) as string, 429, 0)
           return refuseRequest(request, response, requestId, refusal)
         }
         const parameters = new URLSearchParams(at === -1 ? "" : url.slice(at + 1))
         const lastEventId = request.headers["last-event-id"]
-        if (route === path) return search(caller, parameters, textOf(lastEventId), response, requestId, refused)
+        if (route === path) return search(caller, source, parameters, textOf(lastEventId), response, requestId, refused)
         if (route === subscribePath) {
           const asked = subscribeRequestOf(parameters, textOf(lastEventId))
           if (Result.isFailure(asked)) return refused(asked.failure)
@@ -177,6 +179,7 @@ export class Sse extends Context.Service<
 
       const search = (
         caller: Principal,
+        source: string,
         parameters: URLSearchParams,
         lastEventId: string | undefined,
         response: ServerResponse,
@@ -206,7 +209,7 @@ export class Sse extends Context.Service<
             const kept = yield* sessions.answer(position.session, position.query)
             if (kept !== undefined) return { answer: kept, session: position.session, after: position.event }
           }
-          const found = link.search(storedQuery(caller, query.success))
+          const found = link.search(askedBy(storedQuery(caller, query.success), caller, source))
           return { answer: yield* Effect.mapError(found, shownError), session: link.id, after: -1 }
         })
         const close = () => {

@@ -46,6 +46,7 @@ import { instance, toQuery } from "./Queries.ts"
 import { askerOf, refusalProblem, searchEnvelope } from "./Refusals.ts"
 import type { ConnectionSubscriptions, SubscriptionFrames } from "./SessionSink.ts"
 import type { Sessions } from "./Sessions.ts"
+import { askedBy, sourceOf } from "./Sources.ts"
 import { storedQuery, type TenantRouter } from "./TenantRouter.ts"
 import * as Frames from "./WebSocketFrames.ts"
 
@@ -304,7 +305,7 @@ export class WebSocketConnection implements SessionOwner {
   #isRefused(data: Buffer, isBinary: boolean): boolean {
     const envelope = searchEnvelope(data, isBinary)
     if (envelope === undefined) return false
-    const refusal = this.#hub.admission.refusal(this.#asker)
+    const refusal = this.#hub.admission.refusal(this.#asker, sourceOf(this.#caller, this))
     if (refusal === undefined) return false
     countRequest("ws", "search", 429, 0)
     this.write(`{"event":"error","problem":${refusalProblem(refusal)}${envelope}}`)
@@ -405,7 +406,8 @@ export class WebSocketConnection implements SessionOwner {
     if (started !== undefined) return this.#fail(started, envelope)
     if (isStreamed) session.event(Answers.searchStart(query.queryId, envelope))
     const tail = `,"query_id":${JSON.stringify(query.queryId)}${envelope}`
-    this.#start("search", frame.id, session, events, link.search(storedQuery(this.#caller, query)), tail, (answer) =>
+    const asked = askedBy(storedQuery(this.#caller, query), this.#caller, sourceOf(this.#caller, this))
+    this.#start("search", frame.id, session, events, link.search(asked), tail, (answer) =>
       session.answer(answer, tail, isStreamed)
     )
   }

@@ -27,7 +27,9 @@ export const SessionQuery = Schema.Struct({
   /** 0: the server's. */
   deadlineMillis: Schema.Int,
   /** Of who asks; `standard` where it does not say. */
-  tier: Schema.optionalKey(Schema.Literals(["premium", "standard"]))
+  tier: Schema.optionalKey(Schema.Literals(["premium", "standard"])),
+  /** What it waits its turn with: a name of the connection it came on, or of who asks. */
+  source: Schema.optionalKey(Schema.String)
 })
 export type SessionQuery = typeof SessionQuery.Type
 

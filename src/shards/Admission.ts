@@ -3,8 +3,14 @@
  * queue, and what would wait too long is refused at once, so that what is admitted keeps its latency and the threads do no
  * work that nobody waits for any more.
  *
+ * **Sources** (a connection, or a principal with all of its) have turns, as `FairLine.ts` says: one that sends thousands at
+ * once waits for itself. Where the queue is full, the newest of the source that has most waiting makes room for one that has
+ * less, so that nobody is refused for another's backlog. A search counts as one, whatever it costs: what it will is not known.
+ * As CoDel never drops the last packet of a queue, the only search that a source has waiting is not refused for having waited:
+ * it waits for a turn of each other source, unless those alone are more than the queue is to hold.
+ *
  * **The queue** is of controlled delay (CoDel, as in Facebook's "Fail at Scale"). A burst may wait up to
- * `searchQueueBurstMillis`, first come first served. When in all of that time nobody waited less than
+ * `searchQueueBurstMillis`, of a source first come first served. When in all of that time nobody waited less than
  * `searchQueueStandingMillis`, it is no burst but more than can be done: then the queue holds no more than what is answered in
  * `searchQueueMillis` (but `searchQueueMin`), so that nearly all who are refused are refused at the door. That ends when
  * hardly anybody had to be refused for a second. Clients that wait for their answers before they ask again, some dozens of
@@ -13,7 +19,7 @@
  * Newest first, which that paper adds, is not done: of a queue this short it would leave the oldest to run out of time in it,
  * and a refusal would cost what a search costs before it begins.
  *
- * **Premium** searches are taken first, and where the queue is full one takes the place of the newest that is not.
+ * **Premium** searches are taken first, and where the queue is full one takes the place of one that is not.
  *
  * **Deadlines**: a search that cannot be answered within its deadline, by what the queue holds, is refused at once.
  *
@@ -25,6 +31,7 @@ import { Settings, type SettingValues } from "../config.ts"
 import type { Overloaded } from "../protocol/Errors.ts"
 import { VectorIndex } from "../tiers/VectorIndex.ts"
 import { ConcurrencyLimit, type Kind } from "./ConcurrencyLimit.ts"
+import { FairLine, type Waiter } from "./FairLine.ts"
 import { LatencyWindow } from "./LatencyWindow.ts"
 import { type Asker, overloadedBy, type Refusal, Shedding, type Tier } from "./Shedding.ts"
 
@@ -40,14 +47,19 @@ export class Admission extends Context.Service<
   {
     /**
      * Whether a search that comes now is refused, by the level of load or because the queue is full: asked by a wire before it
-     * reads the search.
+     * reads the search. All that name no source are one.
      */
-    readonly refusal: (asker: Asker) => Refusal | undefined
+    readonly refusal: (asker: Asker, source?: string) => Refusal | undefined
     /** Whether anything may be refused now: while not, a wire need not ask. */
     readonly isPressed: () => boolean
     /** Runs a search when its turn comes. `deadlineMillis`: what is left of its deadline. */
     readonly run: <A, E>(
-      options: { readonly kind: Kind; readonly tier: Tier; readonly deadlineMillis: number },
+      options: {
+        readonly kind: Kind
+        readonly tier: Tier
+        readonly source?: string | undefined
+        readonly deadlineMillis: number
+      },
       search: Effect.Effect<A, E>
     ) => Effect.Effect<A, E | Overloaded>
     /** Of searches answered in the last seconds, waiting included. */
@@ -97,8 +109,8 @@ class Door {
   readonly #shedding: Shedding["Service"]
   readonly #now: () => number
   readonly #limit: ConcurrencyLimit
-  readonly #premium = new Line()
-  readonly #standard = new Line()
+  readonly #premium = new FairLine<Ticket>()
+  readonly #standard = new FairLine<Ticket>()
   /** Whether more is asked than can be done, so that the queue is kept short. */
   #isTight = false
   #leastWait = Number.POSITIVE_INFINITY
@@ -126,25 +138,36 @@ class Door {
     )
   }
 
-  readonly refusal = (asker: Asker): Refusal | undefined => {
+  readonly refusal = (asker: Asker, source = noSource): Refusal | undefined => {
     const shed = this.#shedding.refusal(asker)
     if (shed !== undefined) return shed
     if (this.#waiting === 0) return undefined
-    return this.#isFull(asker.tier) ? this.#refuse("searchQueue") : undefined
+    return this.#hasPlace(asker.tier, source) ? undefined : this.#refuse("searchQueue")
   }
 
   readonly isPressed = (): boolean => this.#waiting > 0 || this.#shedding.level() > 0
 
   readonly run = <A, E>(
-    { kind, tier, deadlineMillis }: { readonly kind: Kind; readonly tier: Tier; readonly deadlineMillis: number },
+    {
+      kind,
+      tier,
+      source = noSource,
+      deadlineMillis
+    }: {
+      readonly kind: Kind
+      readonly tier: Tier
+      readonly source?: string | undefined
+      readonly deadlineMillis: number
+    },
     search: Effect.Effect<A, E>
   ): Effect.Effect<A, E | Overloaded> =>
     Effect.suspend(() => {
-      const ticket = new Ticket(kind, tier, this.#now(), deadlineMillis)
+      const ticket = new Ticket(kind, tier, source, this.#now(), deadlineMillis)
       return Effect.onExit(
         Effect.suspend((): Effect.Effect<A, E | Overloaded> => {
           if (this.#waiting === 0 && this.#limit.hasRoom) {
             this.#admit(ticket, ticket.arrivedAt)
+            this.#waited(0, ticket.arrivedAt)
             return search
           }
           const refusal = this.#waitRefusal(ticket)
@@ -194,15 +217,26 @@ class Door {
     return Math.max(this.#settings.searchQueueStandingMillis, this.#patienceMillis)
   }
 
+  /** Whether the queue is kept short: as long as it is not known how much is answered, it cannot be said how short. */
+  get #isShort(): boolean {
+    return this.#isTight && this.#limit.perSecond > 0
+  }
+
   #isFull(tier: Tier): boolean {
-    const room = this.#isTight && this.#limit.perSecond > 0 ? this.#room : this.#settings.searchQueueMax
+    const room = this.#isShort ? this.#room : this.#settings.searchQueueMax
     return (tier === "premium" ? this.#premium.size : this.#waiting) >= room
+  }
+
+  /** Whether there is room, or another source has to make some. */
+  #hasPlace(tier: Tier, source: string): boolean {
+    return !this.#isFull(tier) || this.#lineOf(tier).yieldsTo(source)
   }
 
   /** Why this search may not wait; where it may, it has a place. */
   #waitRefusal(ticket: Ticket): Refusal | undefined {
-    if (this.#isFull(ticket.tier)) return this.#refuse("searchQueue")
-    const ahead = ticket.tier === "premium" ? this.#premium.size : this.#waiting
+    const { source, tier } = ticket
+    if (!this.#hasPlace(tier, source)) return this.#refuse("searchQueue")
+    const ahead = this.#lineOf(tier).ahead(source) + (tier === "premium" ? 0 : this.#premium.size)
     const rate = this.#limit.perSecond
     const wait = rate === 0 ? 0 : ((ahead + 1) * 1_000) / rate
     if (wait + ticket.kind.aloneMillis > ticket.deadlineMillis) return this.#refuse("deadline_ms")
@@ -212,25 +246,28 @@ class Door {
   #wait(ticket: Ticket): Effect.Effect<void, Overloaded> {
     return Effect.callback((resume) => {
       ticket.resume = resume
-      if (ticket.tier === "premium" && this.#isFull("standard")) {
-        const displaced = this.#standard.takeLast()
-        if (displaced !== undefined) this.#turnAway(displaced)
-      }
+      const displaced = this.#displaced(ticket.tier)
+      if (displaced !== undefined) this.#turnAway(displaced)
       ticket.state = "waiting"
-      this.#lineOf(ticket).push(ticket)
+      this.#lineOf(ticket.tier).push(ticket)
       this.#watch()
     })
   }
 
-  #lineOf(ticket: Ticket): Line {
-    return ticket.tier === "premium" ? this.#premium : this.#standard
+  /** Who goes, so that there is room for one more of this tier. */
+  #displaced(tier: Tier): Ticket | undefined {
+    if (this.#isFull(tier)) return this.#lineOf(tier).takeOfLongest()
+    return this.#isFull("standard") ? this.#standard.takeOfLongest() : undefined
+  }
+
+  #lineOf(tier: Tier): FairLine<Ticket> {
+    return tier === "premium" ? this.#premium : this.#standard
   }
 
   #admit(ticket: Ticket, now: number): void {
     ticket.state = "underWay"
     ticket.beganAt = now
     ticket.wasAlone = this.#limit.begin()
-    this.#waited(now - ticket.arrivedAt, now)
   }
 
   /** One waited so long, until it began or was refused for it. */
@@ -255,7 +292,7 @@ class Door {
   #leave(ticket: Ticket, exit: Exit.Exit<unknown, unknown>): void {
     if (ticket.state === "waiting") {
       ticket.state = "gone"
-      this.#lineOf(ticket).forget()
+      this.#lineOf(ticket.tier).remove(ticket)
       return
     }
     if (ticket.state !== "underWay") return
@@ -269,22 +306,30 @@ class Door {
     if (this.#waiting > 0) this.#callNext(now)
   }
 
-  /** Those whose turn it is begin; those who waited too long are refused. */
+  /** Those whose turn it is begin; those who waited too long are refused, which does not use up their source's turn. */
   #callNext(now: number): void {
     while (this.#waiting > 0 && this.#limit.hasRoom) {
-      const patience = this.#isTight ? this.#patienceMillis : this.#burstMillis
-      const ticket = this.#premium.take() ?? this.#standard.take()
+      const patience = this.#isShort ? this.#patienceMillis : this.#burstMillis
+      const line = this.#premium.size > 0 ? this.#premium : this.#standard
+      const isBehindOthers = line.longest > 1
+      const ticket = line.take()
       if (ticket === undefined) return
       const waited = now - ticket.arrivedAt
-      if (waited > patience) {
-        this.#waited(waited, now)
-        this.#turnAway(ticket)
-      } else if (waited + ticket.kind.aloneMillis > ticket.deadlineMillis) this.#turnAway(ticket, "deadline_ms")
+      // One that was alone of its source says nothing of how long those wait that are not.
+      if (!isBehindOthers || line.sizeOf(ticket.source) > 0) this.#waited(waited, now)
+      if (waited > patience && !this.#isSpared(line, line.sizeOf(ticket.source))) this.#turnAway(ticket)
+      else if (waited + ticket.kind.aloneMillis > ticket.deadlineMillis) this.#turnAway(ticket, "deadline_ms")
       else {
+        line.turnIsOver(ticket.source)
         this.#admit(ticket, now)
         ticket.resume?.(Effect.void)
       }
     }
+  }
+
+  /** Whether one is not refused for how long it waited, of a source that has so many others waiting. */
+  #isSpared(line: FairLine<Ticket>, others: number): boolean {
+    return others === 0 && line.sources <= this.#room
   }
 
   #turnAway(ticket: Ticket, bound = "searchQueue"): void {
@@ -299,10 +344,13 @@ class Door {
       this.#timer = undefined
       const now = this.#now()
       for (const line of [this.#premium, this.#standard]) {
-        for (let first = line.first; first !== undefined; first = line.first) {
-          if (now - first.arrivedAt <= this.#burstMillis) break
-          line.take()
-          this.#turnAway(first)
+        for (const ticket of line.over(({ arrivedAt }) => now - arrivedAt > this.#burstMillis)) {
+          // What one's refusal led to may have ended another.
+          if (ticket.state !== "waiting") continue
+          const isInTime = now - ticket.arrivedAt <= ticket.deadlineMillis
+          if (isInTime && this.#isSpared(line, line.sizeOf(ticket.source) - 1)) continue
+          line.remove(ticket)
+          this.#turnAway(ticket, isInTime ? "searchQueue" : "deadline_ms")
         }
       }
       if (this.#waiting > 0) this.#watch()
@@ -323,72 +371,27 @@ class Door {
 /** Under way at once for each thread, until it is known better. */
 const initialPerThread = 16
 
-class Ticket {
+/** Of searches that nobody says where they come from. */
+const noSource = ""
+
+class Ticket implements Waiter<Ticket> {
   readonly kind: Kind
   readonly tier: Tier
+  readonly source: string
   readonly arrivedAt: number
   readonly deadlineMillis: number
+  older: Ticket | undefined = undefined
+  newer: Ticket | undefined = undefined
   state: "new" | "waiting" | "underWay" | "gone" = "new"
   beganAt = 0
   wasAlone = false
   resume: ((effect: Effect.Effect<void, Overloaded>) => void) | undefined = undefined
 
-  constructor(kind: Kind, tier: Tier, arrivedAt: number, deadlineMillis: number) {
+  constructor(kind: Kind, tier: Tier, source: string, arrivedAt: number, deadlineMillis: number) {
     this.kind = kind
     this.tier = tier
+    this.source = source
     this.arrivedAt = arrivedAt
     this.deadlineMillis = deadlineMillis
-  }
-}
-
-/** Those who wait, first come first. Who has gone stays where he is until his turn would have come. */
-class Line {
-  #tickets: Array<Ticket> = []
-  #head = 0
-  /** How many wait. */
-  size = 0
-
-  push(ticket: Ticket): void {
-    this.#tickets.push(ticket)
-    this.size += 1
-  }
-
-  /** One has gone by himself. */
-  forget(): void {
-    this.size -= 1
-  }
-
-  get first(): Ticket | undefined {
-    while (this.#head < this.#tickets.length && this.#tickets[this.#head]?.state !== "waiting") this.#skip()
-    return this.#tickets[this.#head]
-  }
-
-  take(): Ticket | undefined {
-    const ticket = this.first
-    if (ticket === undefined) return undefined
-    this.#skip()
-    this.size -= 1
-    return ticket
-  }
-
-  takeLast(): Ticket | undefined {
-    while (this.#tickets.length > this.#head) {
-      const ticket = this.#tickets.pop()
-      if (ticket?.state !== "waiting") continue
-      this.size -= 1
-      return ticket
-    }
-    return undefined
-  }
-
-  #skip(): void {
-    this.#head += 1
-    if (this.#head === this.#tickets.length) {
-      this.#tickets.length = 0
-      this.#head = 0
-    } else if (this.#head >= 1_024 && this.#head * 2 > this.#tickets.length) {
-      this.#tickets = this.#tickets.slice(this.#head)
-      this.#head = 0
-    }
   }
 }

@@ -485,7 +485,12 @@ export class Router extends Context.Service<
         /** Asks the partitions, when its turn comes. */
         const compute = (of: Collection, query: SessionQuery, started: number) =>
           admission.run(
-            { kind: kindOf(of, query), tier: query.tier ?? "standard", deadlineMillis: leftOf(query, started) },
+            {
+              kind: kindOf(of, query),
+              tier: query.tier ?? "standard",
+              source: query.source,
+              deadlineMillis: leftOf(query, started)
+            },
             askAll(of, query, started)
           )
 

@@ -77,7 +77,8 @@ describe("StreamSearch", () => {
     assert.match(messages[1]?.metadata.toString() ?? "", /^\{"i":[24]\}$/)
     assert.deepStrictEqual(messages[0]?.vector, Array.from(new Float32Array(vectorOf(3))))
     assert.deepStrictEqual([...new Set(messages.map(({ request_id }) => request_id))], ["mine"])
-    const { queryId: _, ...query } = server.seen.queries[0] as (typeof server.seen.queries)[0]
+    const { queryId: _, source, ...query } = server.seen.queries[0] as (typeof server.seen.queries)[0]
+    assert.match(source ?? "", /^c_/)
     assert.deepStrictEqual(query, {
       collection: "default",
       vectorId: "v3",

@@ -1,10 +1,13 @@
 /** A real server that is asked for more than it may do. */
+import { Agent, request } from "node:http"
+import { type ClientHttp2Session, connect as connectHttp2 } from "node:http2"
 import { connect } from "node:net"
 import { afterAll, assert, beforeAll, describe, test } from "vitest"
 import { WebSocket } from "ws"
 import type { Problem } from "../../src/protocol/Errors.ts"
 import type { LoadState } from "../../src/protocol/LoadShedder.ts"
 import { type RunningNode, startNode } from "../support/Node.ts"
+import { SocketClient } from "../support/Streams.ts"
 
 const dimensions = 16
 const vectors = Array.from({ length: 300 }, (_, i) => ({
@@ -103,6 +106,73 @@ describe("over capacity", () => {
   })
 })
 
+describe("a connection that asks more than is answered", () => {
+  let node: RunningNode
+  beforeAll(async () => {
+    const limits = { searchLimitMin: 1, searchLimitMax: 1, searchQueueMax: 8, searchQueueMin: 8, resultCacheBytes: 0 }
+    node = await startNode(limits)
+    assert.strictEqual((await post(node.base, "/api/v1/insert", { vectors })).status, 200)
+  })
+  afterAll(() => node.stop())
+
+  /** A search by HTTP/2, on a connection with others. */
+  const searchOn = (session: ClientHttp2Session, body: string): Promise<number> =>
+    new Promise((resolve, reject) => {
+      const headers = { ":method": "POST", ":path": "/api/v1/search", "content-type": "application/json" }
+      const stream = session.request(headers)
+      let status = 0
+      stream.on("response", (answer) => (status = Number(answer[":status"])))
+      stream.on("error", reject)
+      stream.on("end", () => resolve(status))
+      stream.resume()
+      stream.end(body)
+    })
+
+  test("is refused what is too much; others, on whatever wire, are answered", async () => {
+    const session = connectHttp2(node.base)
+    const agent = new Agent({ keepAlive: true, maxSockets: 1 })
+    const socket = await SocketClient.open(node.base)
+    const body = (i: number) => JSON.stringify({ query: vectors[i % vectors.length]?.vector, k: 3 })
+    let done = false
+    const statuses = new Map<number, number>()
+    const greedy = Promise.all(
+      Array.from({ length: 40 }, async (_, i) => {
+        while (!done) {
+          const status = await searchOn(session, body(i))
+          statuses.set(status, (statuses.get(status) ?? 0) + 1)
+        }
+      })
+    )
+    const searchOnce = (i: number): Promise<number | undefined> =>
+      new Promise((resolve, reject) => {
+        const headers = { "content-type": "application/json" }
+        const asked = request(`${node.base}/api/v1/search`, { agent, method: "POST", headers }, (response) => {
+          response.resume()
+          response.on("end", () => resolve(response.statusCode))
+        })
+        asked.on("error", reject)
+        asked.end(body(i))
+      })
+    try {
+      while ((statuses.get(429) ?? 0) === 0) await new Promise(setImmediate)
+      for (let i = 0; i < 30; i++) {
+        const frame = { type: "search", query: vectors[i]?.vector, k: 3 }
+        const [status, event] = await Promise.all([searchOnce(i), socket.ask(frame)])
+        assert.strictEqual(status, 200)
+        assert.strictEqual(event.event, "results", JSON.stringify(event))
+      }
+    } finally {
+      done = true
+      await greedy
+      session.close()
+      agent.destroy()
+      await socket.close()
+    }
+    assert.isAbove(statuses.get(200) ?? 0, 0)
+    assert.deepStrictEqual([...statuses.keys()].sort(), [200, 429])
+  })
+})
+
 describe("at level 95", () => {
   let node: RunningNode
   const sockets: Array<ReturnType<typeof connect>> = []
@@ -122,7 +192,7 @@ describe("at level 95", () => {
   })
 
   /** One request on a connection of its own. */
-  const request = (text: string): Promise<string> =>
+  const ask = (text: string): Promise<string> =>
     new Promise((resolve, reject) => {
       const socket = connect(node.port, "127.0.0.1", () => socket.write(text))
       let answer = ""
@@ -131,7 +201,7 @@ describe("at level 95", () => {
       socket.on("error", reject)
     })
   const get = (path: string, more = "") =>
-    request(`GET ${path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: ${more === "" ? "close" : more}\r\n\r\n`)
+    ask(`GET ${path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: ${more === "" ? "close" : more}\r\n\r\n`)
 
   test("new connections are rejected with a time to come back, operators are answered, and it ends", async () => {
     let ready = ""

@@ -5,6 +5,7 @@ import { defaultSettings, Settings, type SettingValues } from "../../src/config.
 import { Overloaded } from "../../src/protocol/Errors.ts"
 import { Admission } from "../../src/shards/Admission.ts"
 import { ConcurrencyLimit, type Kind } from "../../src/shards/ConcurrencyLimit.ts"
+import { FairLine, type Waiter } from "../../src/shards/FairLine.ts"
 import { LatencyWindow } from "../../src/shards/LatencyWindow.ts"
 import { Shedding, type Tier } from "../../src/shards/Shedding.ts"
 import { random, seeded, seedOf } from "../support/Seeded.ts"
@@ -145,14 +146,14 @@ const openDoor = async (settings: Partial<SettingValues> = {}) => {
   const begun: Array<string> = []
   const running: Array<() => void> = []
   /** A search that ends when the test says so. */
-  const search = (name: string, tier: Tier = "standard", deadlineMillis = 10_000) => {
+  const search = (name: string, tier: Tier = "standard", deadlineMillis = 10_000, source?: string) => {
     let end: (effect: Effect.Effect<string>) => void = () => {}
     const work = Effect.callback<string>((resume) => {
       begun.push(name)
       end = resume
       running.push(() => resume(Effect.succeed(name)))
     })
-    const fiber = Effect.runFork(admission.run({ kind, tier, deadlineMillis }, work))
+    const fiber = Effect.runFork(admission.run({ kind, tier, source, deadlineMillis }, work))
     return { fiber, end: () => end(Effect.succeed(name)), exit: () => Effect.runPromise(Fiber.await(fiber)) }
   }
   /** Answers the one that has been under way longest; what follows from it has happened then. */
@@ -276,4 +277,228 @@ describe("the door", () => {
     assert.strictEqual(admission.state().waiting, 19)
     while (admission.state().underWay > 0) await endOne()
   })
+})
+
+interface Model extends Waiter<Model> {
+  readonly name: number
+}
+
+/** What the line does, said with plain arrays. */
+class PlainLine {
+  /** In the order of their turns, each with what it has waiting, oldest first. */
+  sources: Array<{ readonly source: string; waiting: Array<Model> }> = []
+
+  of(source: string): Array<Model> {
+    return this.sources.find((one) => one.source === source)?.waiting ?? []
+  }
+  push(waiter: Model): void {
+    const { source } = waiter
+    if (this.of(source).length === 0) this.sources.push({ source, waiting: [] })
+    this.of(source).push(waiter)
+  }
+  remove(waiter: Model): void {
+    const waiting = this.of(waiter.source)
+    waiting.splice(waiting.indexOf(waiter), 1)
+    this.sources = this.sources.filter((one) => one.waiting.length > 0)
+  }
+  turnIsOver(source: string): void {
+    const at = this.sources.findIndex((one) => one.source === source)
+    if (at >= 0) this.sources.push(...this.sources.splice(at, 1))
+  }
+  get longest(): number {
+    return Math.max(0, ...this.sources.map(({ waiting }) => waiting.length))
+  }
+}
+
+test("the line is what a plain one is, whatever is done with it", () =>
+  seeded(seedOf(6), async ({ below, next, pick }) => {
+    const line = new FairLine<Model>()
+    const plain = new PlainLine()
+    const names = ["a", "b", "c", "d", "e"]
+    for (let i = 0; i < 3_000; i++) {
+      const act = next()
+      if (act < 0.45) {
+        const waiter: Model = { name: i, source: pick(names), older: undefined, newer: undefined }
+        line.push(waiter)
+        plain.push(waiter)
+      } else if (act < 0.7) {
+        const first = plain.sources[0]?.waiting[0]
+        assert.strictEqual(line.take(), first)
+        if (first === undefined) continue
+        plain.remove(first)
+        if (next() < 0.8) {
+          line.turnIsOver(first.source)
+          plain.turnIsOver(first.source)
+        }
+      } else if (act < 0.85) {
+        const { longest } = plain
+        const taken = line.takeOfLongest()
+        assert.strictEqual(taken === undefined, longest === 0)
+        if (taken === undefined) continue
+        const waiting = plain.of(taken.source)
+        assert.strictEqual(waiting.length, longest)
+        assert.strictEqual(waiting.at(-1), taken)
+        plain.remove(taken)
+      } else {
+        const all = plain.sources.flatMap(({ waiting }) => waiting)
+        if (all.length === 0) continue
+        const gone = all[below(all.length)] as Model
+        line.remove(gone)
+        plain.remove(gone)
+      }
+      const all = plain.sources.flatMap(({ waiting }) => waiting)
+      assert.strictEqual(line.size, all.length)
+      assert.strictEqual(line.longest, plain.longest)
+      for (const name of names) {
+        assert.strictEqual(line.sizeOf(name), plain.of(name).length)
+        assert.strictEqual(line.yieldsTo(name), plain.longest >= plain.of(name).length + 2)
+      }
+      const even = ({ name }: Model) => name % 2 === 0
+      const over = plain.sources.flatMap(({ waiting }) => {
+        const first = waiting.findIndex((one) => !even(one))
+        return first === -1 ? waiting : waiting.slice(0, first)
+      })
+      assert.deepStrictEqual(
+        line.over(even).map(({ name }) => name),
+        over.map(({ name }) => name)
+      )
+    }
+  }))
+
+describe("between sources", () => {
+  const standard = { tier: "standard" } as const
+
+  test("each has its turn: one that has much waiting waits for itself", async () => {
+    const { begun, endOne, search } = await openDoor()
+    for (const name of ["g1", "g2", "g3", "g4"]) search(name, "standard", 10_000, "greedy")
+    search("m1", "standard", 10_000, "modest")
+    search("n1", "standard", 10_000, "other")
+    search("m2", "standard", 10_000, "modest")
+    for (let i = 0; i < 7; i++) await endOne()
+    assert.deepStrictEqual(begun, ["g1", "g2", "m1", "n1", "g3", "m2", "g4"])
+  })
+
+  test("where the queue is full, the newest of who has most makes room, also before a body is read", async () => {
+    const { admission, begun, endOne, search } = await openDoor({ searchQueueMax: 4 })
+    const greedy = ["g1", "g2", "g3", "g4", "g5"].map((name) => search(name, "standard", 10_000, "greedy"))
+    assert.strictEqual(admission.refusal(standard, "greedy")?.bound, "searchQueue")
+    assert.isUndefined(admission.refusal(standard, "modest"))
+    search("m1", "standard", 10_000, "modest")
+    assert.instanceOf(errorOf(await (greedy[4] as (typeof greedy)[0]).exit()), Overloaded)
+    // Three and one: another of the modest one's has a place too, and then both have as much.
+    search("m2", "standard", 10_000, "modest")
+    assert.instanceOf(errorOf(await (greedy[3] as (typeof greedy)[0]).exit()), Overloaded)
+    assert.strictEqual(admission.refusal(standard, "modest")?.bound, "searchQueue")
+    assert.instanceOf(errorOf(await search("m3", "standard", 10_000, "modest").exit()), Overloaded)
+    assert.strictEqual(admission.state().waiting, 4)
+    for (let i = 0; i < 5; i++) await endOne()
+    assert.deepStrictEqual(begun, ["g1", "g2", "m1", "g3", "m2"])
+  })
+
+  test("premium sources have turns among themselves, before all others", async () => {
+    const { begun, endOne, search } = await openDoor({ searchQueueMax: 4 })
+    search("under way")
+    for (const name of ["s1", "s2"]) search(name, "standard", 10_000, "standard")
+    for (const name of ["p1", "p2", "p3", "p4", "p5"]) search(name, "premium", 10_000, "greedy")
+    search("q1", "premium", 10_000, "modest")
+    for (let i = 0; i < 5; i++) await endOne()
+    assert.deepStrictEqual(begun, ["under way", "p1", "q1", "p2", "p3"])
+  })
+
+  test("what waited too long does not cost its source its turn", async () => {
+    const { begun, clock, endOne, search } = await openDoor({ searchQueueBurstMillis: 100 })
+    search("under way")
+    search("o1", "standard", 10_000, "other")
+    const late = ["g1", "g2", "g3"].map((name) => search(name, "standard", 10_000, "greedy"))
+    clock.now += 90
+    search("g4", "standard", 10_000, "greedy")
+    search("m1", "standard", 10_000, "modest")
+    clock.now += 20
+    // Nor is the only one of a source refused for it.
+    await endOne()
+    assert.deepStrictEqual(begun, ["under way", "o1"])
+    await endOne()
+    for (const one of late) assert.instanceOf(errorOf(await one.exit()), Overloaded)
+    assert.deepStrictEqual(begun, ["under way", "o1", "g4"])
+    await endOne()
+    assert.deepStrictEqual(begun, ["under way", "o1", "g4", "m1"])
+    await endOne()
+  })
+
+  test("nobody waits longer than his deadline, also where nothing ends", async () => {
+    const { admission, begun, clock, endOne, search } = await openDoor({ searchQueueBurstMillis: 20 })
+    search("under way")
+    const only = search("only", "standard", 50, "modest")
+    const late = search("late", "standard", 10_000, "greedy")
+    search("last", "standard", 10_000, "greedy")
+    clock.now += 40
+    assert.instanceOf(errorOf(await late.exit()), Overloaded)
+    assert.strictEqual(admission.state().waiting, 2)
+    clock.now += 20
+    const error = errorOf(await only.exit())
+    assert.strictEqual((error as Overloaded).bound, "deadline_ms")
+    await endOne()
+    assert.deepStrictEqual(begun, ["under way", "last"])
+    await endOne()
+  })
+
+  test("a greedy one is served with what modest ones leave, and these as if it were one of them", () =>
+    seeded(seedOf(6), async ({ below, next }) => {
+      // One search at a time, of ten milliseconds: the greedy one keeps hundreds waiting, each modest one at most one.
+      const searchMillis = 10
+      const { admission, clock, endOne, search } = await openDoor({ searchQueueMax: 200, searchQueueMin: 16 })
+      const modest = 6
+      const waits: Array<number> = []
+      const asked = new Map<string, ReturnType<typeof search> | undefined>()
+      let served = 0
+      let refused = 0
+      let greedyServed = 0
+      let greedyRefused = 0
+      let longestWithout = 0
+      let without = 0
+      for (let step = 0; step < 3_000; step++) {
+        for (let n = below(8); n > 0; n--) {
+          if (admission.refusal(standard, "greedy") !== undefined) {
+            greedyRefused += 1
+            continue
+          }
+          search("g", "standard", 10_000, "greedy").fiber.addObserver((exit) => {
+            if (Exit.isSuccess(exit)) {
+              greedyServed += 1
+              without = 0
+            } else greedyRefused += 1
+          })
+        }
+        for (let m = 0; m < modest; m++) {
+          const source = `modest ${m}`
+          // A mean of less than its share, which is one in seven.
+          if (asked.get(source) !== undefined || next() > 0.1) continue
+          if (admission.refusal(standard, source) !== undefined) refused += 1
+          const from = step
+          const one = search("m", "standard", 10_000, source)
+          asked.set(source, one)
+          one.fiber.addObserver((exit) => {
+            asked.set(source, undefined)
+            if (Exit.isSuccess(exit)) {
+              served += 1
+              waits.push(step - from)
+            } else refused += 1
+          })
+        }
+        assert.isAtLeast(admission.state().underWay, step < 10 ? 0 : 1, "there is always somebody to serve")
+        clock.now += searchMillis
+        without += 1
+        await endOne()
+        longestWithout = Math.max(longestWithout, without)
+      }
+      assert.strictEqual(refused, 0, "a modest source was refused")
+      assert.isAbove(waits.length, 500)
+      // Its own, the one under way, and one of each other source.
+      assert.isAtMost(Math.max(...waits), modest + 2)
+      assert.isAtLeast(served + greedyServed, 2_980, "work was left undone")
+      assert.isAbove(greedyServed, 3_000 - modest * 0.1 * 3_000)
+      assert.isAbove(greedyRefused, 1_000)
+      assert.isAtMost(longestWithout, modest + 2, "the greedy source was starved")
+      while (admission.state().underWay > 0) await endOne()
+    }))
 })
