@@ -239,7 +239,8 @@ class Door {
     const ahead = this.#lineOf(tier).ahead(source) + (tier === "premium" ? 0 : this.#premium.size)
     const rate = this.#limit.perSecond
     const wait = rate === 0 ? 0 : ((ahead + 1) * 1_000) / rate
-    if (wait + ticket.kind.aloneMillis > ticket.deadlineMillis) return this.#refuse("deadline_ms")
+    if (this.#limit.isSettled && wait + ticket.kind.aloneMillis > ticket.deadlineMillis)
+      return this.#refuse("deadline_ms")
     return undefined
   }
 

@@ -35,6 +35,7 @@ export interface ConcurrencyOptions {
 /** A window ends after so long and so many searches, or when nothing ended for a while. */
 const windowMillis = 100
 const windowSamples = 16
+const windowsToSettle = 2
 
 /** The limit is at most halved in one window. */
 const gradientMin = 0.5
@@ -46,6 +47,9 @@ const fallShare = 1 / 8
 const riseShare = 1 / 64
 
 const probeSamples = 10
+
+/** No search is taken to be quicker. */
+const meanMillisMin = 0.01
 /** Searches that never end do not keep the limit low. */
 const probeMillisMax = 1_000
 
@@ -61,6 +65,7 @@ export class ConcurrencyLimit {
   #slowdown = 1
   #meanMillis = 0
   #perSecond = 0
+  #windows = 0
   #aloneAt: number
   #probeFrom = 0
   #probed = 0
@@ -90,9 +95,14 @@ export class ConcurrencyLimit {
     return this.#meanMillis
   }
 
-  /** Searches that ended each second, in the last window; 0 before the first. */
+  /** Searches that can be answered each second, by the last window: as were, or as would be one by one; 0 before it. */
   get perSecond(): number {
     return this.#perSecond
+  }
+
+  /** Whether it is known by now how quick searches are: the first ones of a thread that has just begun are not. */
+  get isSettled(): boolean {
+    return this.#windows >= windowsToSettle
   }
 
   get hasRoom(): boolean {
@@ -151,8 +161,11 @@ export class ConcurrencyLimit {
 
   #next(nowMillis: number): void {
     const { min, max, tolerance, probeMillis } = this.#options
-    this.#perSecond = (this.#samples * 1_000) / (nowMillis - this.#windowFrom)
+    this.#windows += 1
     this.#meanMillis = this.#millis / this.#samples
+    // Where little was asked little was answered: that says nothing of how much can be.
+    const ended = (this.#samples * 1_000) / (nowMillis - this.#windowFrom)
+    this.#perSecond = Math.max(ended, (this.#options.parallel * 1_000) / Math.max(this.#meanMillis, meanMillisMin))
     if (this.#probeFrom !== 0) {
       if (nowMillis - this.#probeFrom > probeMillisMax) this.#endProbe(nowMillis)
       return this.#open(nowMillis)

@@ -76,11 +76,13 @@ describe("the port", () => {
       )
     )
     for (const [i, { messages, status }] of calls.entries()) {
-      assert.strictEqual(status.code, grpc.status.OK)
+      assert.strictEqual(status.code, grpc.status.OK, status.details)
       assert.strictEqual(messages[0]?.vector_id, `v${i % count}`)
     }
     for (const { messages, status } of await Promise.all(answered)) {
       assert.strictEqual(status.code, grpc.status.OK)
+      const errors = messages.flatMap(({ summary }) => (summary?.error == null ? [] : [summary.error]))
+      assert.deepStrictEqual(errors, [])
       assert.strictEqual(messages.length, 150)
     }
   })
