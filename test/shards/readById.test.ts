@@ -79,7 +79,7 @@ const passivated = async (local: LocalActors["Service"]) => {
     await new Promise((resolve) => setTimeout(resolve, 25))
   }
   // Registered no more is not yet closed: its snapshot may still be under way.
-  await new Promise((resolve) => setTimeout(resolve, 300))
+  await new Promise((resolve) => setTimeout(resolve, 1_500))
 }
 
 // Side by side: the cluster looks for idle entities every five seconds.
