@@ -204,7 +204,7 @@ export class Sse extends Context.Service<
         }
         let link: SessionLink | undefined
         const program = Effect.gen(function* () {
-          link = yield* sessions.open
+          link = yield* sessions.openResumable
           if (position !== undefined && position.event !== "end") {
             const kept = yield* sessions.answer(position.session, position.query)
             if (kept !== undefined) return { answer: kept, session: position.session, after: position.event }

@@ -252,12 +252,14 @@ export const countedSessions = (router: Router["Service"], seen: Seen): Sessions
     })
     return { id: `s${seen.sessionsOpened}`, search: router.search, close: ended, abandon: ended }
   }
+  const open = Effect.suspend(() => {
+    const link = openUnsafe()
+    return link instanceof Overloaded ? Effect.fail(link) : Effect.succeed(link)
+  })
   return Sessions.of({
-    open: Effect.suspend(() => {
-      const link = openUnsafe()
-      return link instanceof Overloaded ? Effect.fail(link) : Effect.succeed(link)
-    }),
+    open,
     openUnsafe,
+    openResumable: open,
     answer: () => Effect.succeed(undefined),
     count: () => seen.sessionsOpen
   })

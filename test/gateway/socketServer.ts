@@ -65,6 +65,7 @@ export const startSocketServer = async (
   }
   const sessions = Sessions.of({
     open: Effect.sync(openUnsafe),
+    openResumable: Effect.sync(openUnsafe),
     openUnsafe,
     answer: () => Effect.succeed(undefined),
     count: () => opened
