@@ -1,5 +1,5 @@
 /**
- * What the client costs, on the words of the other benches. In one run, alternating: the embedded engine's search beside
+ * What the client costs, on the words of the other benches, the result cache off. In one run, alternating: the embedded engine's search beside
  * bare hnswlib-node's on the same vectors; searches over a WebSocket by `VectorDB` beside those of the bench's own frames,
  * 64 in flight; and the time of a fresh process from `import` to its first embedded search.
  *
@@ -64,7 +64,7 @@ const embedded = async (directory: string) => {
   bare.initIndex({ maxElements: data.base.words.length, ...indexSettings, randomSeed: indexSettings.seed })
   for (let row = 0; row < data.base.words.length; row++) bare.addPoint([...vectorOf(data.base, row)], row)
   bare.setEf(ef)
-  await using db = await VectorDB.open({ path: directory })
+  await using db = await VectorDB.open({ path: directory, settings: { resultCacheBytes: 0 } })
   await db.insertMany(items(), { batchSize: 1_000 })
   const pairs: Array<{ readonly bare: number; readonly ours: number; readonly oursP99: number }> = []
   for (let round = 0; round <= rounds; round++) {
@@ -82,7 +82,7 @@ const embedded = async (directory: string) => {
 }
 
 const overWebSocket = async (directory: string) => {
-  const server = await startOurs(directory)
+  const server = await startOurs(directory, ["--result-cache-bytes", "0"])
   try {
     const url = new URL(server.url)
     const clients = {
