@@ -220,6 +220,7 @@ describe("at level 95", () => {
     for (const socket of sockets.splice(5)) socket.destroy()
     let answer = ""
     while (!answer.startsWith("HTTP/1.1 200")) answer = await get("/api/v1/collections")
-    assert.notInclude(await get("/health/ready"), "load_level")
+    // At a lower level all are answered again, but for what is not asked here; it is left a moment later.
+    while ((await get("/health/ready")).includes("load_level")) await new Promise((resolve) => setTimeout(resolve, 20))
   })
 })
