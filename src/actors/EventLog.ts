@@ -17,6 +17,8 @@ type Own = { readonly event: "following" | "events_missed" }
 /** An event before it has its place and time. */
 export type NewEvent<E> = Unplaced<Exclude<E, Own>>
 
+// Casts below: that an event of `E` and its place are an `E` again is more than the compiler follows through `Omit` of a union.
+
 /** Events handed to a follower at once. */
 const batch = 64
 

@@ -111,5 +111,6 @@ const endpointOf = (text: string): string => {
   return `${protocol.replace("ws", "http")}//${host}${pathname.replace(/\/$/, "")}`
 }
 
+/** The types of platforms give their own events to listeners, of which only what `WebSocketLike` names is used. */
 const platformWebSocket = (url: string, protocols: ReadonlyArray<string>): WebSocketLike =>
   new globalThis.WebSocket(url, [...protocols]) as unknown as WebSocketLike

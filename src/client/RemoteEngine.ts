@@ -329,6 +329,7 @@ const storedOf = (body: Json): StoredVector => ({
   version: String(body["version"])
 })
 
+/** As the server has it: answers of the contract are not checked anew in a client of 40 KB. */
 const infoOf = (body: Json): CollectionInfo => body as unknown as CollectionInfo
 
 /** Requests of HTTP: tried again, within the deadline, where the server puts them off or cannot be reached. */

@@ -47,6 +47,7 @@ export class Http2Wire {
     this.#server.on("sessionError", () => {})
     this.#server.on("request", (request, response) =>
       // The compatibility API mirrors the members that handlers use.
+      // Node's compatibility API has the same shape, which its types do not say.
       handlers.onRequest(request as unknown as IncomingMessage, response as unknown as ServerResponse)
     )
     // Node's own listener makes the request and response of the compatibility API.

@@ -1,6 +1,6 @@
 /**
- * Messages of the `StreamSession` entity: one client's logical stream. Many share a connection; the connection is the
- * gateway's, the session is here. It bounds what the client has in flight, runs its searches over all partitions, and
+ * Messages of the `StreamSession` entity: a logical stream whose answers can be resumed, as those of event streams can; others
+ * are the gateway's own (`gateway/Sessions.ts`). It bounds what the client has in flight, runs its searches over all partitions, and
  * keeps the newest answers for a while, so that a stream cut in the middle goes on where it was (`Resume`).
  */
 import { Schema } from "effect"
