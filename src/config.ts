@@ -96,6 +96,59 @@ export const settings = {
   ]),
   activate: choice("collections whose partitions must be resident before the node is ready", "all", ["all", "none"]),
 
+  // Cluster
+  role: choice("what this process does: serve clients, own partitions, or both", "all", ["all", "gateway", "runner"]),
+  databaseUrl: text(
+    "Postgres that the nodes of a cluster meet in; empty: this node is alone",
+    "",
+    "postgres://.. or empty",
+    /^(?:|postgres(?:ql)?:\/\/\S{1,2000})$/
+  ),
+  databaseConnectionsMax: integer("connections to it", "connections", 4, 2, 100),
+  databaseConnectMillis: integer("for a connection to it", "ms", 5_000, 100, 600_000),
+  databaseWaitMillis: integer("that it may take until it is there, at start", "ms", 60_000, 0, 3_600_000),
+  cell: text("cluster that this node belongs to, within the region", "main", "1-32 of a-z 0-9 -", regionPattern),
+  clusterHost: text(
+    "address at which the others reach this runner",
+    "127.0.0.1",
+    "an address or host name",
+    /^\S{1,255}$/
+  ),
+  clusterPort: integer("and port; 0 takes a free one", "", 0, 0, 65_535),
+  clusterListen: text(
+    "address that it listens on for them; empty: cluster-host",
+    "",
+    "an address, a host name, or empty",
+    /^\S{0,255}$/
+  ),
+  clusterWeight: integer("shards that this runner takes, in relation to others", "shares", 1, 1, 1_000),
+  clusterPingMillis: integer("between two pings of a connection to another runner", "ms", 5_000, 100, 600_000),
+  clusterCallMillis: integer(
+    "for an answer of another node to a call that has no deadline of its own",
+    "ms",
+    30_000,
+    100,
+    600_000
+  ),
+  shardLockMillis: integer(
+    "after which the shards of a runner that stands still go to others",
+    "ms",
+    10_000,
+    1_000,
+    600_000
+  ),
+  shardRefreshMillis: integer("between two looks at which runner owns what", "ms", 250, 50, 60_000),
+  runnerHeartbeatMillis: integer(
+    "between two heartbeats of a runner, at most a third of shard-lock-millis",
+    "ms",
+    1_000,
+    100,
+    60_000
+  ),
+  runnerHealthMillis: integer("between two looks at whether the others live", "ms", 500, 50, 60_000),
+  runnerPingMillis: integer("for a runner's answer to whether it lives", "ms", 2_000, 50, 60_000),
+  joinDebounceMillis: integer("quiet time after which runners that joined are given shards", "ms", 0, 0, 600_000),
+
   // Object storage (where data is gs://bucket/prefix)
   cacheDir: text("directory for cached snapshots and scratch files", "./cache", "a path", /^[^\0]{1,4096}$/),
   diskCacheBytes: integer(
@@ -600,6 +653,15 @@ export const readSettings = (
   if (issuer.some((value) => value !== "") && issuer.includes("")) {
     const names = (["jwtIssuer", "jwtAudience", "jwtJwks"] as const).map((name) => `--${flagOf(name)}`)
     throw new SettingError(`${names.join(", ")}: expected all of them, or none`)
+  }
+  if (read.databaseUrl === "" && read.role !== "all") {
+    throw new SettingError(`--${flagOf("databaseUrl")}: expected the cluster's Postgres, for the role ${read.role}`)
+  }
+  if (read.runnerHeartbeatMillis * 3 > read.shardLockMillis) {
+    const expected = `at most a third of ${flagOf("shardLockMillis")} (${read.shardLockMillis})`
+    throw new SettingError(
+      `--${flagOf("runnerHeartbeatMillis")}: expected ${expected}, got ${read.runnerHeartbeatMillis}`
+    )
   }
   if (read.pingIntervalMillis >= read.idleTimeoutMillis) {
     const expected = `less than ${flagOf("idleTimeoutMillis")} (${read.idleTimeoutMillis}), or quiet clients are cut`

@@ -7,6 +7,7 @@ import { Effect, Layer, Option, Schedule } from "effect"
 import * as CatalogActor from "./actors/Catalog.ts"
 import * as IndexPartitionActor from "./actors/IndexPartition.ts"
 import * as LoadShedderActor from "./actors/LoadShedder.ts"
+import { PartitionReads } from "./actors/PartitionReads.ts"
 import * as StreamSessionActor from "./actors/StreamSession.ts"
 import * as TierPromoterActor from "./actors/TierPromoter.ts"
 import type { Metadata } from "./client/index.ts"
@@ -102,26 +103,33 @@ const budgetedCaches = Layer.effectDiscard(
   })
 )
 
+/** A gateway owns no partition, and so has no thread for one. */
+const vectorThreads = Layer.unwrap(
+  Effect.map(Settings, ({ role }) => (role === "gateway" ? VectorIndex.layerNone : VectorIndex.layer))
+)
+
+/** The actors of every process, whatever it does besides. */
+const ownActors = Layer.mergeAll(TierPromoterActor.layer, LoadShedderActor.layer)
+
+/** Those of a process that owns shards. */
+const shardActors = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.layer, StreamSessionActor.layer)
+
 /** The actors of one process. They stop, and snapshot what they hold, before the threads and the store they rest on. */
-export const actors = Layer.mergeAll(
-  IndexPartitionActor.layer,
-  CatalogActor.layer,
-  StreamSessionActor.layer,
-  TierPromoterActor.layer,
-  LoadShedderActor.layer
+export const actors = Layer.unwrap(
+  Effect.map(Settings, ({ role }) => (role === "gateway" ? ownActors : Layer.mergeAll(shardActors, ownActors)))
 ).pipe(
-  Layer.provideMerge(StandingQueries.layer),
+  Layer.provideMerge(Layer.mergeAll(StandingQueries.layer, PartitionReads.layer)),
   Layer.provideMerge(ChangeFeeds.layer),
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
   Layer.provideMerge(LoadMeter.layer),
   Layer.provideMerge(Admission.layer),
   Layer.provideMerge(Layer.mergeAll(LocalActors.layer, CacheEvents.layer, Shedding.layer)),
-  Layer.provideMerge(Cluster.layerSingle),
+  Layer.provideMerge(Cluster.layer),
   Layer.provideMerge(PartitionForms.layer),
   Layer.provideMerge(resultStore),
   Layer.provideMerge(budgetedCaches),
   Layer.provideMerge(Layer.mergeAll(AccessLog.layer, Caches.layer, MemoryBudget.layer, ResultCache.layer)),
-  Layer.provideMerge(VectorIndex.layer)
+  Layer.provideMerge(vectorThreads)
 )
 
 /** Objects in the data directory. */
@@ -152,9 +160,18 @@ export const node = (settings: SettingValues) =>
     Layer.provideMerge(actors),
     Layer.provideMerge(ServerBackup.layer),
     Layer.provideMerge(store(settings)),
-    Layer.provideMerge(DataDirectory.layer({ path: localDirectory(settings) })),
+    Layer.provideMerge(directory(settings)),
     Layer.provideMerge(Layer.succeed(Settings, settings))
   )
+
+/**
+ * The local directory of a node that is alone is its own. Members of a cluster share one where all data is in it; where the data
+ * is in a bucket, what is local is cache and scratch, and each needs its own.
+ */
+const directory = (settings: SettingValues) => {
+  const isShared = settings.databaseUrl !== "" && !GcsObjectStore.isBucketUrl(settings.data)
+  return DataDirectory.layer({ path: localDirectory(settings), ...(isShared ? { sharedBy: settings.cell } : {}) })
+}
 
 /** The engine of a node, without its wires: what `VectorDB.open` opens. */
 const engine = (settings: SettingValues) =>

@@ -18,6 +18,7 @@ import {
   localShedderId
 } from "../protocol/LoadShedder.ts"
 import { Admission } from "../shards/Admission.ts"
+import { layerNode } from "../shards/Cluster.ts"
 import { LoadMeter } from "../shards/LoadMeter.ts"
 import { Shedding } from "../shards/Shedding.ts"
 import { EventLog } from "./EventLog.ts"
@@ -188,7 +189,7 @@ const awaken = Effect.gen(function* () {
 /** The shedder that was lost, by whatever fault, is back after so long. */
 const awakenMillis = 5_000
 
-/** The entity, kept awake. */
+/** The entity of this process, kept awake. */
 export const layer = Layer.effectDiscard(awaken).pipe(
   Layer.provideMerge(
     LoadShedder.toLayer(makeShedder, {
@@ -197,5 +198,6 @@ export const layer = Layer.effectDiscard(awaken).pipe(
       mailboxCapacity: 1_024,
       maxIdleTime: Duration.infinity
     })
-  )
+  ),
+  Layer.provide(layerNode)
 )

@@ -1,5 +1,5 @@
 /** Reads of records from their partitions, by entity id: directly where the partition is resident here, else by message. */
-import { Effect } from "effect"
+import { Context, Effect, Layer } from "effect"
 import { Overloaded, PartitionUnavailable } from "../protocol/Errors.ts"
 import {
   IndexPartition,
@@ -9,20 +9,28 @@ import {
 } from "../protocol/IndexPartition.ts"
 import { LocalActors } from "../shards/LocalActors.ts"
 
-export interface PartitionReads {
-  /** Past every cache. `null` where there is no visible record. */
-  readonly get: (
-    partition: string,
-    ids: ReadonlyArray<string>
-  ) => Effect.Effect<ReadonlyArray<PartitionRecord | null>, PartitionError>
-  /** Whether it is resident in this process. */
-  readonly isResident: (partition: string) => boolean
+export class PartitionReads extends Context.Service<
+  PartitionReads,
+  {
+    /** Past every cache. `null` where there is no visible record. */
+    readonly get: (
+      partition: string,
+      ids: ReadonlyArray<string>
+    ) => Effect.Effect<ReadonlyArray<PartitionRecord | null>, PartitionError>
+    /** Whether it is resident in this process. */
+    readonly isResident: (partition: string) => boolean
+  }
+>()("ruvector/actors/PartitionReads") {
+  static readonly layer = Layer.effect(
+    PartitionReads,
+    Effect.suspend(() => make)
+  )
 }
 
-export const makePartitionReads = Effect.gen(function* () {
+const make = Effect.gen(function* () {
   const local = yield* LocalActors
   const client = yield* IndexPartition.client
-  const get: PartitionReads["get"] = (partition, ids) =>
+  const get: PartitionReads["Service"]["get"] = (partition, ids) =>
     Effect.suspend(() => {
       const resident = local.partitions.get(partition)
       if (resident !== undefined) return resident.get(ids)
@@ -42,5 +50,5 @@ export const makePartitionReads = Effect.gen(function* () {
         }
       })
     })
-  return { get, isResident: (partition: string) => local.partitions.has(partition) } satisfies PartitionReads
+  return PartitionReads.of({ get, isResident: (partition) => local.partitions.has(partition) })
 })

@@ -28,6 +28,7 @@ import {
   warmLimitDefault,
   warmSelectionOf
 } from "../protocol/Warming.ts"
+import { layerNode } from "../shards/Cluster.ts"
 import { groupByPartition } from "../shards/PartitionMap.ts"
 import { Router } from "../shards/Router.ts"
 import { type AccessedRecord, AccessLog } from "../tiers/AccessLog.ts"
@@ -36,7 +37,7 @@ import { RecordCache } from "../tiers/RecordCache.ts"
 import { decide } from "../tiers/TierPolicy.ts"
 import { WarmStore } from "../tiers/WarmStore.ts"
 import { EventLog, type NewEvent } from "./EventLog.ts"
-import { makePartitionReads } from "./PartitionReads.ts"
+import { PartitionReads } from "./PartitionReads.ts"
 import { type WarmGroup, warm } from "./Warming.ts"
 
 /** Share of the record cache that one warming may fill. */
@@ -59,7 +60,7 @@ const makePromoter = Effect.gen(function* () {
   const forms = yield* PartitionForms
   const warmStore = yield* WarmStore
   const recordCache = yield* RecordCache
-  const reads = yield* makePartitionReads
+  const reads = yield* PartitionReads
   const scope = yield* Effect.scope
   const events = new EventLog<TierEvent>(settings.tierEventsMax)
   const publish = (event: NewEvent<TierEvent>, now: number) => events.publish(event, now)
@@ -294,7 +295,7 @@ const makePromoter = Effect.gen(function* () {
 /** Reads records and puts them into the warm tier, and into the record cache where they are to be hot. Gives the ids put. */
 const promoteRecords =
   (tiers: {
-    readonly reads: Effect.Success<typeof makePartitionReads>
+    readonly reads: PartitionReads["Service"]
     readonly warmStore: WarmStore["Service"]
     readonly recordCache: RecordCache["Service"]
   }) =>
@@ -363,7 +364,7 @@ const reporter = Effect.gen(function* () {
   yield* Effect.forkScoped(Effect.forever(Effect.andThen(Effect.sleep(Duration.millis(settings.tierTickMillis)), tell)))
 })
 
-/** The entity, and the reports to it. */
+/** The entity of this process, and the reports to it. */
 export const layer = Layer.effectDiscard(reporter).pipe(
   Layer.provideMerge(
     TierPromoter.toLayer(makePromoter, {
@@ -372,5 +373,6 @@ export const layer = Layer.effectDiscard(reporter).pipe(
       mailboxCapacity: 1_024,
       maxIdleTime: Duration.infinity
     })
-  )
+  ),
+  Layer.provide(layerNode)
 )

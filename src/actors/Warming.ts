@@ -12,7 +12,7 @@ import type { WarmStore } from "../tiers/WarmStore.ts"
 import type { PartitionReads } from "./PartitionReads.ts"
 
 export interface WarmTiers {
-  readonly reads: PartitionReads
+  readonly reads: PartitionReads["Service"]
   readonly warmStore: WarmStore["Service"]
   readonly recordCache: RecordCache["Service"]
   /** Bytes of the record cache that one warming may fill; it gives up older records for that. */

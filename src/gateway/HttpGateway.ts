@@ -13,6 +13,7 @@ import { Context, Effect, Layer, Scope } from "effect"
 import { HttpRouter, HttpServerRequest, HttpServerResponse } from "effect/http"
 import { OpenApi } from "effect/http-api"
 import { Settings } from "../config.ts"
+import { StorageUnavailable } from "../protocol/Errors.ts"
 import { RuvectorApi } from "../protocol/HttpApi.ts"
 import { overloadedBy, Shedding } from "../shards/Shedding.ts"
 import { addressOf, Callers, callerOf } from "./Callers.ts"
@@ -24,7 +25,7 @@ import * as Operations from "./Operations.ts"
 import { Origins, refusePage } from "./Origins.ts"
 import { responseOfCause } from "./Problems.ts"
 import { instance } from "./Queries.ts"
-import { rawProblems } from "./RawProblems.ts"
+import { type RawProblem, rawProblems } from "./RawProblems.ts"
 import { Readiness } from "./Readiness.ts"
 import { askerOf, refuseRequest, refuseUpgrade } from "./Refusals.ts"
 import { RejectedConnections } from "./RejectedConnections.ts"
@@ -80,6 +81,7 @@ export class HttpGateway extends Context.Service<
       const origins = new Origins(settings.corsOrigins, settings.host)
       const rejected = new RejectedConnections(shedding)
       const addresses = yield* ClientAddresses
+      const servesClients = settings.role !== "runner"
       let draining = false
       const port = yield* OnePort.make(settings, addresses, {
         onConnection: (socket) => rejected.opened(socket),
@@ -87,8 +89,11 @@ export class HttpGateway extends Context.Service<
           const id = nextRequestId()
           if (origins.answered(request, response, id)) return countRequest("http", "origin", response.statusCode, 0)
           const path = pathOf(request.url as string)
-          if (draining && path.startsWith(streamPaths)) return refuseDraining(response, id)
+          if (draining && path.startsWith(streamPaths)) {
+            return refuseRaw(response, id, rawProblems.shuttingDown, "draining")
+          }
           const isOperators = operatorPaths.has(path)
+          if (!isOperators && !servesClients) return refuseRaw(response, id, rawProblems.notGateway, "role")
           const refusal = isOperators ? undefined : rejected.refusal(request.socket)
           if (refusal !== undefined) {
             countRequest("http", "connection", 503, 0)
@@ -116,6 +121,7 @@ export class HttpGateway extends Context.Service<
           const refused = origins.refusal(request)
           if (refused !== undefined) return refusePage(socket, refused)
           if (draining) return socket.end(rawProblems.shuttingDown.text)
+          if (!servesClients) return socket.end(rawProblems.notGateway.text)
           const refusal = rejected.refusal(request.socket)
           if (refusal !== undefined) {
             countRequest("http", "connection", 503, 0)
@@ -135,6 +141,7 @@ export class HttpGateway extends Context.Service<
             ? undefined
             : (rejected.refusal(socket ?? {}) ?? shedding.refusal(askerOf(addresses.streamAddress(stream, headers))))
           if (refusal !== undefined) return grpc.refuse(stream, overloadedBy(refusal))
+          if (!isHealth && !servesClients) return grpc.refuse(stream, notGateway)
           grpc.handleStream(stream, headers, onBytes)
         },
         onRefused: countRefusal
@@ -190,12 +197,21 @@ export class HttpGateway extends Context.Service<
 /** Below it are streams that are held open. */
 const streamPaths = "/api/v1/stream/"
 
-const refuseDraining = (response: ServerResponse, requestId: string): void => {
-  const { status, contentType, body } = rawProblems.shuttingDown
-  countRequest("http", "draining", status, 0)
-  response.writeHead(status, { "content-type": contentType, "retry-after": "1", "x-request-id": requestId })
+const refuseRaw = (response: ServerResponse, requestId: string, problem: RawProblem, route: string): void => {
+  const { status, contentType, body } = problem
+  countRequest("http", route, status, 0)
+  response.writeHead(status, {
+    "content-type": contentType,
+    "x-request-id": requestId,
+    ...(status === 503 ? { "retry-after": "1" } : {})
+  })
   response.end(body)
 }
+
+const notGateway = new StorageUnavailable({
+  detail: "This node serves no clients: ask a gateway.",
+  retryAfterMillis: 1_000
+})
 
 /** Answered whatever the load: a load balancer, and whoever looks into it, has to know. */
 const operatorPaths = new Set(["/health/live", "/health/ready", "/metrics", Operations.loadPath])

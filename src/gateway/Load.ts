@@ -3,6 +3,7 @@ import { Context, Effect, Layer, Stream } from "effect"
 import { type ApiError, Overloaded } from "../protocol/Errors.ts"
 import { type LoadEvent, LoadShedder, type LoadState, localShedderId } from "../protocol/LoadShedder.ts"
 
+import { layerNode } from "../shards/Cluster.ts"
 export class Load extends Context.Service<
   Load,
   {
@@ -23,7 +24,7 @@ export class Load extends Context.Service<
           )
       })
     })
-  )
+  ).pipe(Layer.provide(layerNode))
 }
 
 const undelivered = () => new Overloaded({ bound: "mailbox", retryAfterMillis: 1_000 })

@@ -6,6 +6,7 @@ import { isOperator, type Principal } from "../protocol/Principal.ts"
 import { shownError, shownName, storedName, tenantOf } from "../protocol/Tenant.ts"
 import { localPromoterId, type TierEvent, TierPromoter, type TierState } from "../protocol/TierPromoter.ts"
 import type { WarmReport, WarmRequest } from "../protocol/Warming.ts"
+import { layerNode } from "../shards/Cluster.ts"
 import type { Access } from "./Access.ts"
 
 export class Promoter extends Context.Service<
@@ -27,7 +28,7 @@ export class Promoter extends Context.Service<
         events: (after) => Stream.mapError(client.Events(after === undefined ? {} : { after }), toApiError)
       })
     })
-  )
+  ).pipe(Layer.provide(layerNode))
 }
 
 /**

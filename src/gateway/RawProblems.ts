@@ -48,6 +48,7 @@ export const rawProblems = {
   }),
   connectionsMax: overloaded(503, "connectionsMax"),
   connectionsPerIpMax: overloaded(429, "connectionsPerIpMax"),
+  notGateway: rawProblem(421, "not_gateway", "This node owns partitions and serves no clients: ask a gateway."),
   shuttingDown: rawProblem(503, "shutting_down", "This node is shutting down; nothing was done.", {
     retry_after_ms: 1_000
   })

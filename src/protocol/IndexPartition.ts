@@ -5,7 +5,7 @@
  * Calls are at least once: every mutation is idempotent by the versions its records carry.
  */
 import { Schema } from "effect"
-import { Entity } from "effect/cluster"
+import { ClusterSchema, Entity } from "effect/cluster"
 import { Rpc } from "effect/rpc"
 import { Collection } from "./Collection.ts"
 import {
@@ -136,6 +136,9 @@ export type ChangePage = typeof ChangePage.Type
 /** The feed does not reach back that far: read the current state, then follow from `oldestSeq`. */
 export class Compacted extends Schema.TaggedError<Compacted>()("Compacted", { oldestSeq: Schema.Int }) {}
 
+/** The shards that partitions are in. */
+export const partitionsGroup = "partitions"
+
 export const IndexPartition = Entity.make("IndexPartition", [
   /** Makes the partition resident and waits until it is. */
   Rpc.make("Activate", { success: PartitionStats, error: PartitionError }),
@@ -189,4 +192,4 @@ export const IndexPartition = Entity.make("IndexPartition", [
   }),
   /** Deactivates the partition and deletes its objects. Only the Catalog asks this. */
   Rpc.make("Remove", { payload: { collection: Collection }, success: Schema.Void, error: PartitionError })
-])
+]).annotate(ClusterSchema.ShardGroup, () => partitionsGroup)

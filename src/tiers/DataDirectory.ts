@@ -1,17 +1,24 @@
 /**
  * The directory in which a node without an object store keeps everything: `objects/` (a {@link FileObjectStore}),
  * `scratch/` (files under way), `FORMAT` (what wrote it) and `LOCK` (who uses it). One process at a time.
+ *
+ * Or the members of a cluster on one machine, or on a file system they share: then `CLUSTER` names their cell, each has
+ * a folder of its own in `scratch/`, and they take `LOCK` only while they open the directory. What they write is fenced by the
+ * epochs of the partitions.
  */
 import { link, mkdir, open as openFile, readdir, readFile, rm, stat, unlink } from "node:fs/promises"
 import { dirname, join, resolve } from "node:path"
-import { Context, Data, Effect, Layer, Option, Schema, type Scope } from "effect"
+import { Context, Data, Effect, Layer, Option, Schedule, Schema, type Scope } from "effect"
 import * as DirectoryLock from "./DirectoryLock.ts"
+import { formatIdentity, isAlive, ownIdentity, parseIdentity } from "./ProcessIdentity.ts"
 
 export interface DataDirectoryOptions {
   /** Made where it is missing, with the directories above it. */
   readonly path: string
   /** The program and its version, written into `FORMAT` of a new directory. */
   readonly createdBy?: string
+  /** The cell whose nodes share the directory. */
+  readonly sharedBy?: string
 }
 
 export class DataDirectory extends Context.Service<
@@ -94,6 +101,16 @@ export class DataDirectoryNewer extends Data.TaggedError("DataDirectoryNewer")<{
   }
 }
 
+/** The directory belongs to a cluster, and this is no node of it. */
+export class DataDirectoryOfCluster extends Data.TaggedError("DataDirectoryOfCluster")<{
+  readonly directory: string
+  readonly cell: string
+}> {
+  override get message(): string {
+    return `The data directory ${this.directory} belongs to the nodes of cell ${this.cell}: start this as one of them (--database-url, --cell), or remove the file ${clusterName} in it once none of them runs.`
+  }
+}
+
 /** The directory could not be opened for another reason. */
 export class DataDirectoryFailure extends Data.TaggedError("DataDirectoryFailure")<{
   readonly directory: string
@@ -111,6 +128,7 @@ export type DataDirectoryError =
   | DataDirectoryNotWritable
   | DataDirectoryForeign
   | DataDirectoryNewer
+  | DataDirectoryOfCluster
   | DataDirectoryFailure
 
 /** Opens the data directory until the scope closes. */
@@ -123,7 +141,9 @@ export const open: (
       Effect.tryPromise({ try: work, catch: (cause) => errorOf(directory, cause) })
 
     yield* attempt(() => prepare(directory))
-    yield* DirectoryLock.acquire(directory).pipe(
+    const objects = join(directory, "objects")
+    const scratches = join(directory, "scratch")
+    const lock = DirectoryLock.acquire(directory).pipe(
       Effect.mapError((error) => {
         if (error._tag === "LockHeld") {
           return new DataDirectoryLocked({ directory, pid: error.pid, elsewhere: error.elsewhere })
@@ -131,18 +151,72 @@ export const open: (
         return errorOf(directory, Object.assign(new Error(error.detail), { code: error.code }))
       })
     )
-    return yield* attempt(async () => {
-      await checkFormat(directory, options.createdBy ?? "ruvector-streaming")
-      const objects = join(directory, "objects")
-      const scratch = join(directory, "scratch")
-      await rm(scratch, { recursive: true, force: true })
-      await mkdir(scratch)
-      await mkdir(objects, { recursive: true })
-      await sync(directory)
-      return { path: directory, objects, scratch }
-    })
+    const opened = (work: () => Promise<void>) =>
+      attempt(async () => {
+        await checkFormat(directory, options.createdBy ?? "ruvector-streaming")
+        await checkCluster(directory, options.sharedBy)
+        await work()
+        await mkdir(objects, { recursive: true })
+        await sync(directory)
+      })
+    const cell = options.sharedBy
+    if (cell === undefined) {
+      yield* lock
+      yield* opened(async () => {
+        await rm(scratches, { recursive: true, force: true })
+        await mkdir(scratches)
+      })
+      return { path: directory, objects, scratch: scratches }
+    }
+    const scratch = join(scratches, formatIdentity(ownIdentity()))
+    // Held for as long as opening takes; another node may be at it.
+    yield* Effect.andThen(
+      lock,
+      opened(async () => {
+        await mkdir(scratches, { recursive: true })
+        for (const name of await readdir(scratches)) {
+          const owner = parseIdentity(name)
+          if (owner !== undefined && isAlive(owner) !== "dead") continue
+          await rm(join(scratches, name), { recursive: true, force: true })
+        }
+        await mkdir(scratch)
+      })
+    ).pipe(
+      Effect.scoped,
+      Effect.retry({
+        while: (error) => error._tag === "DataDirectoryLocked",
+        schedule: Schedule.upTo(Schedule.spaced(lockPauseMillis), { duration: lockWaitMillis })
+      })
+    )
+    yield* Effect.addFinalizer(() => Effect.ignore(attempt(() => rm(scratch, { recursive: true, force: true }))))
+    return { path: directory, objects, scratch }
   }
 )
+
+/** How long a node of a cluster waits for others that open the directory, and between two looks. */
+const lockWaitMillis = 10_000
+const lockPauseMillis = 50
+
+/** Names the cell whose nodes share the directory. */
+const clusterName = "CLUSTER"
+
+const Sharing = Schema.Struct({ cell: Schema.String })
+const decodeSharing = Schema.decodeUnknownOption(Schema.fromJsonString(Sharing))
+
+/** Refuses a directory that is another's, and marks it as the cell's. */
+const checkCluster = async (directory: string, cell: string | undefined): Promise<void> => {
+  const path = join(directory, clusterName)
+  const found = await readFile(path, "utf8").catch((cause: NodeJS.ErrnoException) => {
+    if (cause.code !== "ENOENT") throw cause
+    return undefined
+  })
+  if (found === undefined) {
+    if (cell !== undefined) await writeWhole(directory, clusterName, `${JSON.stringify({ cell })}\n`)
+    return
+  }
+  const other = Option.getOrUndefined(decodeSharing(found))?.cell ?? "(unreadable)"
+  if (other !== cell) throw new DataDirectoryOfCluster({ directory, cell: other })
+}
 
 const formatName = "FORMAT"
 
@@ -154,7 +228,10 @@ const decodeFormat = Schema.decodeUnknownOption(Schema.fromJsonString(Format))
 const ignored = new Set(["lost+found", ".DS_Store"])
 
 const isError = (cause: unknown): cause is DataDirectoryError =>
-  cause instanceof DataDirectoryForeign || cause instanceof DataDirectoryNewer || cause instanceof DataDirectoryFailure
+  cause instanceof DataDirectoryForeign ||
+  cause instanceof DataDirectoryNewer ||
+  cause instanceof DataDirectoryOfCluster ||
+  cause instanceof DataDirectoryFailure
 
 const errorOf = (directory: string, cause: unknown): DataDirectoryError => {
   if (isError(cause)) return cause
@@ -212,8 +289,8 @@ const makeMissing = async (directory: string): Promise<string | undefined> => {
   }
 }
 
-const formatTemp = `${formatName}.new`
-const isOwnTemp = (name: string): boolean => name === formatTemp
+const tempSuffix = ".new"
+const isOwnTemp = (name: string): boolean => name === `${formatName}${tempSuffix}`
 
 /** Reads `FORMAT`, or writes it where the directory is new. */
 const checkFormat = async (directory: string, createdBy: string): Promise<void> => {
@@ -223,18 +300,7 @@ const checkFormat = async (directory: string, createdBy: string): Promise<void> 
     text = await readFile(path, "utf8")
   } catch (cause) {
     if ((cause as NodeJS.ErrnoException).code !== "ENOENT") throw cause
-    const temp = join(directory, formatTemp)
-    await rm(temp, { force: true })
-    const file = await openFile(temp, "wx")
-    try {
-      await file.writeFile(`${JSON.stringify({ format: directoryFormat, createdBy })}\n`)
-      await file.sync()
-    } finally {
-      await file.close()
-    }
-    await link(temp, path)
-    await unlink(temp)
-    await sync(directory)
+    await writeWhole(directory, formatName, `${JSON.stringify({ format: directoryFormat, createdBy })}\n`)
     return
   }
   const found = Option.getOrUndefined(decodeFormat(text))
@@ -244,6 +310,22 @@ const checkFormat = async (directory: string, createdBy: string): Promise<void> 
   if (found.format > directoryFormat) {
     throw new DataDirectoryNewer({ directory, format: found.format, createdBy: found.createdBy ?? "a newer version" })
   }
+}
+
+/** Puts a file there that is either whole or missing. */
+const writeWhole = async (directory: string, name: string, text: string): Promise<void> => {
+  const temp = join(directory, `${name}${tempSuffix}`)
+  await rm(temp, { force: true })
+  const file = await openFile(temp, "wx")
+  try {
+    await file.writeFile(text)
+    await file.sync()
+  } finally {
+    await file.close()
+  }
+  await link(temp, join(directory, name))
+  await unlink(temp)
+  await sync(directory)
 }
 
 const sync = async (directory: string): Promise<void> => {

@@ -269,6 +269,12 @@ export class VectorIndex extends Context.Service<
       })
     )
 
+  /** Of a process that owns no partitions. */
+  static readonly layerNone: Layer.Layer<VectorIndex> = Layer.sync(VectorIndex, () => {
+    const none = Effect.die(new Error("A partition was opened in a process that owns none"))
+    return VectorIndex.of({ open: () => none, openMapped: () => none, collect: () => {}, threads: Effect.succeed([]) })
+  })
+
   /** The threads that the settings ask for. */
   static readonly layer: Layer.Layer<VectorIndex, never, Settings> = Layer.unwrap(
     Effect.map(Settings, (settings) => VectorIndex.layerWith(settings))

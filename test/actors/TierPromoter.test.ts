@@ -9,7 +9,7 @@ import type { Sharding } from "effect/cluster"
 import * as CatalogActor from "../../src/actors/Catalog.ts"
 import { EventLog } from "../../src/actors/EventLog.ts"
 import * as IndexPartitionActor from "../../src/actors/IndexPartition.ts"
-import { makePartitionReads, type PartitionReads } from "../../src/actors/PartitionReads.ts"
+import { PartitionReads } from "../../src/actors/PartitionReads.ts"
 import * as TierPromoterActor from "../../src/actors/TierPromoter.ts"
 import { warm } from "../../src/actors/Warming.ts"
 import { defaultSettings, Settings } from "../../src/config.ts"
@@ -36,7 +36,7 @@ import { RecordCache } from "../../src/tiers/RecordCache.ts"
 import { VectorIndex } from "../../src/tiers/VectorIndex.ts"
 import { WarmStore } from "../../src/tiers/WarmStore.ts"
 
-type Services = Router | Sharding.Sharding | AccessLog | RecordCache | WarmStore | LocalActors
+type Services = PartitionReads | Router | Sharding.Sharding | AccessLog | RecordCache | WarmStore | LocalActors
 
 /** Partitions as this test would have them, and what was asked to be done with them. */
 const forms = {
@@ -71,10 +71,11 @@ beforeAll(async () => {
     warmsMax: 1
   }
   const layer = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.layer, TierPromoterActor.layer).pipe(
+    Layer.provideMerge(PartitionReads.layer),
     Layer.provideMerge(Router.layer({ createOnInsert: "default" })),
     Layer.provideMerge(Admission.layer),
     Layer.provideMerge(Layer.mergeAll(LocalActors.layer, Shedding.layer)),
-    Layer.provideMerge(Cluster.layerSingle),
+    Layer.provideMerge(Cluster.layerNode),
     Layer.provideMerge(
       Layer.mergeAll(
         VectorIndex.layer,
@@ -354,12 +355,12 @@ describe("warming", () => {
   const warmWith = async (
     of: Collection,
     ids: ReadonlyArray<string>,
-    change: (tiers: { reads: PartitionReads; warmStore: WarmStore["Service"] }) => Partial<{
-      reads: PartitionReads
+    change: (tiers: { reads: PartitionReads["Service"]; warmStore: WarmStore["Service"] }) => Partial<{
+      reads: PartitionReads["Service"]
       warmStore: WarmStore["Service"]
     }>
   ): Promise<WarmReport> => {
-    const real = { reads: await run(makePartitionReads), warmStore: warmStore() }
+    const real = { reads: await run(PartitionReads), warmStore: warmStore() }
     const groups = Array.from(
       groupByPartition(ids, (id) => id, of.partitions),
       ([partition, group]) => ({

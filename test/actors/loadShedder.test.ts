@@ -126,7 +126,7 @@ describe("the actor", () => {
 
   beforeAll(async () => {
     const layer = LoadShedderActor.layer.pipe(
-      Layer.provideMerge(Cluster.layerSingle),
+      Layer.provideMerge(Cluster.layerNode),
       Layer.provideMerge(Layer.succeed(LoadMeter, { sample: () => sample })),
       Layer.provideMerge(Admission.layerWith({ parallel: 1, now: () => performance.now() })),
       Layer.provideMerge(Shedding.layer),

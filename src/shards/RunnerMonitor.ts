@@ -1,0 +1,83 @@
+/**
+ * Which runners live. Effect Cluster has one of them look after all the others, so that the death of that one is noticed only
+ * when its lock has run out. Here each looks after all: who does not answer, and whose heartbeat in the database has stopped,
+ * is marked as dead at once. A runner that merely cannot be reached from here keeps its heartbeat, and its shards.
+ */
+import { Duration, Effect, Layer } from "effect"
+import { type RunnerAddress, RunnerHealth, RunnerStorage, Runners, ShardingConfig } from "effect/cluster"
+import { SqlClient } from "effect/sql"
+import { Settings } from "../config.ts"
+
+/** Answers to a ping that may be missed: one that is refused fails at once, one that is not answered after a while. */
+const pingTries = 3
+
+export const RunnerMonitor = {
+  /** Looks after the other runners for as long as the layer lives. `table`: of the runners. */
+  layer: (table: string) =>
+    Layer.effectDiscard(
+      Effect.gen(function* () {
+        const settings = yield* Settings
+        const runners = yield* Runners.Runners
+        const storage = yield* RunnerStorage.RunnerStorage
+        const sql = (yield* SqlClient.SqlClient).withoutTransforms()
+        const { runnerAddress } = yield* ShardingConfig.ShardingConfig
+        const own = runnerAddress._tag === "Some" ? `${runnerAddress.value.host}:${runnerAddress.value.port}` : ""
+        /** Milliseconds without a heartbeat: more than two were missed. */
+        const silentMillis = Math.ceil(2.5 * settings.runnerHeartbeatMillis)
+        const silent = sql<{ readonly address: string }>`
+          SELECT address FROM ${sql(table)}
+          WHERE healthy AND last_heartbeat < NOW() - ${silentMillis} * INTERVAL '1 millisecond'`
+
+        const look = Effect.gen(function* () {
+          const addresses = new Set((yield* silent).map(({ address }) => address))
+          if (addresses.size === 0) return
+          const all = yield* storage.getRunners
+          for (const [{ address }, healthy] of all) {
+            const name = `${address.host}:${address.port}`
+            if (!healthy || name === own || !addresses.has(name)) continue
+            if (yield* isAlive(runners, address, settings.runnerPingMillis)) continue
+            yield* Effect.logWarning("A runner is dead: it does not answer, nor does it say that it lives", {
+              runner: name
+            })
+            yield* storage.setRunnerHealth(address, false)
+          }
+        })
+        // The one that the locks' refreshing brings along comes too seldom to be missed soon.
+        const beat = sql`UPDATE ${sql(table)} SET last_heartbeat = NOW() WHERE address = ${own}`
+        yield* beat.pipe(
+          Effect.catchCause((cause) => Effect.logDebug("The heartbeat was not written", cause)),
+          Effect.andThen(Effect.sleep(Duration.millis(settings.runnerHeartbeatMillis))),
+          Effect.forever,
+          Effect.forkScoped
+        )
+        yield* look.pipe(
+          Effect.catchCause((cause) => Effect.logDebug("The runners could not be looked at", cause)),
+          Effect.andThen(Effect.sleep(Duration.millis(settings.runnerHealthMillis))),
+          Effect.forever,
+          Effect.forkScoped
+        )
+      })
+    ),
+
+  /** What the one runner asks that looks after all: whether another answers. */
+  health: Effect.gen(function* () {
+    const { runnerPingMillis } = yield* Settings
+    const runners = yield* Runners.Runners
+    return RunnerHealth.RunnerHealth.of({ isAlive: (address) => isAlive(runners, address, runnerPingMillis) })
+  })
+}
+
+const isAlive = (
+  runners: Runners.Runners["Service"],
+  address: RunnerAddress.RunnerAddress,
+  pingMillis: number
+): Effect.Effect<boolean> =>
+  runners.ping(address).pipe(
+    Effect.timeout(pingMillis),
+    Effect.tapError(() => Effect.sleep(pauseMillis)),
+    Effect.retry({ times: pingTries - 1 }),
+    Effect.isSuccess
+  )
+
+/** Between two pings of one that does not answer. */
+const pauseMillis = 250
