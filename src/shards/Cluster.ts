@@ -27,10 +27,9 @@ import * as Socket from "effect/socket/Socket"
 import { SqlClient } from "effect/sql"
 import { Settings, type SettingValues } from "../config.ts"
 import { partitionsGroup } from "../protocol/IndexPartition.ts"
+import { Membership, shardsPerGroup } from "./Membership.ts"
+import { Placement } from "./Placement.ts"
 import { RunnerMonitor } from "./RunnerMonitor.ts"
-
-/** Shards of each group: as many in all of a cluster, for good. */
-export const shardsPerGroup = 300
 
 /** Largest message between two nodes: a group of records that is inserted. */
 const frameBytesMax = 256 * 1_048_576
@@ -62,12 +61,20 @@ export const layerNode = Layer.unwrap(
 )
 
 /** The actors that are somewhere in the cluster; in this process where it is alone. */
-export const layer: Layer.Layer<Sharding.Sharding, ClusterUnavailable, Settings> = Layer.unwrap(
-  Effect.map(Settings, (settings): Layer.Layer<Sharding.Sharding, ClusterUnavailable, Settings> => {
-    if (settings.databaseUrl === "") return layerNode
-    return settings.role === "gateway" ? gateway(settings) : runner(settings)
-  })
+export const layer = Layer.unwrap(
+  Effect.map(
+    Settings,
+    (settings): Layer.Layer<Sharding.Sharding | Membership | Placement, ClusterUnavailable, Settings> => {
+      if (settings.databaseUrl === "") return layerAlone
+      return Placement.layer.pipe(
+        Layer.provideMerge(settings.role === "gateway" ? gateway(settings) : runner(settings))
+      )
+    }
+  )
 )
+
+/** A process that is alone. */
+export const layerAlone = Placement.layer.pipe(Layer.provideMerge(layerNode), Layer.provideMerge(Membership.layerAlone))
 
 /** The same for all members, whichever way they are joined. */
 const shared = (settings: SettingValues) => ({
@@ -84,6 +91,8 @@ const member = (settings: SettingValues) => ({
   simulateRemoteSerialization: false,
   runnerShardWeight: settings.clusterWeight,
   shardLockExpiration: Duration.millis(settings.shardLockMillis),
+  // Locks are rows: those of a session would go with it, when the database restarts.
+  shardLockDisableAdvisory: true,
   refreshAssignmentsInterval: Duration.millis(settings.shardRefreshMillis),
   runnerHealthCheckInterval: Duration.millis(settings.runnerHealthMillis),
   runnerJoinDebounce: Duration.millis(settings.joinDebounceMillis),
@@ -163,7 +172,8 @@ const storage = (settings: SettingValues) =>
   Layer.unwrap(
     Effect.as(
       reachable(settings),
-      SqlRunnerStorage.layerWith({ prefix: tablePrefix(settings) }).pipe(
+      Membership.layer(tablePrefix(settings)).pipe(
+        Layer.provide(SqlRunnerStorage.layerWith({ prefix: tablePrefix(settings) })),
         Layer.provideMerge(database(settings)),
         Layer.catchCause((cause) => Layer.effectContext(Effect.fail(unusable(settings, cause))))
       )
