@@ -146,6 +146,14 @@ export const settings = {
     600_000
   ),
   shardRefreshMillis: integer("between two looks at which runner owns what", "ms", 250, 50, 60_000),
+  prepareMillis: integer(
+    "that a runner which comes or goes gives the next owners of its partitions to prepare for them",
+    "ms",
+    3_000,
+    0,
+    600_000
+  ),
+  standbyMillis: integer("that what was prepared is kept until it is needed", "ms", 30_000, 0, 600_000),
   ownerCheckMillis: integer(
     "between two looks at whether partitions are still this runner's, while the database is gone",
     "ms",

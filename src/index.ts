@@ -5,8 +5,10 @@
 import { join } from "node:path"
 import { Effect, Layer, Option, Schedule } from "effect"
 import * as CatalogActor from "./actors/Catalog.ts"
+import * as Handover from "./actors/Handover.ts"
 import * as IndexPartitionActor from "./actors/IndexPartition.ts"
 import * as LoadShedderActor from "./actors/LoadShedder.ts"
+import { PartitionOpener } from "./actors/OpenPartition.ts"
 import { PartitionReads } from "./actors/PartitionReads.ts"
 import * as StreamSessionActor from "./actors/StreamSession.ts"
 import * as TierPromoterActor from "./actors/TierPromoter.ts"
@@ -112,7 +114,10 @@ const vectorThreads = Layer.unwrap(
 const ownActors = Layer.mergeAll(TierPromoterActor.layer, LoadShedderActor.layer)
 
 /** Those of a process that owns shards. */
-const shardActors = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.layer, StreamSessionActor.layer)
+const shardActors = Handover.layer.pipe(
+  Layer.provideMerge(Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.layer, StreamSessionActor.layer)),
+  Layer.provide(PartitionOpener.layer)
+)
 
 /** The actors of one process. They stop, and snapshot what they hold, before the threads and the store they rest on. */
 export const actors = Layer.unwrap(
@@ -123,8 +128,9 @@ export const actors = Layer.unwrap(
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
   Layer.provideMerge(LoadMeter.layer),
   Layer.provideMerge(Admission.layer),
-  Layer.provideMerge(Layer.mergeAll(LocalActors.layer, CacheEvents.layer, Shedding.layer)),
+  Layer.provideMerge(Layer.mergeAll(CacheEvents.layer, Shedding.layer)),
   Layer.provideMerge(Cluster.layer),
+  Layer.provideMerge(LocalActors.layer),
   Layer.provideMerge(PartitionForms.layer),
   Layer.provideMerge(resultStore),
   Layer.provideMerge(budgetedCaches),

@@ -65,7 +65,7 @@ export const layer = Layer.unwrap(
         settings.partitionIdleMillis === 0 ? Duration.infinity : Duration.millis(settings.partitionIdleMillis)
     })
   )
-).pipe(Layer.provide(PartitionOpener.layer))
+)
 
 const makePartition = Effect.gen(function* () {
   const { entityId } = yield* Entity.CurrentAddress
@@ -179,6 +179,8 @@ const makePartition = Effect.gen(function* () {
           failure = undefined
           const of = exit.value
           const here = {
+            collection: of.collection,
+            handOver: of.handOver,
             search: (query: PartitionQuery) => again(of, of.search(query), (next) => next.search(query)),
             get: (ids: ReadonlyArray<string>) => again(of, of.get(ids), (next) => next.get(ids)),
             revision: of.writer.revision,

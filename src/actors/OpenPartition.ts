@@ -57,6 +57,7 @@ import * as PartitionCaches from "./PartitionCaches.ts"
 import * as PartitionChanges from "./PartitionChanges.ts"
 import * as PartitionWriter from "./PartitionWriter.ts"
 import * as SnapshotPolicy from "./SnapshotPolicy.ts"
+import * as Standby from "./Standby.ts"
 
 /** How much wider a standing query's searches are than others: what one of them misses is missed until it changes. */
 const standingBeamFactor = 2
@@ -75,6 +76,8 @@ export interface OpenPartition {
   readonly position: () => number
   /** Whether nobody else owns it by now. */
   readonly confirm: Effect.Effect<boolean, StoreFailure>
+  /** Before another process takes it over. */
+  readonly handOver: Effect.Effect<void>
   readonly writer: PartitionWriter.PartitionWriter
   readonly changes: LocalChanges
 }
@@ -94,6 +97,11 @@ export class PartitionOpener extends Context.Service<
       collection: Collection,
       options: OpenOptions
     ) => Effect.Effect<OpenPartition, PartitionError, Scope.Scope>
+    /**
+     * Opens the newest snapshot, in the form that there is memory for, without a claim: whoever owns the partition goes on. It is
+     * there for the next `open`, or gone after `standbyMillis`. Nothing where it cannot be.
+     */
+    readonly prepare: (address: PartitionAddress, collection: Collection) => Effect.Effect<void>
   }
 >()("ruvector/actors/PartitionOpener") {
   static readonly layer = Layer.effect(
@@ -128,9 +136,11 @@ export class PartitionOpener extends Context.Service<
       // As many snapshots are made at once as there are threads to make them: each takes memory meanwhile.
       const { threads } = yield* Settings
       const snapshots = yield* Semaphore.make(threads || Math.max(1, availableParallelism() - 1))
+      const standby = yield* Standby.make((yield* Settings).standbyMillis)
       return PartitionOpener.of({
+        prepare: (address, collection) => Effect.provideContext(prepare(address, collection, standby), services),
         open: (address, collection, options) =>
-          open(address, collection, options, { promotions, snapshots }).pipe(
+          open(address, collection, options, { promotions, snapshots, standby }).pipe(
             Effect.annotateLogs({ collection: address.collection, partition: address.partition }),
             Effect.provideContext(services)
           )
@@ -161,13 +171,106 @@ const mappedBytesOf = (sketch: { readonly bytes: number }): number => sketch.byt
 interface Opening {
   readonly log: PartitionLog.PartitionLogHandle
   readonly index: ResidentIndex.ResidentIndex
+  /** The log after what the index was opened from. */
+  readonly tail: PartitionLog.PartitionLogHandle["tail"]
 }
+
+/** The log after a snapshot that is not the newest. */
+const tailAfter = (log: PartitionLog.PartitionLogHandle, seq: number): PartitionLog.PartitionLogHandle["tail"] =>
+  Stream.mapError(log.read(seq + 1), (error) =>
+    error._tag === "Compacted"
+      ? new PartitionLog.LogCorrupt({
+          object: log.prefix,
+          fault: "missing",
+          detail: `the log begins at ${error.oldestSeq}, after ${seq} of what was prepared`
+        })
+      : error
+  )
+
+const specOf = ({ dimensions, metric, index }: Collection): IndexSpec => ({
+  dimensions,
+  metric,
+  m: index.m,
+  efConstruction: index.ef_construction,
+  quantization: index.quantization
+})
+
+/** The form is open in the scope that this runs in; the files are needed only while it is opened. */
+const formOf = (
+  {
+    vectors,
+    store,
+    verify
+  }: {
+    readonly vectors: VectorIndex["Service"]
+    readonly store: ObjectStore["Service"]
+    /** What is wrong with the snapshot's files. */
+    readonly verify: Effect.Effect<string | undefined, StoreFailure>
+  },
+  spec: IndexSpec,
+  snapshot: Snapshot | undefined,
+  form: IndexForm
+): Effect.Effect<PartitionIndex, OpenFault, Scope.Scope> =>
+  Effect.gen(function* () {
+    if (snapshot === undefined) return yield* vectors.open(spec, undefined)
+    const { sketch } = snapshot
+    const formScope = yield* Effect.scope
+    if (form === "mapped" && sketch !== undefined) {
+      return yield* Effect.scoped(
+        Effect.flatMap(
+          Effect.all([store.localPath(snapshot.records.key), store.localPath(sketch.key)], { concurrency: 2 }),
+          ([records, file]) => Scope.provide(vectors.openMapped(spec, { records, sketch: file }), formScope)
+        )
+      )
+    }
+    const fault = yield* verify
+    if (fault !== undefined) return yield* new SnapshotUnreadable({ detail: fault })
+    return yield* Effect.scoped(
+      Effect.flatMap(
+        Effect.all([store.localPath(snapshot.records.key), store.localPath(snapshot.graph.key)], { concurrency: 2 }),
+        ([records, graph]) => Scope.provide(vectors.open(spec, { records, graph }), formScope)
+      )
+    )
+  })
+
+/** See {@link PartitionOpener}. */
+const prepare = Effect.fnUntraced(function* (
+  address: PartitionAddress,
+  collection: Collection,
+  standby: Standby.Standby
+) {
+  const store = yield* ObjectStore
+  const vectors = yield* VectorIndex
+  const budget = yield* MemoryBudget
+  const prefix = partitionPrefix(address.uid, address.partition)
+  const found = yield* PartitionLog.peekFiles(prefix)
+  // Without a snapshot there is nothing to open: what there is is in the log.
+  if (found === undefined) return
+  const { snapshot, verify } = found
+  // In the mapped form where there is one: it is there in milliseconds, and its blocks are read as they are needed.
+  const form: IndexForm = snapshot.sketch === undefined ? "full" : "mapped"
+  const bytes = snapshot.sketch === undefined ? fullBytesOf(snapshot) : mappedBytesOf(snapshot.sketch)
+  if (!budget.fits(bytes)) return
+  yield* standby.put(
+    partitionId(address),
+    snapshot.seq,
+    formOf({ vectors, store, verify }, specOf(collection), snapshot, form)
+  )
+}, Effect.catchCause((cause) => Effect.logDebug("A partition could not be prepared", cause)))
 
 const open = Effect.fnUntraced(function* (
   address: PartitionAddress,
   collection: Collection,
   options: OpenOptions,
-  { promotions, snapshots }: { readonly promotions: Semaphore.Semaphore; readonly snapshots: Semaphore.Semaphore }
+  {
+    promotions,
+    snapshots,
+    standby
+  }: {
+    readonly promotions: Semaphore.Semaphore
+    readonly snapshots: Semaphore.Semaphore
+    readonly standby: Standby.Standby
+  }
 ) {
   const started = performance.now()
   const settings = yield* Settings
@@ -178,42 +281,11 @@ const open = Effect.fnUntraced(function* (
   const scope = yield* Effect.scope
   const prefix = partitionPrefix(address.uid, address.partition)
   const faults = faultsOf(address)
-  const spec: IndexSpec = {
-    dimensions: collection.dimensions,
-    metric: collection.metric,
-    m: collection.index.m,
-    efConstruction: collection.index.ef_construction,
-    quantization: collection.index.quantization
-  }
+  const spec = specOf(collection)
   const hasFull = (collection.index.quantization ?? "none") === "none"
 
-  /** The form is open in the scope that this runs in; the files are needed only while it is opened. */
-  const openForm = (
-    log: PartitionLog.PartitionLogHandle,
-    snapshot: Snapshot | undefined,
-    form: IndexForm
-  ): Effect.Effect<PartitionIndex, OpenFault, Scope.Scope> =>
-    Effect.gen(function* () {
-      if (snapshot === undefined) return yield* vectors.open(spec, undefined)
-      const { sketch } = snapshot
-      const formScope = yield* Effect.scope
-      if (form === "mapped" && sketch !== undefined) {
-        return yield* Effect.scoped(
-          Effect.flatMap(
-            Effect.all([store.localPath(snapshot.records.key), store.localPath(sketch.key)], { concurrency: 2 }),
-            ([records, file]) => Scope.provide(vectors.openMapped(spec, { records, sketch: file }), formScope)
-          )
-        )
-      }
-      const fault = yield* log.verifySnapshot
-      if (fault !== undefined) return yield* new SnapshotUnreadable({ detail: fault })
-      return yield* Effect.scoped(
-        Effect.flatMap(
-          Effect.all([store.localPath(snapshot.records.key), store.localPath(snapshot.graph.key)], { concurrency: 2 }),
-          ([records, graph]) => Scope.provide(vectors.open(spec, { records, graph }), formScope)
-        )
-      )
-    })
+  const openForm = (log: PartitionLog.PartitionLogHandle, snapshot: Snapshot | undefined, form: IndexForm) =>
+    formOf({ vectors, store, verify: log.verifySnapshot }, spec, snapshot, form)
 
   /**
    * Claims the log and opens the newest snapshot that can be opened. One that cannot be is given up for the one before it,
@@ -243,13 +315,25 @@ const open = Effect.fnUntraced(function* (
           Effect.result
         )
       })
+      const prepared = passedOver === undefined && !options.verify ? standby.take(partitionId(address)) : undefined
+      if (prepared !== undefined) {
+        const isUsable = !prepared.form.lost() && prepared.seq <= log.snapshotSeq() && log.oldestSeq() <= prepared.seq + 1
+        if (isUsable) {
+          return {
+            log,
+            index: yield* ResidentIndex.make(prepared.form, prepared.scope),
+            tail: prepared.seq === log.snapshotSeq() ? log.tail : tailAfter(log, prepared.seq)
+          }
+        }
+        yield* Scope.close(prepared.scope, Exit.void)
+      }
       let opened = yield* attempt(snapshot?.sketch === undefined ? "full" : "mapped")
       if (snapshot?.sketch !== undefined && Result.isFailure(opened) && opened.failure._tag === "SnapshotUnreadable") {
         yield* Effect.logWarning(`${snapshot.sketch.key} cannot be opened: ${opened.failure.detail}`)
         opened = yield* attempt("full")
       }
       if (Result.isSuccess(opened)) {
-        return { log, index: yield* ResidentIndex.make(opened.success.form, opened.success.formScope) }
+        return { log, index: yield* ResidentIndex.make(opened.success.form, opened.success.formScope), tail: log.tail }
       }
       const error = opened.failure
       if (error._tag !== "SnapshotUnreadable" || snapshot === undefined) return yield* faults.ofOpening(error, prefix)
@@ -263,11 +347,11 @@ const open = Effect.fnUntraced(function* (
   const expected =
     newest === undefined ? emptyBytes : newest.sketch === undefined ? fullBytesOf(newest) : mappedBytesOf(newest.sketch)
   yield* Scope.provide(budget.reserve(expected), opening)
-  const { log, index } = yield* openNewest(undefined)
+  const { log, index, tail } = yield* openNewest(undefined)
 
   // Replay: handed to the thread as they are read, a bounded number ahead of what it has applied.
   let replayed = 0
-  yield* log.tail.pipe(
+  yield* tail.pipe(
     Stream.mapEffect(
       ({ bytes }) => Effect.tap(index.apply(bytes), ({ effects }) => Effect.sync(() => (replayed += effects.length))),
       { concurrency: replayAhead }
@@ -536,6 +620,7 @@ const open = Effect.fnUntraced(function* (
     watch,
     position: () => visibleSeq,
     confirm: log.confirm,
+    handOver: Effect.asVoid(policy.handOver),
     writer: {
       ...writer,
       // Another form may find others.

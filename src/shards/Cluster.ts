@@ -15,6 +15,7 @@ import {
   MessageStorage,
   RunnerAddress,
   RunnerHealth,
+  RunnerServer,
   RunnerStorage,
   Runners,
   Sharding,
@@ -22,12 +23,15 @@ import {
   SocketRunner,
   SqlRunnerStorage
 } from "effect/cluster"
-import { RpcClient, RpcSerialization } from "effect/rpc"
+import { RpcClient, RpcSerialization, RpcServer } from "effect/rpc"
 import * as Socket from "effect/socket/Socket"
 import { SqlClient } from "effect/sql"
 import { Settings, type SettingValues } from "../config.ts"
 import { partitionsGroup } from "../protocol/IndexPartition.ts"
+import { PeerRpcs } from "../protocol/Peer.ts"
+import type { LocalActors } from "./LocalActors.ts"
 import { Membership, shardsPerGroup } from "./Membership.ts"
+import { Peers } from "./Peers.ts"
 import { Placement } from "./Placement.ts"
 import { RunnerMonitor } from "./RunnerMonitor.ts"
 
@@ -64,7 +68,9 @@ export const layerNode = Layer.unwrap(
 export const layer = Layer.unwrap(
   Effect.map(
     Settings,
-    (settings): Layer.Layer<Sharding.Sharding | Membership | Placement, ClusterUnavailable, Settings> => {
+    (
+      settings
+    ): Layer.Layer<Sharding.Sharding | Membership | Placement | Peers, ClusterUnavailable, Settings | LocalActors> => {
       if (settings.databaseUrl === "") return layerAlone
       return Placement.layer.pipe(
         Layer.provideMerge(settings.role === "gateway" ? gateway(settings) : runner(settings))
@@ -74,7 +80,7 @@ export const layer = Layer.unwrap(
 )
 
 /** A process that is alone. */
-export const layerAlone = Placement.layer.pipe(Layer.provideMerge(layerNode), Layer.provideMerge(Membership.layerAlone))
+export const layerAlone = Placement.layer.pipe(Layer.provideMerge(layerNode), Layer.provideMerge(Membership.layerAlone), Layer.provideMerge(Peers.layerAlone))
 
 /** The same for all members, whichever way they are joined. */
 const shared = (settings: SettingValues) => ({
@@ -103,6 +109,7 @@ const member = (settings: SettingValues) => ({
 
 const gateway = (settings: SettingValues) =>
   SocketRunner.layerClientOnly.pipe(
+    Layer.provideMerge(Peers.layer),
     Layer.provide(clientProtocol(settings)),
     Layer.provideMerge(MessageStorage.layerNoop),
     Layer.provideMerge(storage(settings)),
@@ -115,10 +122,12 @@ const runner = (settings: SettingValues) =>
     Effect.map(portOf(settings), (port) => {
       const address = RunnerAddress.make(settings.clusterHost, port)
       const listen = { host: settings.clusterListen === "" ? settings.clusterHost : settings.clusterListen, port }
-      return SocketRunner.layer.pipe(
+      return server.pipe(
+        Layer.provideMerge(Sharding.layer),
         Layer.provideMerge(RunnerMonitor.layer(`${tablePrefix(settings)}_runners`)),
         Layer.provide(Layer.effect(RunnerHealth.RunnerHealth, RunnerMonitor.health)),
         Layer.provide(Runners.layerRpc),
+        Layer.provideMerge(Peers.layer),
         Layer.provide([
           NodeSocketServer.layer({ ...listen, noDelay: true }).pipe(
             Layer.catch((error) =>
@@ -134,6 +143,16 @@ const runner = (settings: SettingValues) =>
       )
     })
   )
+
+/** Effect Cluster's own server, which also answers what processes ask each other directly. */
+const server = RpcServer.layer(Runners.Rpcs.merge(PeerRpcs), {
+  spanPrefix: "RunnerServer",
+  disableTracing: true,
+  disableFatalDefects: true
+}).pipe(
+  Layer.provide([RunnerServer.layerHandlers, Peers.handlers]),
+  Layer.provide(RpcServer.layerProtocolSocketServer)
+)
 
 const serialization = RpcSerialization.layerSchemaBinary({ maxFrameSize: frameBytesMax })
 

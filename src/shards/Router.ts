@@ -36,9 +36,11 @@ import {
   type PartitionRecord,
   type PartitionStats,
   partitionId,
+  partitionsGroup,
   type UpsertRecord
 } from "../protocol/IndexPartition.ts"
 import { answerComponentsMax } from "../protocol/Limits.ts"
+import type { NotHere } from "../protocol/Peer.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import { shownName } from "../protocol/Tenant.ts"
 import { AccessLog } from "../tiers/AccessLog.ts"
@@ -50,6 +52,8 @@ import { generationTag, searchTag, vectorTag } from "./CacheTags.ts"
 import type { Kind } from "./ConcurrencyLimit.ts"
 import { LocalActors } from "./LocalActors.ts"
 import { groupByPartition, partitionOf } from "./PartitionMap.ts"
+import { type PeerGone, Peers } from "./Peers.ts"
+import { Placement } from "./Placement.ts"
 import { type KeptResult, ResultCache, type ResultKey, resultKey, sameQuery } from "./ResultCache.ts"
 import { decodeResult, encodeResult, ResultStore, storeKey } from "./ResultStore.ts"
 
@@ -133,6 +137,8 @@ export class Router extends Context.Service<
         const cache = yield* RecordCache
         const warm = yield* WarmStore
         const scope = yield* Effect.scope
+        const placement = yield* Placement
+        const peers = yield* Peers
         const results = yield* ResultCache
         const resultStore = Option.getOrUndefined(yield* Effect.serviceOption(ResultStore))
         const events = yield* CacheEvents
@@ -386,7 +392,11 @@ export class Router extends Context.Service<
           access.touchPartition(entityId)
           const resident = local.partitions.get(entityId)
           if (resident !== undefined) return resident.search(query)
-          return delivered(of, partition, partitionClient(entityId).Search(query))
+          const byMessage = delivered(of, partition, partitionClient(entityId).Search(query))
+          const owner = placement.ownerOf(partitionsGroup, entityId)
+          if (owner === undefined) return byMessage
+          // A message finds it wherever it is by now, and wakes it.
+          return Effect.catchIf(peers.search(owner, entityId, query), isElsewhere, () => byMessage)
         }
 
         const scatter = Effect.fnUntraced(function* (
@@ -702,6 +712,9 @@ export class Router extends Context.Service<
       })
     )
 }
+
+const isElsewhere = (error: PartitionError | NotHere | PeerGone): error is NotHere | PeerGone =>
+  error._tag === "NotHere" || error._tag === "PeerGone"
 
 /** A search under way, and how many wait for it. */
 interface Flight {
