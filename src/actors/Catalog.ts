@@ -19,6 +19,7 @@ import {
 } from "../protocol/Errors.ts"
 import { IndexPartition, partitionId, partitionsGroup } from "../protocol/IndexPartition.ts"
 import { collectionsMax, invalidationsPendingMax } from "../protocol/Limits.ts"
+import { Calls } from "../shards/Calls.ts"
 import { Placement } from "../shards/Placement.ts"
 import { type Catalogue, CatalogueText, catalogueFormat, catalogueKey, removedKept } from "../tiers/CatalogueObject.ts"
 import { ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
@@ -29,6 +30,7 @@ export const layer = Catalog.toLayer(
     const store = yield* ObjectStore
     const partitions = yield* IndexPartition.client
     const placement = yield* Placement
+    const calls = yield* Calls
     const scope = yield* Effect.scope
     const gate = yield* Semaphore.make(1)
     let current: { readonly catalogue: Catalogue; readonly etag: string | undefined } | undefined
@@ -82,20 +84,12 @@ export const layer = Catalog.toLayer(
       for (const collection of catalogue.removing) {
         yield* Effect.forEach(
           Array.from({ length: collection.partitions }, (_, partition) => partition),
-          (partition) =>
-            partitions(partitionId({ collection: collection.name, uid: collection.uid, partition })).Remove({
-              collection
-            }),
+          (partition) => {
+            const id = partitionId({ collection: collection.name, uid: collection.uid, partition })
+            return calls.to({ group: partitionsGroup, id }, partitions(id).Remove({ collection }), notRemoved)
+          },
           { concurrency: 4, discard: true }
-        ).pipe(
-          Effect.mapError(
-            () =>
-              new StorageUnavailable({
-                detail: "A partition could not be removed; it will be.",
-                retryAfterMillis: 1_000
-              })
-          )
-        )
+        ).pipe(Effect.mapError(notRemoved))
         const now = yield* read
         const removing = now.catalogue.removing.filter((one) => one.uid !== collection.uid)
         yield* write({ ...now.catalogue, removing }, now.etag)
@@ -202,6 +196,9 @@ export const layer = Catalog.toLayer(
   }),
   { concurrency: "unbounded", disableFatalDefects: true, maxIdleTime: Duration.infinity }
 )
+
+const notRemoved = () =>
+  new StorageUnavailable({ detail: "A partition could not be removed; it will be.", retryAfterMillis: 1_000 })
 
 /** Partitions of uids that are looked at to choose one, all together; and uids at the least. */
 const partitionsLookedAt = 2_000

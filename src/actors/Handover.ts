@@ -69,6 +69,7 @@ export const layer = Layer.effectDiscard(
     )
 
     const handOver = Effect.gen(function* () {
+      const count = local.partitions.size
       const next = new Map<RunnerAddress.RunnerAddress, Array<Moving>>()
       yield* Effect.forEach(
         [...local.partitions],
@@ -89,7 +90,7 @@ export const layer = Layer.effectDiscard(
           ),
         { concurrency: "unbounded", discard: true }
       )
-      yield* Effect.logInfo("Partitions are handed over", { partitions: local.partitions.size, runners: next.size })
+      yield* Effect.logInfo("Partitions are handed over", { partitions: count, left: local.partitions.size, runners: next.size })
     })
     yield* Effect.addFinalizer(() =>
       handOver.pipe(

@@ -24,6 +24,7 @@ import {
   partitionAddressOf
 } from "../protocol/IndexPartition.ts"
 import type { PartitionWatch } from "../protocol/StandingQuery.ts"
+import { Calls } from "../shards/Calls.ts"
 import { LocalActors, type WatchListener } from "../shards/LocalActors.ts"
 import { Membership } from "../shards/Membership.ts"
 import { partitionPrefix } from "../tiers/CatalogueObject.ts"
@@ -76,6 +77,7 @@ const makePartition = Effect.gen(function* () {
   const opener = yield* PartitionOpener
   const local = yield* LocalActors
   const membership = yield* Membership
+  const calls = yield* Calls
   const catalog = (yield* Catalog.client)(catalogId)
   const entityScope = yield* Effect.scope
   const prefix = partitionPrefix(uid, partition)
@@ -116,13 +118,12 @@ const makePartition = Effect.gen(function* () {
     })
 
   const readCollection = Effect.gen(function* () {
-    const collection = yield* catalog
-      .Read({ name })
+    const unreachable = () => unavailable("The catalogue cannot be reached.")
+    const collection = yield* calls
+      .to({ group: "default", id: catalogId }, catalog.Read({ name }), unreachable)
       .pipe(
         Effect.mapError((error) =>
-          error._tag === "CollectionNotFound" || error._tag === "StorageUnavailable"
-            ? error
-            : unavailable("The catalogue cannot be reached.")
+          error._tag === "CollectionNotFound" || error._tag === "StorageUnavailable" ? error : unreachable()
         )
       )
     if (collection.uid !== uid) return yield* new CollectionNotFound({ collection: name })

@@ -29,6 +29,7 @@ import { SqlClient } from "effect/sql"
 import { Settings, type SettingValues } from "../config.ts"
 import { partitionsGroup } from "../protocol/IndexPartition.ts"
 import { PeerRpcs } from "../protocol/Peer.ts"
+import { Calls } from "./Calls.ts"
 import type { LocalActors } from "./LocalActors.ts"
 import { Membership, shardsPerGroup } from "./Membership.ts"
 import { Peers } from "./Peers.ts"
@@ -70,9 +71,12 @@ export const layer = Layer.unwrap(
     Settings,
     (
       settings
-    ): Layer.Layer<Sharding.Sharding | Membership | Placement | Peers, ClusterUnavailable, Settings | LocalActors> => {
+    ): Layer.Layer<
+      Sharding.Sharding | Membership | Placement | Peers | Calls,
+      ClusterUnavailable, Settings | LocalActors> => {
       if (settings.databaseUrl === "") return layerAlone
-      return Placement.layer.pipe(
+      return Calls.layer.pipe(
+        Layer.provideMerge(Placement.layer),
         Layer.provideMerge(settings.role === "gateway" ? gateway(settings) : runner(settings))
       )
     }
@@ -80,7 +84,7 @@ export const layer = Layer.unwrap(
 )
 
 /** A process that is alone. */
-export const layerAlone = Placement.layer.pipe(Layer.provideMerge(layerNode), Layer.provideMerge(Membership.layerAlone), Layer.provideMerge(Peers.layerAlone))
+export const layerAlone = Placement.layer.pipe(Layer.provideMerge(Calls.layerAlone),Layer.provideMerge(layerNode), Layer.provideMerge(Membership.layerAlone), Layer.provideMerge(Peers.layerAlone))
 
 /** The same for all members, whichever way they are joined. */
 const shared = (settings: SettingValues) => ({

@@ -47,6 +47,7 @@ import { AccessLog } from "../tiers/AccessLog.ts"
 import { RecordCache } from "../tiers/RecordCache.ts"
 import { WarmStore } from "../tiers/WarmStore.ts"
 import { Admission } from "./Admission.ts"
+import { Calls } from "./Calls.ts"
 import { CacheEvents } from "./CacheEvents.ts"
 import { generationTag, searchTag, vectorTag } from "./CacheTags.ts"
 import type { Kind } from "./ConcurrencyLimit.ts"
@@ -139,6 +140,7 @@ export class Router extends Context.Service<
         const scope = yield* Effect.scope
         const placement = yield* Placement
         const peers = yield* Peers
+        const calls = yield* Calls
         const results = yield* ResultCache
         const resultStore = Option.getOrUndefined(yield* Effect.serviceOption(ResultStore))
         const events = yield* CacheEvents
@@ -157,11 +159,17 @@ export class Router extends Context.Service<
           error._tag === "PersistenceError" ||
           error._tag === "EntityNotAssignedToRunner"
 
+        const toCatalog = <A, E extends { readonly _tag: string }>(
+          call: Effect.Effect<A, E>
+        ): Effect.Effect<A, Exclude<E, DeliveryError> | StorageUnavailable> =>
+          Effect.mapError(calls.to({ group: "default", id: Catalog.catalogId }, call, catalogLate), (error) =>
+            isDelivery(error) ? undelivered(error) : (error as Exclude<E, DeliveryError> | StorageUnavailable)
+          )
+
         const collection = (name: string): Effect.Effect<Collection, CollectionNotFound | StorageUnavailable> => {
           const found = known.get(name)
           if (found !== undefined) return Effect.succeed(found)
-          return catalog.Read({ name }).pipe(
-            Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)),
+          return toCatalog(catalog.Read({ name })).pipe(
             Effect.tap((read) => Effect.sync(() => remember(read)))
           )
         }
@@ -175,19 +183,15 @@ export class Router extends Context.Service<
           name: string,
           request: CollectionRequest
         ) {
-          const result = yield* catalog
-            .Create({ name, request })
-            .pipe(Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)))
+          const result = yield* toCatalog(catalog.Create({ name, request }))
           remember(result.collection)
           return result
         })
 
         const deleteCollection = Effect.fn("Router.deleteCollection")(function* (name: string) {
           known.delete(name)
-          const before = yield* Effect.option(catalog.Read({ name }))
-          yield* catalog
-            .Delete({ name })
-            .pipe(Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)))
+          const before = yield* Effect.option(toCatalog(catalog.Read({ name })))
+          yield* toCatalog(catalog.Delete({ name }))
           known.delete(name)
           if (Option.isSome(before)) {
             results.dropCollection(before.value.uid)
@@ -200,18 +204,19 @@ export class Router extends Context.Service<
         const delivered = <A, E extends { readonly _tag: string }>(
           of: Collection,
           partition: number,
-          call: Effect.Effect<A, E>
-        ): Effect.Effect<A, Exclude<E, DeliveryError> | PartitionUnavailable | Overloaded> =>
-          Effect.mapError(call, (error) => {
-            if (!isDelivery(error)) return error as Exclude<E, DeliveryError>
+          call: Effect.Effect<A, E>,
+          deadlineMillis?: number
+        ): Effect.Effect<A, Exclude<E, DeliveryError> | PartitionUnavailable | Overloaded> => {
+          const unavailable = (detail: string) =>
+            new PartitionUnavailable({ collection: of.name, partition, detail, retryAfterMillis: 1_000 })
+          const late = () => unavailable("It has not answered in time.")
+          const actor = { group: partitionsGroup, id: idOf(of, partition) }
+          return Effect.mapError(calls.to(actor, call, late, deadlineMillis), (error) => {
+            if (!isDelivery(error)) return error as Exclude<E, DeliveryError> | PartitionUnavailable
             if (error._tag === "MailboxFull") return new Overloaded({ bound: "mailbox", retryAfterMillis: 250 })
-            return new PartitionUnavailable({
-              collection: of.name,
-              partition,
-              detail: "It cannot be reached now.",
-              retryAfterMillis: 1_000
-            })
+            return unavailable("It cannot be reached now.")
           })
+        }
 
         /** Made once: as keys of maps, texts that are made anew have to be hashed anew. */
         const entityIds = new WeakMap<Collection, ReadonlyArray<string>>()
@@ -258,7 +263,14 @@ export class Router extends Context.Service<
 
         const activate = (of: Collection) =>
           Effect.asVoid(
-            eachPartition(of, (partition) => delivered(of, partition, partitionClient(idOf(of, partition)).Activate()))
+            eachPartition(of, (partition) =>
+              delivered(
+                of,
+                partition,
+                partitionClient(idOf(of, partition)).Activate(),
+                settings.activationDeadlineMillis
+              )
+            )
           )
 
         const checkVector = (of: Collection, vector: Float32Array, field: string): InvalidInput | undefined => {
@@ -661,9 +673,7 @@ export class Router extends Context.Service<
         const invalidate = Effect.fn("Router.invalidate")(function* (name: string, request: InvalidateRequest) {
           const { collection: of, effective_ms } =
             request.scope === "all"
-              ? yield* catalog
-                  .Invalidate({ name, notice_ms: request.notice_ms ?? 0 })
-                  .pipe(Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)))
+              ? yield* toCatalog(catalog.Invalidate({ name, notice_ms: request.notice_ms ?? 0 }))
               : { collection: yield* collection(name), effective_ms: Date.now() }
           remember(of)
           const { generation } = cacheStateAt(of, effective_ms)
@@ -695,7 +705,7 @@ export class Router extends Context.Service<
               known.delete(name)
               return collection(name)
             }),
-          collections: Effect.mapError(catalog.List(), (error) => (isDelivery(error) ? undelivered(error) : error)),
+          collections: toCatalog(catalog.List()),
           deleteCollection,
           count: (of) => Effect.map(stats(of), (all) => all.reduce((sum, one) => sum + one.count, 0)),
           stats,
@@ -712,6 +722,9 @@ export class Router extends Context.Service<
       })
     )
 }
+
+const catalogLate = () =>
+  new StorageUnavailable({ detail: "The catalogue has not answered in time.", retryAfterMillis: 1_000 })
 
 const isElsewhere = (error: PartitionError | NotHere | PeerGone): error is NotHere | PeerGone =>
   error._tag === "NotHere" || error._tag === "PeerGone"
