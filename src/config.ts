@@ -106,7 +106,7 @@ export const settings = {
   ),
   databaseConnectionsMax: integer("connections to it", "connections", 4, 2, 100),
   databaseConnectMillis: integer("for a connection to it", "ms", 5_000, 100, 600_000),
-  databaseQueryMillis: integer("for its answer, before it counts as gone", "ms", 1_500, 50, 600_000),
+  databaseQueryMillis: integer("for its answer, before it counts as gone; at most a quarter of shard-lock-millis", "ms", 2_500, 50, 600_000),
   databaseOutageMillis: integer(
     "that runners keep their shards while it is gone; then they give them up until it is back",
     "ms",
@@ -686,8 +686,8 @@ export const readSettings = (
       `--${flagOf("runnerHeartbeatMillis")}: expected ${expected}, got ${read.runnerHeartbeatMillis}`
     )
   }
-  if (read.databaseQueryMillis * 2 > read.shardLockMillis / 3) {
-    const expected = `at most a sixth of ${flagOf("shardLockMillis")} (${read.shardLockMillis})`
+  if (read.databaseQueryMillis * 4 > read.shardLockMillis) {
+    const expected = `at most a quarter of ${flagOf("shardLockMillis")} (${read.shardLockMillis})`
     throw new SettingError(`--${flagOf("databaseQueryMillis")}: expected ${expected}, got ${read.databaseQueryMillis}`)
   }
   if (read.pingIntervalMillis >= read.idleTimeoutMillis) {

@@ -114,15 +114,16 @@ const vectorThreads = Layer.unwrap(
 const ownActors = Layer.mergeAll(TierPromoterActor.layer, LoadShedderActor.layer)
 
 /** Those of a process that owns shards. */
-const shardActors = Handover.layer.pipe(
-  Layer.provideMerge(Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.layer, StreamSessionActor.layer)),
+const shardActors = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.layer, StreamSessionActor.layer)
+
+/** What is handed over is handed over before any of them stops: not beside them, since they all stop at once. */
+const runnerActors = Handover.layer.pipe(
+  Layer.provideMerge(Layer.mergeAll(shardActors, ownActors)),
   Layer.provide(PartitionOpener.layer)
 )
 
 /** The actors of one process. They stop, and snapshot what they hold, before the threads and the store they rest on. */
-export const actors = Layer.unwrap(
-  Effect.map(Settings, ({ role }) => (role === "gateway" ? ownActors : Layer.mergeAll(shardActors, ownActors)))
-).pipe(
+export const actors = Layer.unwrap(Effect.map(Settings, ({ role }) => (role === "gateway" ? ownActors : runnerActors))).pipe(
   Layer.provideMerge(Layer.mergeAll(StandingQueries.layer, PartitionReads.layer)),
   Layer.provideMerge(ChangeFeeds.layer),
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),

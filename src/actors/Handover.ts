@@ -3,7 +3,7 @@
  * and tells who will own it next to open that, while it still serves; only then it lets go. One that comes opens what it will own
  * before it says that it is there. Both are bounded by `prepareMillis`: what was not prepared is opened when it is needed.
  */
-import { Effect, Layer, Option, Result, Schema } from "effect"
+import { Cause, Effect, Exit, Layer, Option, Result, Schema } from "effect"
 import { Runner, type RunnerAddress } from "effect/cluster"
 import { Settings } from "../config.ts"
 import { type PartitionAddress, partitionAddressOf, partitionId, partitionsGroup } from "../protocol/IndexPartition.ts"
@@ -92,12 +92,21 @@ export const layer = Layer.effectDiscard(
       )
       yield* Effect.logInfo("Partitions are handed over", { partitions: count, left: local.partitions.size, runners: next.size })
     })
+    const runFork = Effect.runForkWith(yield* Effect.context<never>())
     yield* Effect.addFinalizer(() =>
-      handOver.pipe(
-        Effect.timeoutOption(settings.prepareMillis),
-        Effect.interruptible,
-        Effect.catchCause((cause) => Effect.logWarning("Partitions could not be handed over", cause))
-      )
+      // In a fiber of its own: this one may have been interrupted, and cannot be any more.
+      Effect.callback<void>((resume) => {
+        const fiber = runFork(handOver)
+        const timer = setTimeout(() => resume(Effect.void), settings.prepareMillis)
+        fiber.addObserver((exit) => {
+          clearTimeout(timer)
+          resume(
+            Exit.isSuccess(exit)
+              ? Effect.void
+              : Effect.logWarning("Partitions could not be handed over", Cause.squash(exit.cause))
+          )
+        })
+      })
     )
   })
 )

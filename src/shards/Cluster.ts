@@ -106,8 +106,9 @@ const member = (settings: SettingValues) => ({
   refreshAssignmentsInterval: Duration.millis(settings.shardRefreshMillis),
   runnerHealthCheckInterval: Duration.millis(settings.runnerHealthMillis),
   runnerJoinDebounce: Duration.millis(settings.joinDebounceMillis),
-  // Nothing is stored for later, so there is nothing to poll for.
-  entityMessagePollInterval: Duration.minutes(10),
+  // Nothing is stored for later that were to be polled; but shards that were given up, and are this runner's again before that was
+  // done, are taken only when it is polled, and so are all after a failure.
+  entityMessagePollInterval: Duration.millis(settings.shardRefreshMillis * 4),
   sendRetryInterval: Duration.millis(50)
 })
 

@@ -4,7 +4,7 @@
  */
 import { Context, Data, Effect, Exit, Layer, Scope } from "effect"
 import { type RunnerAddress, Runners } from "effect/cluster"
-import { RpcClient, type RpcClientError } from "effect/rpc"
+import { RpcClient, RpcClientError } from "effect/rpc"
 import type { PartitionError, PartitionHits, PartitionQuery } from "../protocol/IndexPartition.ts"
 import { type Moving, NotHere, PeerRpcs } from "../protocol/Peer.ts"
 import { LocalActors } from "./LocalActors.ts"
@@ -58,7 +58,7 @@ export class Peers extends Context.Service<
         const found = connections.get(name)
         if (found !== undefined) return found
         const own = Scope.forkUnsafe(scope)
-        const made: Connection = { client: undefined, opened: Effect.fail(new PeerGone()), scope: own }
+        const made: Connection = { client: undefined, opened: Effect.fail(new PeerGone()), scope: own, waiting: new Set() }
         const opening = runFork(
           Effect.gen(function* () {
             const protocol = yield* protocols.make(address)
@@ -83,34 +83,47 @@ export class Peers extends Context.Service<
             for (const [name, connection] of connections) {
               if (there.has(name)) continue
               connections.delete(name)
+              for (const gone of connection.waiting) gone()
               runFork(Scope.close(connection.scope, Exit.void))
             }
           })
         )
       )
 
+      /** A connection that is given up ends what waits for it at once: it may not be there to be told. */
       const using = <A, E>(
         address: RunnerAddress.RunnerAddress,
         use: (client: PeerClient) => Effect.Effect<A, E>
-      ): Effect.Effect<A, E | PeerGone> => {
-        const connection = connect(address)
-        return connection.client === undefined ? Effect.flatMap(connection.opened, use) : use(connection.client)
-      }
+      ): Effect.Effect<A, Exclude<E, RpcClientError.RpcClientError> | PeerGone> =>
+        Effect.withFiber((parent) =>
+          Effect.callback<A, Exclude<E, RpcClientError.RpcClientError> | PeerGone>((resume) => {
+            const connection = connect(address)
+            const { client } = connection
+            const call = client === undefined ? Effect.flatMap(connection.opened, use) : use(client)
+            const gone = () => resume(Effect.fail(new PeerGone()))
+            connection.waiting.add(gone)
+            const fiber = Effect.runForkWith(parent.context as Context.Context<never>)(call)
+            fiber.addObserver((exit) => {
+              connection.waiting.delete(gone)
+              if (Exit.isSuccess(exit)) return resume(Effect.succeed(exit.value))
+              const error = Exit.findErrorOption(exit)
+              // Also an interruption: the process has stopped.
+              if (error._tag === "None" || error.value instanceof RpcClientError.RpcClientError) gone()
+              else resume(Effect.fail(error.value as Exclude<E, RpcClientError.RpcClientError> | PeerGone))
+            })
+            return Effect.sync(() => {
+              connection.waiting.delete(gone)
+              fiber.interruptUnsafe()
+            })
+          })
+        )
 
       let prepare: Prepare = () => Effect.void
       return Peers.of({
         search: (address, partition, query) =>
-          Effect.catchTag(
-            using(address, (client) => client.PeerSearch({ partition, ...query })),
-            "RpcClientError",
-            () => Effect.fail(new PeerGone())
-          ),
+          using(address, (client) => client.PeerSearch({ partition, ...query })),
         prepare: (address, partitions) =>
-          Effect.catchTag(
-            using(address, (client) => client.PeerPrepare({ partitions })),
-            "RpcClientError",
-            () => Effect.fail(new PeerGone())
-          ),
+          using(address, (client) => client.PeerPrepare({ partitions })),
         prepareWith: (next) => {
           prepare = next
         },
@@ -139,4 +152,6 @@ interface Connection {
   client: PeerClient | undefined
   opened: Effect.Effect<PeerClient, PeerGone>
   readonly scope: Scope.Closeable
+  /** Told when it is given up. */
+  readonly waiting: Set<() => void>
 }

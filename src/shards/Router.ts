@@ -5,7 +5,7 @@
  * A partition resident in this process is asked directly; any other through its entity. A search waits no longer than its
  * deadline: partitions that are late or gone are named in the answer, and only if none answered does it fail.
  */
-import { Context, Effect, Exit, type Fiber, Layer, Option, Result } from "effect"
+import { Cause, Context, Effect, Exit, type Fiber, Layer, Option, Result } from "effect"
 import type { ClusterError } from "effect/cluster"
 import { Settings } from "../config.ts"
 import * as Catalog from "../protocol/Catalog.ts"
@@ -442,7 +442,12 @@ export class Router extends Context.Service<
               continue
             }
             const error = Exit.findErrorOption(exit)
-            if (Option.isNone(error)) return yield* Effect.failCause(exit.cause)
+            if (Option.isNone(error)) {
+              if (!Cause.hasInterruptsOnly(exit.cause)) return yield* Effect.failCause(exit.cause)
+              // The process that was asked has stopped.
+              missing.push(partition)
+              continue
+            }
             // What is wrong with the request is wrong everywhere; what is wrong with one partition is that one's.
             if (error.value._tag === "InvalidInput" || error.value._tag === "CollectionNotFound")
               return yield* error.value
