@@ -6,7 +6,7 @@
  * the memory budget has room (`ResidentIndex`). Without one the full form is opened at once: the records are few.
  */
 import { availableParallelism } from "node:os"
-import { Context, Effect, Exit, Layer, Result, Scope, Semaphore, Stream } from "effect"
+import { Context, Effect, Exit, Fiber, Layer, Result, Scope, Semaphore, Stream } from "effect"
 import { Settings } from "../config.ts"
 import type { Collection } from "../protocol/Collection.ts"
 import {
@@ -187,7 +187,7 @@ const open = Effect.fnUntraced(function* (
 
   /** The form is open in the scope that this runs in; the files are needed only while it is opened. */
   const openForm = (
-    log: PartitionLog.PartitionLogHandle,
+    log: Pick<PartitionLog.PartitionLogHandle, "verifySnapshot">,
     snapshot: Snapshot | undefined,
     form: IndexForm
   ): Effect.Effect<PartitionIndex, OpenFault, Scope.Scope> =>
@@ -217,7 +217,10 @@ const open = Effect.fnUntraced(function* (
    * Claims the log and opens the newest snapshot that can be opened. One that cannot be is given up for the one before it,
    * for good; the log reaches back to that.
    */
-  const openNewest = (passedOver: PassedOver | undefined): Effect.Effect<Opening, PartitionError, Scope.Scope> =>
+  const openNewest = (
+    passedOver: PassedOver | undefined,
+    ahead?: Effect.Success<ReturnType<typeof openAhead>>
+  ): Effect.Effect<Opening, PartitionError, Scope.Scope> =>
     Effect.gen(function* () {
       const log = yield* PartitionLog.open(prefix, {
         deferVerification: !options.verify,
@@ -241,7 +244,9 @@ const open = Effect.fnUntraced(function* (
           Effect.result
         )
       })
-      let opened = yield* attempt(snapshot?.sketch === undefined ? "full" : "mapped")
+      const isAhead = snapshot !== undefined && ahead?.snapshot.records.key === snapshot.records.key
+      if (ahead !== undefined && !isAhead) yield* ahead.giveUp
+      let opened = yield* isAhead ? ahead.opened : attempt(snapshot?.sketch === undefined ? "full" : "mapped")
       if (snapshot?.sketch !== undefined && Result.isFailure(opened) && opened.failure._tag === "SnapshotUnreadable") {
         yield* Effect.logWarning(`${snapshot.sketch.key} cannot be opened: ${opened.failure.detail}`)
         opened = yield* attempt("full")
@@ -255,13 +260,34 @@ const open = Effect.fnUntraced(function* (
       return yield* openNewest({ seq: snapshot.seq, object: snapshot.records.key, detail: error.detail })
     })
 
+  /**
+   * Opens a snapshot's mapped form while the log is being claimed: most often it is the one that the log begins with. It only
+   * reads files that stay as they are, so nothing depends on who owns the partition meanwhile.
+   */
+  const openAhead = Effect.fnUntraced(function* (snapshot: Snapshot) {
+    const formScope = yield* Scope.fork(scope)
+    const unverified = { verifySnapshot: Effect.undefined }
+    const fiber = yield* Effect.forkIn(
+      Scope.provide(openForm(unverified, snapshot, "mapped"), formScope).pipe(
+        Effect.onError((cause) => Scope.close(formScope, Exit.failCause(cause))),
+        Effect.map((form) => ({ form, formScope })),
+        Effect.result
+      ),
+      scope,
+      { startImmediately: true }
+    )
+    const giveUp = Effect.andThen(Fiber.interrupt(fiber), Scope.close(formScope, Exit.void))
+    return { snapshot, opened: Fiber.join(fiber), giveUp }
+  })
+
   // Held until what is resident has been measured.
   const opening = yield* Scope.fork(scope)
   const newest = yield* PartitionLog.peekSnapshot(prefix).pipe(Effect.catch(() => Effect.undefined))
   const expected =
     newest === undefined ? emptyBytes : newest.sketch === undefined ? fullBytesOf(newest) : mappedBytesOf(newest.sketch)
   yield* Scope.provide(budget.reserve(expected), opening)
-  const { log, index } = yield* openNewest(undefined)
+  const ahead = newest?.sketch === undefined || options.verify ? undefined : yield* openAhead(newest)
+  const { log, index } = yield* openNewest(undefined, ahead)
 
   // Replay: handed to the thread as they are read, a bounded number ahead of what it has applied.
   let replayed = 0

@@ -191,13 +191,13 @@ export const open: (
     return log.handle()
   })
 
-/** The newest snapshot that the manifest names, without a claim and unread; `undefined` where there is none. */
+/** The newest snapshot that the manifest names, by keys of the store, without a claim and unread; `undefined` where there is none. */
 export const peekSnapshot: (prefix: string) => Effect.Effect<Snapshot | undefined, StoreFailure, ObjectStore> =
   Effect.fnUntraced(function* (prefix: string) {
     const store = yield* ObjectStore
     const found = yield* Effect.catchTag(store.get(`${prefix}/manifest`), "ObjectMissing", () => Effect.undefined)
     const manifest = found === undefined ? undefined : Result.getOrUndefined(decodeManifest(found.body))
-    return manifest?.snapshots[0]
+    return withStoreKeys(prefix, manifest?.snapshots[0])
   })
 
 /**
@@ -307,7 +307,7 @@ class Log {
       prefix: this.#prefix,
       epoch: this.#epoch,
       snapshot: this.#snapshot,
-      newestSnapshot: () => this.#withStoreKeys(this.#manifest.snapshots[0]),
+      newestSnapshot: () => withStoreKeys(this.#prefix, this.#manifest.snapshots[0]),
       verifySnapshot: Effect.suspend(() => {
         const newest = this.#manifest.snapshots[0]
         if (newest === undefined) return Effect.undefined
@@ -431,7 +431,7 @@ class Log {
         `Snapshot of position ${snapshot.seq} refused: ${fault?.detail ?? "it could not be opened"}`
       )
     }
-    this.#snapshot = this.#withStoreKeys(all[at])
+    this.#snapshot = withStoreKeys(this.#prefix, all[at])
     if (at === 0) return
     if (at === all.length && this.#manifest.prunedSeq > 0 && first !== undefined) return yield* first
     // Forgotten for good, before the log goes on: it may be cut below a refused snapshot, and then that is another history.
@@ -999,13 +999,14 @@ class Log {
   #keyOf(key: string): string {
     return `${this.#prefix}/${key}`
   }
+}
 
-  #withStoreKeys(snapshot: Snapshot | undefined): Snapshot | undefined {
-    if (snapshot === undefined) return undefined
-    const withKey = (object: SnapshotObject) => ({ ...object, key: this.#keyOf(object.key) })
-    const sketch = snapshot.sketch === undefined ? {} : { sketch: withKey(snapshot.sketch) }
-    return { ...snapshot, records: withKey(snapshot.records), graph: withKey(snapshot.graph), ...sketch }
-  }
+/** The snapshot with the keys of its objects as the store has them, where the manifest's are below its prefix. */
+const withStoreKeys = (prefix: string, snapshot: Snapshot | undefined): Snapshot | undefined => {
+  if (snapshot === undefined) return undefined
+  const withKey = (object: SnapshotObject) => ({ ...object, key: `${prefix}/${object.key}` })
+  const sketch = snapshot.sketch === undefined ? {} : { sketch: withKey(snapshot.sketch) }
+  return { ...snapshot, records: withKey(snapshot.records), graph: withKey(snapshot.graph), ...sketch }
 }
 
 interface SeenManifest {
