@@ -14,7 +14,7 @@ import { verify } from "./commands/verify.ts"
 import { flagOf, readSettings, type SettingName, type SettingValues, settings, variableOf } from "./config.ts"
 import { isLoopback } from "./gateway/Access.ts"
 import { HttpGateway } from "./gateway/HttpGateway.ts"
-import { activate, localDirectory, node } from "./index.ts"
+import { activate, localDirectory, node } from "./server.ts"
 
 const { version } = JSON.parse(readFileSync(new URL("../package.json", import.meta.url), "utf8")) as { version: string }
 

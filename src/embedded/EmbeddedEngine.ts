@@ -21,11 +21,11 @@ import type { Delivery, DeliveryListener, Subscriptions } from "../gateway/Subsc
 import { CollectionRequest } from "../protocol/Collection.ts"
 import { type ApiError, type InvalidInput, toProblem } from "../protocol/Errors.ts"
 import { CollectionName, decoderOf, MetadataObject, VectorId } from "../protocol/Fields.ts"
-import { DeleteRequest, InsertRequest } from "../protocol/HttpApi.ts"
 import { anonymous } from "../protocol/Principal.ts"
 import { SearchRequest } from "../protocol/Search.ts"
 import type { SearchAnswer as RouterAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import { FollowRequest, SubscribeRequest } from "../protocol/Subscription.ts"
+import { DeleteRequest, InsertRequest } from "../protocol/Writes.ts"
 import type { Router } from "../shards/Router.ts"
 import type { StandingMember } from "../shards/StandingQueries.ts"
 

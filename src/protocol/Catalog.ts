@@ -2,8 +2,8 @@
  * Messages of the `Catalog` entity, one for a node's data: the collections. It is the only writer of the catalogue object.
  */
 import { Schema } from "effect"
-import { Entity } from "effect/cluster"
-import { Rpc } from "effect/rpc"
+import * as Entity from "effect/cluster/Entity"
+import * as Rpc from "effect/rpc/Rpc"
 import { Collection, CollectionRequest } from "./Collection.ts"
 import { CollectionConflict, CollectionNotFound, InvalidInput, Overloaded, StorageUnavailable } from "./Errors.ts"
 import { NoticeMillis, StoredCollectionName } from "./Fields.ts"
