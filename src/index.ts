@@ -11,8 +11,9 @@ import { PartitionReads } from "./actors/PartitionReads.ts"
 import * as StreamSessionActor from "./actors/StreamSession.ts"
 import * as TierPromoterActor from "./actors/TierPromoter.ts"
 import type { Metadata } from "./client/index.ts"
+import * as Client from "./client/VectorDB.ts"
 import { Settings, type SettingValues } from "./config.ts"
-import { withEngine } from "./embedded/VectorDB.ts"
+import { type OpenOptions, openEngine } from "./embedded/VectorDB.ts"
 import * as Access from "./gateway/Access.ts"
 import { ApiKeyring } from "./gateway/ApiKeyring.ts"
 import { Cursors } from "./gateway/Cursors.ts"
@@ -55,6 +56,7 @@ import { WarmStore } from "./tiers/WarmStore.ts"
 
 export * from "./client/index.ts"
 export { defaultSettings, Settings, type SettingValues } from "./config.ts"
+export type { OpenOptions } from "./embedded/VectorDB.ts"
 export { HttpGateway } from "./gateway/HttpGateway.ts"
 export { Readiness } from "./gateway/Readiness.ts"
 export { RuvectorRpcs } from "./protocol/Rpcs.ts"
@@ -186,8 +188,16 @@ const engine = (settings: SettingValues) =>
     Layer.provideMerge(Layer.succeed(Settings, settings))
   )
 
-/** The client; `VectorDB.open` has the engine in this process. */
-export class VectorDB<M = Metadata> extends withEngine(engine)<M> {}
+/** The client, on a service or, by `open`, with the engine in this process. */
+export class VectorDB<M = Metadata> extends Client.VectorDB<M> {
+  /**
+   * Opens the engine in this process: no port, and the data directory is this process's alone until it is closed. Rejects
+   * with one line for people where it cannot be opened. Log lines of severity error go to stderr.
+   */
+  static async open<M = Metadata>(options: OpenOptions<M>): Promise<VectorDB<M>> {
+    return new VectorDB<M>(await openEngine(engine, options))
+  }
+}
 
 /**
  * Makes the partitions resident that were asked for at start, then lets the node be ready. What cannot be opened is

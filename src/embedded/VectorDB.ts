@@ -1,8 +1,8 @@
-/** `VectorDB` where there is Node: on a service as everywhere, and with the engine in the process itself. */
+/** What `VectorDB.open` opens: the engine in the process itself. */
 import { Context, Effect, Exit, Layer, Logger, References, Scope } from "effect"
 import type { Metadata } from "../client/Engine.ts"
 import type { StandardSchema } from "../client/StandardSchema.ts"
-import * as Client from "../client/VectorDB.ts"
+import type * as Client from "../client/VectorDB.ts"
 import { defaultSettings, type SettingValues } from "../config.ts"
 import { Subscriptions } from "../gateway/Subscriptions.ts"
 import { Router } from "../shards/Router.ts"
@@ -21,40 +21,36 @@ export interface OpenOptions<M = Metadata> {
 /** What makes an engine: the layers of a node without its wires. */
 export type EngineLayer = (settings: SettingValues) => Layer.Layer<Router | Subscriptions, { readonly message: string }>
 
-/** `VectorDB`, with `open` for an engine in this process. */
-export const withEngine = (layer: EngineLayer) =>
-  class VectorDB<M = Metadata> extends Client.VectorDB<M> {
-    /**
-     * Opens the engine in this process: no port, and the data directory is this process's alone until it is closed. Rejects
-     * with one line for people where it cannot be opened. Log lines of severity error go to stderr.
-     */
-    static async open<M = Metadata>(options: OpenOptions<M>): Promise<VectorDB<M>> {
-      const settings = { ...defaultSettings, ...options.settings, data: options.path }
-      const logging = Layer.mergeAll(
-        Logger.layer([errorsToStderr]),
-        Layer.succeed(References.MinimumLogLevel, "Error" as const)
-      )
-      const scope = await Effect.runPromise(Scope.make())
-      const context = await Effect.runPromise(
-        Layer.buildWithScope(Layer.provideMerge(layer(settings), logging), scope).pipe(
-          Effect.onError((cause) => Scope.close(scope, Exit.failCause(cause))),
-          Effect.mapError(({ message }) => new Error(message))
-        )
-      )
-      let closed: Promise<void> | undefined
-      const close = () => {
-        closed ??= Effect.runPromise(Scope.close(scope, Exit.void))
-        return closed
-      }
-      const { collection, deadlineMillis, metadata } = options
-      return new this<M>({
-        engine: makeEmbeddedEngine(Context.get(context, Router), Context.get(context, Subscriptions), close),
-        ...(collection === undefined ? {} : { collection }),
-        ...(deadlineMillis === undefined ? {} : { deadlineMillis }),
-        ...(metadata === undefined ? {} : { metadata })
-      })
-    }
+/**
+ * The engine of a `VectorDB` in this process. Rejects with one line for people where it cannot be opened. Log lines of
+ * severity error go to stderr.
+ */
+export const openEngine = async <M>(layer: EngineLayer, options: OpenOptions<M>): Promise<Client.EngineOptions<M>> => {
+  const settings = { ...defaultSettings, ...options.settings, data: options.path }
+  const logging = Layer.mergeAll(
+    Logger.layer([errorsToStderr]),
+    Layer.succeed(References.MinimumLogLevel, "Error" as const)
+  )
+  const scope = await Effect.runPromise(Scope.make())
+  const context = await Effect.runPromise(
+    Layer.buildWithScope(Layer.provideMerge(layer(settings), logging), scope).pipe(
+      Effect.onError((cause) => Scope.close(scope, Exit.failCause(cause))),
+      Effect.mapError(({ message }) => new Error(message))
+    )
+  )
+  let closed: Promise<void> | undefined
+  const close = () => {
+    closed ??= Effect.runPromise(Scope.close(scope, Exit.void))
+    return closed
   }
+  const { collection, deadlineMillis, metadata } = options
+  return {
+    engine: makeEmbeddedEngine(Context.get(context, Router), Context.get(context, Subscriptions), close),
+    ...(collection === undefined ? {} : { collection }),
+    ...(deadlineMillis === undefined ? {} : { deadlineMillis }),
+    ...(metadata === undefined ? {} : { metadata })
+  }
+}
 
 const errorsToStderr = Logger.make<unknown, void>((options) => {
   process.stderr.write(`${Logger.formatJson.log(options)}\n`)
