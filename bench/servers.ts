@@ -5,7 +5,8 @@
 import { type ChildProcess, spawn } from "node:child_process"
 import { once } from "node:events"
 import { fileURLToPath } from "node:url"
-import { nodeEnvironment, nodeFlags } from "../scripts/run.mjs"
+import { nodeFlags } from "../scripts/nodeOptions.mjs"
+import { nodeEnvironment } from "../scripts/run.mjs"
 import type { Build } from "./bareIndex.ts"
 
 export const serverNames = ["ours", "bare", "bare-simd"] as const
