@@ -106,6 +106,14 @@ export const settings = {
   ),
   databaseConnectionsMax: integer("connections to it", "connections", 4, 2, 100),
   databaseConnectMillis: integer("for a connection to it", "ms", 5_000, 100, 600_000),
+  databaseQueryMillis: integer("for its answer, before it counts as gone", "ms", 1_500, 50, 600_000),
+  databaseOutageMillis: integer(
+    "that runners keep their shards while it is gone; then they give them up until it is back",
+    "ms",
+    600_000,
+    0,
+    86_400_000
+  ),
   databaseWaitMillis: integer("that it may take until it is there, at start", "ms", 60_000, 0, 3_600_000),
   cell: text("cluster that this node belongs to, within the region", "main", "1-32 of a-z 0-9 -", regionPattern),
   clusterHost: text(
@@ -138,6 +146,13 @@ export const settings = {
     600_000
   ),
   shardRefreshMillis: integer("between two looks at which runner owns what", "ms", 250, 50, 60_000),
+  ownerCheckMillis: integer(
+    "between two looks at whether partitions are still this runner's, while the database is gone",
+    "ms",
+    1_000,
+    50,
+    60_000
+  ),
   runnerHeartbeatMillis: integer(
     "between two heartbeats of a runner, at most a third of shard-lock-millis",
     "ms",
@@ -662,6 +677,10 @@ export const readSettings = (
     throw new SettingError(
       `--${flagOf("runnerHeartbeatMillis")}: expected ${expected}, got ${read.runnerHeartbeatMillis}`
     )
+  }
+  if (read.databaseQueryMillis * 2 > read.shardLockMillis / 3) {
+    const expected = `at most a sixth of ${flagOf("shardLockMillis")} (${read.shardLockMillis})`
+    throw new SettingError(`--${flagOf("databaseQueryMillis")}: expected ${expected}, got ${read.databaseQueryMillis}`)
   }
   if (read.pingIntervalMillis >= read.idleTimeoutMillis) {
     const expected = `less than ${flagOf("idleTimeoutMillis")} (${read.idleTimeoutMillis}), or quiet clients are cut`

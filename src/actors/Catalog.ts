@@ -17,8 +17,9 @@ import {
   Overloaded,
   StorageUnavailable
 } from "../protocol/Errors.ts"
-import { IndexPartition, partitionId } from "../protocol/IndexPartition.ts"
+import { IndexPartition, partitionId, partitionsGroup } from "../protocol/IndexPartition.ts"
 import { collectionsMax, invalidationsPendingMax } from "../protocol/Limits.ts"
+import { Placement } from "../shards/Placement.ts"
 import { type Catalogue, CatalogueText, catalogueFormat, catalogueKey, removedKept } from "../tiers/CatalogueObject.ts"
 import { ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
 
@@ -27,6 +28,7 @@ export const layer = Catalog.toLayer(
     const settings = yield* Settings
     const store = yield* ObjectStore
     const partitions = yield* IndexPartition.client
+    const placement = yield* Placement
     const scope = yield* Effect.scope
     const gate = yield* Semaphore.make(1)
     let current: { readonly catalogue: Catalogue; readonly etag: string | undefined } | undefined
@@ -126,7 +128,7 @@ export const layer = Catalog.toLayer(
       }
       const collection: Collection = {
         name,
-        uid: randomBytes(8).toString("hex"),
+        uid: uidOf(name, request.partitions ?? settings.defaultPartitions),
         dimensions: request.dimensions,
         metric: request.metric ?? "cosine",
         partitions: request.partitions ?? settings.defaultPartitions,
@@ -136,6 +138,12 @@ export const layer = Catalog.toLayer(
       yield* write({ ...catalogue, collections: [...catalogue.collections, collection] }, etag)
       return { collection, created: true }
     })
+
+    /** The shards of its partitions follow from it, so it is chosen such that they are spread over the runners. */
+    const uidOf = (name: string, count: number): string =>
+      placement.mostEven(partitionsGroup, mintUids(Math.max(uidsMin, Math.floor(partitionsLookedAt / count))), (uid) =>
+        Array.from({ length: count }, (_, partition) => partitionId({ collection: name, uid, partition }))
+      )
 
     const find = (name: string) =>
       Effect.flatMap(read, ({ catalogue }) => {
@@ -194,6 +202,14 @@ export const layer = Catalog.toLayer(
   }),
   { concurrency: "unbounded", disableFatalDefects: true, maxIdleTime: Duration.infinity }
 )
+
+/** Partitions of uids that are looked at to choose one, all together; and uids at the least. */
+const partitionsLookedAt = 2_000
+const uidsMin = 16
+
+function* mintUids(count: number) {
+  for (let n = 0; n < count; n++) yield randomBytes(8).toString("hex")
+}
 
 /** What of a request contradicts the collection that is there; what it leaves out contradicts nothing. */
 const conflictOf = (there: Collection, request: CollectionRequest): CollectionConflict | undefined => {

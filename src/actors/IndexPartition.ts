@@ -25,6 +25,7 @@ import {
 } from "../protocol/IndexPartition.ts"
 import type { PartitionWatch } from "../protocol/StandingQuery.ts"
 import { LocalActors, type WatchListener } from "../shards/LocalActors.ts"
+import { Membership } from "../shards/Membership.ts"
 import { partitionPrefix } from "../tiers/CatalogueObject.ts"
 import { ObjectStore } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
@@ -37,6 +38,10 @@ import type * as PartitionWriter from "./PartitionWriter.ts"
 const activations = Metric.counter("ruvector_partition_activations", { description: "Partitions made resident" })
 const activationFailures = Metric.counter("ruvector_partition_activation_failures", {
   description: "Attempts to make a partition resident that failed"
+})
+
+const yields = Metric.counter("ruvector_partitions_yielded", {
+  description: "Partitions let go of because another node had claimed them"
 })
 
 /** After an activation failed, further messages are answered with its error for this long before it is tried again. */
@@ -70,6 +75,7 @@ const makePartition = Effect.gen(function* () {
   const store = yield* ObjectStore
   const opener = yield* PartitionOpener
   const local = yield* LocalActors
+  const membership = yield* Membership
   const catalog = (yield* Catalog.client)(catalogId)
   const entityScope = yield* Effect.scope
   const prefix = partitionPrefix(uid, partition)
@@ -82,6 +88,8 @@ const makePartition = Effect.gen(function* () {
   let activating: Deferred.Deferred<Resident, PartitionError> | undefined
   let failure: { readonly error: PartitionError; readonly until: number } | undefined
   let removed = false
+  /** Another node has claimed it while the cluster's database was gone: until it is back that one is to have it. */
+  let yielded = false
   /** What was read of a snapshot was not what it should be: the next opening reads all of it first. */
   let suspect = false
 
@@ -91,8 +99,8 @@ const makePartition = Effect.gen(function* () {
   const lostError = (error: IndexLost) =>
     unavailable(`Its vector thread was lost (${error.detail}); it is being reopened.`)
 
-  /** Lets go of the partition, with a last snapshot where `exit` is a success; the next message activates it again. */
-  const letGo = (of: Resident | undefined, exit: Exit.Exit<void, "removed"> = Exit.void) =>
+  /** Lets go of the partition, with a last snapshot unless `exit` is a failure; the next message activates it again. */
+  const letGo = (of: Resident | undefined, exit: Exit.Exit<void, "removed" | "claimed"> = Exit.void) =>
     Effect.suspend(() => {
       if (of === undefined || resident !== of) return Effect.void
       resident = undefined
@@ -150,6 +158,8 @@ const makePartition = Effect.gen(function* () {
   const activate: Effect.Effect<Resident, PartitionError> = Effect.suspend(() => {
     if (removed) return Effect.fail(new CollectionNotFound({ collection: name }))
     if (resident !== undefined) return Effect.succeed(resident)
+    if (yielded && membership.outage() !== undefined) return Effect.fail(unavailable("Another node owns it now."))
+    yielded = false
     if (failure !== undefined && Date.now() < failure.until) return Effect.fail(failure.error)
     if (activating === undefined) {
       const started = Deferred.makeUnsafe<Resident, PartitionError>()
@@ -179,6 +189,7 @@ const makePartition = Effect.gen(function* () {
             position: of.position
           }
           yield* Scope.provide(local.registerPartition(entityId, here), scope)
+          yield* Scope.provide(membership.confirming(confirm(of)), scope)
         } else {
           yield* Scope.close(scope, Exit.void)
           const found = Exit.findErrorOption(exit)
@@ -203,6 +214,21 @@ const makePartition = Effect.gen(function* () {
       orElse: () => Effect.fail(unavailable("It is being opened.", 2_000))
     })
   })
+
+  /** Lets go of it where it is another's by now. What cannot be asked is asked again. */
+  const confirm = (of: Resident): Effect.Effect<void> =>
+    of.confirm.pipe(
+      Effect.catch(() => Effect.succeed(true)),
+      Effect.flatMap((isOurs) => {
+        if (isOurs || resident !== of) return Effect.void
+        yielded = true
+        return Metric.update(yields, 1).pipe(
+          Effect.andThen(annotate(Effect.logWarning("Another node has claimed the partition; it is let go of"))),
+          Effect.andThen(Effect.forkIn(letGo(of, Exit.fail("claimed")), entityScope)),
+          Effect.asVoid
+        )
+      })
+    )
 
   /** A read that found the partition gone waits until it is resident again, and reads once more. */
   const again = <A>(

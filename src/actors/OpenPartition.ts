@@ -73,6 +73,8 @@ export interface OpenPartition {
     listener: WatchListener
   ) => Effect.Effect<WatchHandle, PartitionError | IndexLost>
   readonly position: () => number
+  /** Whether nobody else owns it by now. */
+  readonly confirm: Effect.Effect<boolean, StoreFailure>
   readonly writer: PartitionWriter.PartitionWriter
   readonly changes: LocalChanges
 }
@@ -559,6 +561,7 @@ const open = Effect.fnUntraced(function* (
     form: index.form,
     watch,
     position: () => visibleSeq,
+    confirm: log.confirm,
     writer: {
       ...writer,
       // Another form may find others.

@@ -15,9 +15,8 @@ import * as Sharding from "effect/cluster/Sharding"
 import * as ShardingConfig from "effect/cluster/ShardingConfig"
 import { Settings, type SettingValues } from "../config.ts"
 import { partitionsGroup } from "../protocol/IndexPartition.ts"
-
-/** Shards of each group: as many in all of a cluster, for good. */
-export const shardsPerGroup = 300
+import { Membership, shardsPerGroup } from "./Membership.ts"
+import { Placement } from "./Placement.ts"
 
 /** The database of the cluster cannot be used. */
 export class ClusterUnavailable extends Error {
@@ -46,18 +45,28 @@ export const layerNode = Layer.unwrap(
 )
 
 /** The actors that are somewhere in the cluster; in this process where it is alone. */
-export const layer: Layer.Layer<Sharding.Sharding, ClusterUnavailable, Settings> = Layer.unwrap(
-  Effect.map(Settings, (settings): Layer.Layer<Sharding.Sharding, ClusterUnavailable, Settings> => {
-    if (settings.databaseUrl === "") return layerNode
-    // Loaded only here: a node alone needs nothing of a database, nor of connections to other nodes.
-    return Layer.unwrap(
-      Effect.map(
-        Effect.promise(() => import("./PostgresCluster.ts")),
-        (members) => (settings.role === "gateway" ? members.gateway(settings) : members.runner(settings))
-      )
+export const layer: Layer.Layer<Sharding.Sharding | Membership | Placement, ClusterUnavailable, Settings> =
+  Layer.unwrap(
+    Effect.map(
+      Settings,
+      (settings): Layer.Layer<Sharding.Sharding | Membership | Placement, ClusterUnavailable, Settings> => {
+        if (settings.databaseUrl === "") return layerAlone
+        // Loaded only here: a node alone needs nothing of a database, nor of connections to other nodes.
+        return Layer.unwrap(
+          Effect.map(
+            Effect.promise(() => import("./PostgresCluster.ts")),
+            (members) =>
+              Placement.layer.pipe(
+                Layer.provideMerge(settings.role === "gateway" ? members.gateway(settings) : members.runner(settings))
+              )
+          )
+        )
+      }
     )
-  })
-)
+  )
+
+/** A process that is alone. */
+export const layerAlone = Placement.layer.pipe(Layer.provideMerge(layerNode), Layer.provideMerge(Membership.layerAlone))
 
 /** The same for all members, whichever way they are joined. */
 export const sharedConfig = (settings: SettingValues) => ({

@@ -21,6 +21,7 @@ import * as Socket from "effect/socket/Socket"
 import { SqlClient } from "effect/sql"
 import type { SettingValues } from "../config.ts"
 import { ClusterUnavailable, sharedConfig } from "./Cluster.ts"
+import { Membership } from "./Membership.ts"
 import { RunnerMonitor } from "./RunnerMonitor.ts"
 
 /** Largest message between two nodes: a group of records that is inserted. */
@@ -31,6 +32,8 @@ const member = (settings: SettingValues) => ({
   simulateRemoteSerialization: false,
   runnerShardWeight: settings.clusterWeight,
   shardLockExpiration: Duration.millis(settings.shardLockMillis),
+  // Locks are rows: those of a session would go with it, when the database restarts.
+  shardLockDisableAdvisory: true,
   refreshAssignmentsInterval: Duration.millis(settings.shardRefreshMillis),
   runnerHealthCheckInterval: Duration.millis(settings.runnerHealthMillis),
   runnerJoinDebounce: Duration.millis(settings.joinDebounceMillis),
@@ -112,7 +115,8 @@ const storage = (settings: SettingValues) =>
   Layer.unwrap(
     Effect.as(
       reachable(settings),
-      SqlRunnerStorage.layerWith({ prefix: tablePrefix(settings) }).pipe(
+      Membership.layer(tablePrefix(settings)).pipe(
+        Layer.provide(SqlRunnerStorage.layerWith({ prefix: tablePrefix(settings) })),
         Layer.provideMerge(database(settings)),
         Layer.catchCause((cause) => Layer.effectContext(Effect.fail(unusable(settings, cause))))
       )

@@ -156,6 +156,8 @@ export interface PartitionLogHandle {
    * segment. Returns what was recovered, as `append` does; not at the same time as `append`.
    */
   readonly settle: Effect.Effect<ReadonlyArray<LogEntry>, NotOwner | StoreFailure>
+  /** Whether nobody has claimed the partition since, by the manifest as it is now. */
+  readonly confirm: Effect.Effect<boolean, StoreFailure>
   /**
    * Makes files the snapshot of everything up to `seq`, moving them away; reads them back before it counts on them, and
    * only then prunes what is no longer needed. Prune failures are logged and made good next time. One at a time, also beside
@@ -318,6 +320,7 @@ class Log {
       tail: this.#tail(this.#last),
       append: (encode) => this.#append(encode),
       settle: Effect.suspend(() => this.#settle()),
+      confirm: Effect.suspend(() => (this.#lost === undefined ? this.#isOwner() : Effect.succeed(false))),
       commitSnapshot: (seq, files) => this.#commitSnapshot(seq, files),
       read: (fromSeq) => this.#read(fromSeq),
       lastSeq: () => this.#last,

@@ -75,7 +75,7 @@ beforeAll(async () => {
     Layer.provideMerge(Router.layer({ createOnInsert: "default" })),
     Layer.provideMerge(Admission.layer),
     Layer.provideMerge(Layer.mergeAll(LocalActors.layer, Shedding.layer)),
-    Layer.provideMerge(Cluster.layerNode),
+    Layer.provideMerge(Cluster.layerAlone),
     Layer.provideMerge(
       Layer.mergeAll(
         VectorIndex.layer,
