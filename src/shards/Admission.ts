@@ -145,7 +145,7 @@ class Door {
     return this.#hasPlace(asker.tier, source) ? undefined : this.#refuse("searchQueue")
   }
 
-  readonly isPressed = (): boolean => this.#waiting > 0 || this.#shedding.level() > 0
+  readonly isPressed = (): boolean => this.#shedding.level() > 0 || (this.#waiting > 0 && this.#isFull("standard"))
 
   readonly run = <A, E>(
     {
@@ -163,7 +163,8 @@ class Door {
   ): Effect.Effect<A, E | Overloaded> =>
     Effect.suspend(() => {
       const ticket = new Ticket(kind, tier, source, this.#now(), deadlineMillis)
-      return Effect.onExit(
+      // What it takes it gives back, whenever it is interrupted: so that is set up first.
+      return Effect.onExitPrimitive(
         Effect.suspend((): Effect.Effect<A, E | Overloaded> => {
           if (this.#waiting === 0 && this.#limit.hasRoom) {
             this.#admit(ticket, ticket.arrivedAt)
@@ -174,10 +175,7 @@ class Door {
           if (refusal !== undefined) return Effect.fail(overloadedBy(refusal))
           return Effect.flatMap(this.#wait(ticket), () => search)
         }),
-        (exit) => {
-          this.#leave(ticket, exit)
-          return Effect.void
-        }
+        (exit) => this.#leave(ticket, exit)
       )
     })
 
@@ -290,14 +288,11 @@ class Door {
     this.#refused = 0
   }
 
-  #leave(ticket: Ticket, exit: Exit.Exit<unknown, unknown>): void {
-    if (ticket.state === "waiting") {
-      ticket.state = "gone"
-      this.#lineOf(ticket.tier).remove(ticket)
-      return
-    }
-    if (ticket.state !== "underWay") return
+  #leave(ticket: Ticket, exit: Exit.Exit<unknown, unknown>): undefined {
+    const { state } = ticket
     ticket.state = "gone"
+    if (state === "waiting") this.#lineOf(ticket.tier).remove(ticket)
+    if (state !== "underWay") return
     const now = this.#now()
     if (Exit.isSuccess(exit)) {
       this.#answered += 1

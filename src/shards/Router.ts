@@ -225,11 +225,10 @@ export class Router extends Context.Service<
           name: string,
           use: (of: Collection) => Effect.Effect<A, E | CollectionNotFound>
         ): Effect.Effect<A, E | CollectionNotFound | StorageUnavailable> => {
-          const cached = known.has(name)
-          const run = Effect.flatMap(collection(name), use)
-          if (!cached) return run
+          const found = known.get(name)
+          if (found === undefined) return Effect.flatMap(collection(name), use)
           return Effect.catchIf(
-            run,
+            use(found),
             (error): error is CollectionNotFound & (E | CollectionNotFound | StorageUnavailable) =>
               error instanceof CollectionNotFound,
             () =>
@@ -389,24 +388,22 @@ export class Router extends Context.Service<
           return delivered(of, partition, partitionClient(entityId).Search(query))
         }
 
+        const partitionQueryOf = (of: Collection, query: SessionQuery, vector: Float32Array): PartitionQuery => ({
+          vector,
+          k: query.k,
+          ef: query.ef === 0 ? of.index.ef_search : query.ef,
+          filter: query.filter,
+          includeMetadata: query.includeMetadata,
+          includeVector: query.includeVector
+        })
+
         const scatter = Effect.fnUntraced(function* (
           of: Collection,
           query: SessionQuery,
           vector: Float32Array,
           deadlineMillis: number
         ) {
-          const partitionQuery: PartitionQuery = {
-            vector,
-            k: query.k,
-            ef: query.ef === 0 ? of.index.ef_search : query.ef,
-            filter: query.filter,
-            includeMetadata: query.includeMetadata,
-            includeVector: query.includeVector
-          }
-          if (of.partitions === 1) {
-            const hits = yield* within(ask(of, 0, partitionQuery), deadlineMillis)
-            return { hits, missing: [] }
-          }
+          const partitionQuery = partitionQueryOf(of, query, vector)
           const exits = yield* eachPartition(of, (partition) =>
             Effect.exit(within(ask(of, partition, partitionQuery), deadlineMillis))
           )
@@ -494,23 +491,44 @@ export class Router extends Context.Service<
             askAll(of, query, started)
           )
 
-        const askAll = Effect.fnUntraced(function* (of: Collection, query: SessionQuery, started: number) {
-          let vector = query.vector
-          if (vector === undefined) {
-            const id = query.vectorId as string
-            const record = yield* getFrom(of, id)
-            if (record === null) return yield* new VectorNotFound({ collection: of.name, id })
-            vector = record.vector
-          }
-          const { hits, missing } = yield* scatter(of, query, vector, Math.max(1, leftOf(query, started)))
-          return {
+        const askAll = (
+          of: Collection,
+          query: SessionQuery,
+          started: number
+        ): Effect.Effect<SearchAnswer, ApiError> => {
+          const { vector } = query
+          if (vector !== undefined) return Effect.suspend(() => gather(of, query, vector, started))
+          const id = query.vectorId as string
+          return Effect.flatMap(
+            getFrom(of, id),
+            (record): Effect.Effect<SearchAnswer, ApiError> =>
+              record === null
+                ? Effect.fail(new VectorNotFound({ collection: of.name, id }))
+                : gather(of, query, record.vector, started)
+          )
+        }
+
+        /** No generator where one partition is asked: that is most searches there are. */
+        const gather = (
+          of: Collection,
+          query: SessionQuery,
+          vector: Float32Array,
+          started: number
+        ): Effect.Effect<SearchAnswer, ApiError> => {
+          const deadlineMillis = Math.max(1, leftOf(query, started))
+          const answered = (hits: PartitionHits, missing: ReadonlyArray<number>): SearchAnswer => ({
             queryId: query.queryId,
             ...hits,
             dimensions: of.dimensions,
             missing,
             tookMillis: performance.now() - started
-          } satisfies SearchAnswer
-        })
+          })
+          return of.partitions === 1
+            ? Effect.map(within(ask(of, 0, partitionQueryOf(of, query, vector)), deadlineMillis), (hits) =>
+                answered(hits, [])
+              )
+            : Effect.map(scatter(of, query, vector, deadlineMillis), ({ hits, missing }) => answered(hits, missing))
+        }
 
         const answerOf = (result: KeptResult, query: SessionQuery, started: number): SearchAnswer => ({
           ...result,
@@ -631,22 +649,28 @@ export class Router extends Context.Service<
         let searches = 0
 
         /** Its nearest results are what somebody is interested in, also where the cache had the answer. */
-        const searched = (query: SessionQuery, byUrl: boolean) =>
+        const touch = (of: Collection, answer: SearchAnswer): void => {
+          const touched = answer.ids[searches++ % touchedResults]
+          if (touched === undefined) return
+          access.touchRecord(idOf(of, partitionOf(touched, of.partitions)), touched, touchedResultWeight)
+        }
+
+        const searchByUrl = (query: SessionQuery) =>
           Effect.map(
-            withCollection(query.collection, (of) => find(of, query, byUrl)),
+            withCollection(query.collection, (of) => find(of, query, true)),
             (found) => {
-              const { collection: of, answer } = found
-              const touched = answer.ids[searches++ % touchedResults]
-              if (touched !== undefined) {
-                access.touchRecord(idOf(of, partitionOf(touched, of.partitions)), touched, touchedResultWeight)
-              }
+              touch(found.collection, found.answer)
               return found
             }
           )
 
-        const searchByUrl = (query: SessionQuery) => searched(query, true)
-
-        const search = (query: SessionQuery) => Effect.map(searched(query, false), ({ answer }) => answer)
+        const search = (query: SessionQuery) =>
+          withCollection(query.collection, (of) =>
+            Effect.map(find(of, query, false), ({ answer }) => {
+              touch(of, answer)
+              return answer
+            })
+          )
 
         const invalidate = Effect.fn("Router.invalidate")(function* (name: string, request: InvalidateRequest) {
           const { collection: of, effective_ms } =
