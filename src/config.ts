@@ -196,6 +196,13 @@ export const settings = {
   threads: integer("vector threads; 0: one for each core beyond the first", "threads", 0, 0, 256),
   insertSliceMillis: integer("insertion work between two looks at waiting searches", "ms", 4, 1, 1_000),
   threadPendingMax: integer("searches waiting for one vector thread", "searches", 4_096, 1, 1_000_000),
+  searchWaitMillis: integer(
+    "that the main thread may be kept waiting for searches that are alone, in a turn of its event loop; 0: never, as is right where it serves others. An engine in a program's own process has 4",
+    "ms",
+    0,
+    0,
+    1_000
+  ),
 
   // Memory
   budgetBytes: integer(

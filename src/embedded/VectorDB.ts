@@ -24,7 +24,7 @@ export interface OpenOptions<M = Metadata> {
  * severity error go to stderr.
  */
 export const openEngine = async <M>(options: OpenOptions<M>): Promise<EngineOptions<M>> => {
-  const settings = { ...defaultSettings, ...options.settings, data: options.path }
+  const settings = { ...defaultSettings, searchWaitMillis, ...options.settings, data: options.path }
   const logging = Layer.mergeAll(
     Logger.layer([errorsToStderr]),
     Layer.succeed(References.MinimumLogLevel, "Error" as const)
@@ -49,6 +49,12 @@ export const openEngine = async <M>(options: OpenOptions<M>): Promise<EngineOpti
     ...(metadata === undefined ? {} : { metadata })
   }
 }
+
+/**
+ * A program that waits for a search is answered twice as fast where its thread waits for the vector thread, asleep. It is kept
+ * so for no longer than a slice of an insertion takes, then its event loop has a turn.
+ */
+const searchWaitMillis = 4
 
 const errorsToStderr = Logger.make<unknown, void>((options) => {
   process.stderr.write(`${Logger.formatJson.log(options)}\n`)

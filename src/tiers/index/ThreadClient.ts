@@ -19,6 +19,8 @@ import {
   type StandingListener,
   type StandingSpec
 } from "../VectorIndex.ts"
+import type { Patience } from "./Patience.ts"
+import { SearchDesk } from "./SearchDesk.ts"
 import { forEachChange } from "./StandingMatches.ts"
 import {
   type Answer,
@@ -39,7 +41,9 @@ import {
 export interface ThreadClientOptions {
   readonly name: string
   readonly entry: URL
-  readonly thread: Omit<ThreadOptions, "shared">
+  readonly thread: Omit<ThreadOptions, "shared" | "desk">
+  /** Where a search that is alone is waited for: how long that may be, over all threads. */
+  readonly patience: Patience | undefined
   /** Searches waiting, at most. */
   readonly pendingMax: number
   readonly heapMegabytes: number | undefined
@@ -55,6 +59,12 @@ interface Waiting {
   readonly hits: ((hits: IndexHits) => void) | undefined
   readonly answer: (answer: Answer) => void
   readonly lost: (error: IndexLost) => void
+}
+
+interface Asked {
+  readonly request: number
+  readonly seat: Seat
+  readonly query: IndexQuery
 }
 
 /** A partition, and why it is there no longer. */
@@ -79,6 +89,7 @@ export class ThreadClient {
   readonly #seats = new Map<number, Seat>()
   #worker: Worker | undefined
   #shared = new Int32Array(new SharedArrayBuffer(8))
+  #desk: SearchDesk | undefined
   #stopped = false
   #restartTimer: NodeJS.Timeout | undefined
   #startedAt = 0
@@ -93,7 +104,7 @@ export class ThreadClient {
 
   // What is asked in this turn.
   #flushing = false
-  #searches: Array<{ readonly request: number; readonly seat: Seat; readonly query: IndexQuery }> = []
+  #searches: Array<Asked> = []
   #commands: Array<Command> = []
   #cancelled: Array<number> = []
 
@@ -145,7 +156,7 @@ export class ThreadClient {
   }
 
   collect(): void {
-    this.#worker?.postMessage({ collect: true } satisfies ToThread)
+    this.#post({ collect: true })
   }
 
   /** Ends the thread; everything asked of it fails. */
@@ -156,7 +167,7 @@ export class ThreadClient {
     const worker = this.#worker
     if (worker !== undefined) {
       const ended = new Promise<void>((resolve) => worker.once("exit", () => resolve()))
-      worker.postMessage(stopMessage)
+      this.#post(stopMessage)
       const timer = setTimeout(() => void worker.terminate(), stopMillisMax)
       await ended
       clearTimeout(timer)
@@ -368,7 +379,8 @@ export class ThreadClient {
       ...(heapMegabytes === undefined ? {} : { maxOldGenerationSizeMb: heapMegabytes })
     }
     this.#shared = new Int32Array(new SharedArrayBuffer(8))
-    const workerData: ThreadOptions = { ...thread, shared: this.#shared }
+    this.#desk = this.#options.patience === undefined ? undefined : new SearchDesk()
+    const workerData: ThreadOptions = { ...thread, shared: this.#shared, desk: this.#desk?.memory }
     // Flags of a program that embeds the engine (`--input-type`, loaders) are not for its threads.
     const worker = new Worker(entry, { name, workerData, resourceLimits, execArgv: [] })
     this.#worker = worker
@@ -407,7 +419,47 @@ export class ThreadClient {
   #schedule(): void {
     if (this.#flushing) return
     this.#flushing = true
-    setImmediate(() => this.#flush())
+    if (this.#desk === undefined) setImmediate(() => this.#flush())
+    // What is asked together with it has been asked by then.
+    else queueMicrotask(() => this.#attend())
+  }
+
+  /** Waits for a search that is alone, where the thread has nothing else to do; sends all else when the turn is over. */
+  #attend(): void {
+    const alone =
+      this.#searches.length === 1 &&
+      this.#waiting.size === 1 &&
+      this.#commands.length === 0 &&
+      this.#cancelled.length === 0
+    if (!alone || !this.#waited(this.#searches[0]!)) setImmediate(() => this.#flush())
+  }
+
+  /** False where it was not asked; else it is answered by now, or will be by a message. */
+  #waited({ request, seat, query }: Asked): boolean {
+    const { patience } = this.#options
+    const desk = this.#desk
+    const waiting = this.#waiting.get(request)
+    if (desk === undefined || patience === undefined || waiting === undefined || this.#worker === undefined)
+      return false
+    const millis = patience.left
+    if (millis === 0 || Atomics.load(this.#shared, isBusy) !== 0) return false
+    if (!desk.ask(request, seat.number, query)) return false
+    this.#flushing = false
+    this.#searches = []
+    const started = performance.now()
+    if (!desk.ring()) this.#worker.postMessage(callMessage)
+    const hits = desk.wait(millis)
+    patience.spent(performance.now() - started)
+    if (hits !== undefined) {
+      this.#settle(request, waiting)
+      waiting.hits?.(hits)
+    }
+    return true
+  }
+
+  #post(message: ToThread, transfer: ReadonlyArray<ArrayBuffer> = []): void {
+    this.#worker?.postMessage(message, transfer)
+    this.#desk?.ring()
   }
 
   #flush(): void {
@@ -448,7 +500,7 @@ export class ThreadClient {
       this.#cancelled = []
     }
     if (message.searches === undefined && message.commands === undefined && message.cancelled === undefined) return
-    this.#worker.postMessage(message, transfer)
+    this.#post(message, transfer)
   }
 
   #receive(message: FromThread): void {
@@ -510,6 +562,9 @@ const tellLost = ({ watches, lost }: Seat): void => {
 }
 
 const stopMessage: ToThread = { stop: true }
+
+/** Says that somebody waits at the desk. */
+const callMessage: ToThread = {}
 
 /** Memory that a partition is taken to need before the thread has said what it does. */
 const partitionBytesAssumed = 16 << 20
