@@ -7,7 +7,7 @@
  *   streams   100,000 sessions on 100 connections, 1,000 searches/s among them
  *   storm     10,000 connections cut at once, and another client's searches meanwhile
  *
- *   node scripts/run.mjs --with bench bench/sessions.ts [part]... [--vectors N] [--seconds N]
+ *   node scripts/run.mjs --with bench bench/sessions.ts [part]... [--vectors N] [--seconds N] [--connections N]
  *
  * A process may open so many files and no more (`ulimit -n`): a part that needs more connections says so and takes as many
  * as it may. Sessions are not files.
@@ -28,6 +28,7 @@ const { values, positionals } = parseArgs({
   options: {
     vectors: { type: "string", default: "5000" },
     seconds: { type: "string", default: "30" },
+    connections: { type: "string", default: "10000" },
     probe: { type: "string" }
   }
 })
@@ -195,8 +196,8 @@ const parts: Record<string, () => Promise<void>> = {
   },
 
   storm: async () => {
-    const count = within(10_000)
-    const spreadMillis = 5_000
+    const count = within(Number(values.connections))
+    const spreadMillis = count / 2
     const server = await served()
     let sockets = await openSome(server.url, count)
     await Promise.all(sockets.map((socket, n) => socket.insist("", queryText(n))))
