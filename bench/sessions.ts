@@ -204,6 +204,7 @@ const parts: Record<string, () => Promise<void>> = {
     say(`${count} connections, each with a session`)
     const calm = await probed(server.url, 10)
     const during = probed(server.url, 15)
+    const watched = watchLoad(server)
     // The other client is there first.
     await new Promise((resolve) => setTimeout(resolve, 1_500))
     const started = performance.now()
@@ -220,10 +221,16 @@ const parts: Record<string, () => Promise<void>> = {
     )
     const all = (performance.now() - started) / 1_000
     const storm = await during
+    const { busyPercent, loopMillis, searchMillis } = watched()
     say(
       `${count} connections cut at once, back over ${spreadMillis / 1_000} s: all back, and answered, after ${all.toFixed(1)} s; ` +
         `searches of another client: p99 ${calm.p99.toFixed(1)} ms before, ${storm.p99.toFixed(1)} ms meanwhile ` +
-        `(${(storm.p99 / calm.p99).toFixed(2)} x), p50 ${calm.p50.toFixed(1)} and ${storm.p50.toFixed(1)} ms`
+        `(${(storm.p99 / calm.p99).toFixed(2)} x; asked <= 2 x, all back < 30 s), p50 ${calm.p50.toFixed(1)} and ${storm.p50.toFixed(1)} ms`
+    )
+    // What the machine's other programs, the clients among them, keep from the server is in the latencies above too.
+    say(
+      `of that the server's: main thread ${busyPercent.toFixed(0)} % of a core, p99 of its event loop's delay at most ` +
+        `${loopMillis.toFixed(0)} ms, of all its searches at most ${searchMillis.toFixed(0)} ms (samples of ${loadSampleMillis} ms)`
     )
     for (const socket of sockets) socket.end()
     await server.stop()
@@ -277,6 +284,29 @@ const metric = async (url: string, name: string): Promise<number> => {
   const text = await (await fetch(`${url}/metrics`)).text()
   return Number(new RegExp(`^${name} (\\S+)`, "m").exec(text)?.[1])
 }
+
+/** Looks at the server's own view of its load until it is asked for the greatest of what was seen. */
+const watchLoad = (server: Server) => {
+  const started = performance.now()
+  const before = mainThreadNanos(server.pid)
+  let loopMillis = 0
+  let searchMillis = 0
+  const look = async (): Promise<void> => {
+    const { sample } = (await (await fetch(`${server.url}/api/v1/load`)).json()) as {
+      readonly sample: { readonly event_loop_p99_ms: number; readonly search_p99_ms: number }
+    }
+    loopMillis = Math.max(loopMillis, sample.event_loop_p99_ms)
+    searchMillis = Math.max(searchMillis, sample.search_p99_ms)
+  }
+  const timer = setInterval(() => void look().catch(() => {}), loadSampleMillis)
+  return () => {
+    clearInterval(timer)
+    const busy = (mainThreadNanos(server.pid) - before) / 1e6 / (performance.now() - started)
+    return { busyPercent: 100 * busy, loopMillis, searchMillis }
+  }
+}
+
+const loadSampleMillis = 1_000
 
 const untilAsleep = async (url: string): Promise<void> => {
   while ((await metric(url, "ruvector_sessions_resident")) > 0) await new Promise((resolve) => setTimeout(resolve, 500))
