@@ -568,6 +568,13 @@ export const settings = {
     /^(?:|.{16,512})$/
   ),
   pingIntervalMillis: integer("between two keep-alive pings of a quiet stream", "ms", 60_000, 100, 3_600_000),
+  frameTurnMillis: integer(
+    "that frames of WebSockets are read before what else there is to do has its turn",
+    "ms",
+    8,
+    1,
+    1_000
+  ),
   controlFramesMax: integer("pings and pongs of one WebSocket in a minute", "frames", 600, 10, 1_000_000),
   idleTimeoutMillis: integer("after which a WebSocket that answers nothing is closed", "ms", 90_000, 200, 3_600_000),
   headersTimeoutMillis: integer("for a request's headers to arrive", "ms", 10_000, 100, 600_000),

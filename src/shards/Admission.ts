@@ -100,8 +100,11 @@ const retryMillisMax = 30_000
 /** Over so long it is found out how many are refused for each that is answered. */
 const stockMillis = 1_000
 
+/** And at most over so long: searches that were not asked for a while are none that could have been answered since. */
+const stockMillisMax = 2_000
+
 /** Fewer refused than one in twenty answered: what is asked can be done. */
-const relaxedPressure = 1.05
+const relaxedShare = 0.05
 
 class Door {
   readonly latencies = new LatencyWindow(latencyPeriods)
@@ -280,9 +283,12 @@ class Door {
   }
 
   #takeStock(now: number): void {
-    if (now - this.#stockFrom < stockMillis) return
-    this.#pressure = 1 + this.#refused / Math.max(1, this.#answered)
-    if (this.#pressure < relaxedPressure) this.#isTight = false
+    const millis = now - this.#stockFrom
+    if (millis < stockMillis) return
+    if (this.#refused < relaxedShare * Math.max(1, this.#answered)) this.#isTight = false
+    // Where many come at once little is answered while they are refused: that says nothing of how much will be.
+    const canBe = (this.#limit.perSecond * Math.min(millis, stockMillisMax)) / 1_000
+    this.#pressure = 1 + this.#refused / Math.max(1, this.#answered, canBe)
     this.#stockFrom = now
     this.#answered = 0
     this.#refused = 0

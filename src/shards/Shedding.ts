@@ -33,8 +33,14 @@ export interface Refusal {
   readonly retryAfterMillis: number
 }
 
-export const overloadedBy = ({ bound, retryAfterMillis }: Refusal): Overloaded =>
-  new Overloaded({ bound, retryAfterMillis })
+/** Without a stack, which would cost more than all else of a refusal and says nothing of it. */
+export const overloadedBy = ({ bound, retryAfterMillis }: Refusal): Overloaded => {
+  const { stackTraceLimit } = Error
+  Error.stackTraceLimit = 0
+  const error = new Overloaded({ bound, retryAfterMillis }, { disableChecks: true })
+  Error.stackTraceLimit = stackTraceLimit
+  return error
+}
 
 /** A wire's connections, as the shedder sees them. */
 export interface WireConnections {

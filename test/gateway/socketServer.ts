@@ -10,6 +10,7 @@ import { type ConnectionSubscriptions, SubscriptionFrames } from "../../src/gate
 import type { SessionLink } from "../../src/gateway/Sessions.ts"
 import { Sessions } from "../../src/gateway/Sessions.ts"
 import { TenantRouter } from "../../src/gateway/TenantRouter.ts"
+import { FrameTurns } from "../../src/gateway/FrameTurns.ts"
 import { ClientSocket, type Hub, WebSocketConnection } from "../../src/gateway/WebSocketConnection.ts"
 import { WebSocketGateway } from "../../src/gateway/WebSocketGateway.ts"
 import type { ApiError } from "../../src/protocol/Errors.ts"
@@ -113,8 +114,10 @@ export const startSocketServer = async (
 /** One connection of a principal after the other, looked after when the test says so. */
 export const startConnections = async (principal: Partial<Principal>, settings: Partial<SettingValues> = {}) => {
   const connections: Array<WebSocketConnection> = []
+  const all = { ...defaultSettings, ...settings }
   const hub = {
-    settings: { ...defaultSettings, ...settings },
+    settings: all,
+    turns: new FrameTurns(all.frameTurnMillis),
     admission: unpressed,
     access: { watch: () => () => {}, admit: () => undefined, allow: () => undefined },
     run: Effect.runFork,
