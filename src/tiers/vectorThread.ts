@@ -636,6 +636,7 @@ const work = (): boolean => {
   collectWhereDue()
   flush()
   clearDesk()
+  if (desk !== undefined) desk.isEngaged = ready.length > 0
   leave()
   return true
 }

@@ -25,6 +25,7 @@ const answered = 4
 const state = 0
 const bell = 1
 const lingers = 2
+const engaged = 3
 const bodyAt = 4
 
 /** A query as the thread finds it. */
@@ -71,6 +72,11 @@ export class SearchDesk {
     this.#floats.set(vector, floatsAt)
     Atomics.store(words, state, awaited)
     return true
+  }
+
+  /** Whether the thread has long work in hand, which a search would have to wait for. */
+  get isEngaged(): boolean {
+    return Atomics.load(this.#words, engaged) !== 0
   }
 
   /** Calls the thread; false where it does not linger at the desk, and a message has to call it. */
@@ -133,6 +139,10 @@ export class SearchDesk {
   }
 
   // --- The vector thread -------------------------------------------------------------------------------------------------
+
+  set isEngaged(is: boolean) {
+    Atomics.store(this.#words, engaged, Number(is))
+  }
 
   /** How often the bell has been rung; read before looking what there is to do. */
   get rung(): number {

@@ -442,7 +442,7 @@ export class ThreadClient {
     if (desk === undefined || patience === undefined || waiting === undefined || this.#worker === undefined)
       return false
     const millis = patience.left
-    if (millis === 0 || Atomics.load(this.#shared, isBusy) !== 0) return false
+    if (millis === 0 || desk.isEngaged) return false
     if (!desk.ask(request, seat.number, query)) return false
     this.#flushing = false
     this.#searches = []
