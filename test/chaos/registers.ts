@@ -48,7 +48,7 @@ const checkKey = (
     last: Number.NEGATIVE_INFINITY,
     lastRead: undefined
   }
-  for (const write of writes) {
+  for (const write of [...writes].sort((a, b) => a.invoked - b.invoked)) {
     clusters.set(write.value, {
       write,
       first: write.completed ?? Number.POSITIVE_INFINITY,
