@@ -50,8 +50,8 @@ const namespaces = (nodes: ReadonlyArray<string>): Network | undefined => {
   const subnet = `10.${200 + ((process.pid >> 8) % 50)}.${process.pid & 255}`
   const bridge = `rvb${process.pid}`
   const hosts = new Map<string, string>()
-  outsides.forEach((name, n) => hosts.set(name, `${subnet}.${n + 1}`))
-  nodes.forEach((name, n) => hosts.set(name, `${subnet}.${n + 11}`))
+  for (const [n, name] of outsides.entries()) hosts.set(name, `${subnet}.${n + 1}`)
+  for (const [n, name] of nodes.entries()) hosts.set(name, `${subnet}.${n + 11}`)
   const addressOf = (place: string): string => {
     const address = hosts.get(place)
     if (address === undefined) throw new Error(`there is no place ${place}`)
