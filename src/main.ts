@@ -8,6 +8,7 @@ import { Command, Flag } from "effect/cli"
 import { backup } from "./commands/backup.ts"
 import { drill } from "./commands/drill.ts"
 import { keys } from "./commands/keys.ts"
+import { migrate } from "./commands/migrate.ts"
 import { Refused } from "./commands/Refused.ts"
 import { restore } from "./commands/restore.ts"
 import { verify } from "./commands/verify.ts"
@@ -112,7 +113,8 @@ const root = Command.make("ruvector").pipe(
     Command.provide(restore, quietly),
     Command.provide(verify, quietly),
     Command.provide(drill, quietly),
-    Command.provide(keys, quietly)
+    Command.provide(keys, quietly),
+    Command.provide(migrate, quietly)
   ])
 )
 
