@@ -7,41 +7,7 @@
 import { Context, Data, Effect, Layer, Option, Schedule, Schema } from "effect"
 import * as SqlClient from "effect/sql/SqlClient"
 import { Settings, type SettingValues } from "../config.ts"
-
-/** A partition that is not opened for a while, because it kept failing. */
-export const QuarantinedPartition = Schema.Struct({
-  collection: Schema.String,
-  partition: Schema.Int,
-  failures: Schema.Int,
-  detail: Schema.String,
-  /** When it was last tried, and when it will be again. */
-  failed_ms: Schema.Int,
-  retry_ms: Schema.Int
-})
-export type QuarantinedPartition = typeof QuarantinedPartition.Type
-
-/** What a node says of itself. */
-export const NodeReport = Schema.Struct({
-  /** Where its own port is; empty until it listens. */
-  url: Schema.String,
-  ready: Schema.Boolean,
-  /** Shards that it owns, partitions that are resident in it, and the level at which it sheds load. */
-  shards: Schema.Int,
-  partitions: Schema.Int,
-  load_level: Schema.Int,
-  quarantined: Schema.Array(QuarantinedPartition)
-})
-export type NodeReport = typeof NodeReport.Type
-
-export interface NodeState extends NodeReport {
-  readonly node: string
-  readonly role: string
-  readonly cell: string
-  /** `up`, or `silent` where it has not reported for some time. */
-  readonly health: "up" | "silent"
-  readonly uptimeMillis: number
-  readonly silentMillis: number
-}
+import { NodeReport, type NodeState } from "../protocol/Cluster.ts"
 
 export class ClusterNodes extends Context.Service<
   ClusterNodes,
@@ -134,8 +100,8 @@ export class ClusterNodes extends Context.Service<
                 role: row.role,
                 cell: settings.cell,
                 health: row.silent > silentMillis ? "silent" : "up",
-                uptimeMillis: Math.round(row.up),
-                silentMillis: Math.max(0, Math.round(row.silent)),
+                uptime_ms: Math.round(row.up),
+                silent_ms: Math.max(0, Math.round(row.silent)),
                 ...report
               }
             })
@@ -186,8 +152,8 @@ class Self {
 
   state(): NodeState {
     const { role, cell } = this.#settings
-    const uptimeMillis = Math.round(process.uptime() * 1_000)
-    return { node: this.#node, role, cell, health: "up", uptimeMillis, silentMillis: 0, ...this.#report() }
+    const uptime_ms = Math.round(process.uptime() * 1_000)
+    return { node: this.#node, role, cell, health: "up", uptime_ms, silent_ms: 0, ...this.#report() }
   }
 
   get service() {
