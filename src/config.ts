@@ -162,6 +162,15 @@ export const settings = {
   ),
   runnerHealthMillis: integer("between two looks at whether the others live", "ms", 500, 50, 60_000),
   runnerPingMillis: integer("for a runner's answer to whether it lives", "ms", 2_000, 50, 60_000),
+  catalogueRefreshMillis: integer(
+    "after which a node knows of collections that were changed or deleted by another one",
+    "ms",
+    2_000,
+    50,
+    600_000
+  ),
+  cellRunnersMax: integer("runners of a cell; one more is refused", "runners", 64, 1, 1_000),
+  nodeReportMillis: integer("between two reports of a node on itself to the others", "ms", 2_000, 100, 60_000),
   joinDebounceMillis: integer("quiet time after which runners that joined are given shards", "ms", 0, 0, 600_000),
 
   // Object storage (where data is gs://bucket/prefix)

@@ -19,6 +19,7 @@ import { TenantRouter } from "./gateway/TenantRouter.ts"
 import { TokenVerifier } from "./gateway/TokenVerifier.ts"
 import * as WebSocketSubscriptions from "./gateway/WebSocketSubscriptions.ts"
 import { toProblem } from "./protocol/Errors.ts"
+import * as BackupDuty from "./shards/BackupDuty.ts"
 import { Router } from "./shards/Router.ts"
 import { DataDirectory } from "./tiers/DataDirectory.ts"
 import * as GcsObjectStore from "./tiers/GcsObjectStore.ts"
@@ -55,6 +56,7 @@ const wires = HttpGateway.layer.pipe(
 /** A node: on a data directory and no other service, or on a bucket. */
 export const node = (settings: SettingValues) =>
   wires.pipe(
+    Layer.provideMerge(BackupDuty.layer),
     Layer.provideMerge(actors),
     Layer.provideMerge(ServerBackup.layer),
     Layer.provideMerge(store(settings)),

@@ -24,6 +24,12 @@ export const Catalog = Entity.make("Catalog", [
     error: Schema.Union([CollectionNotFound, StorageUnavailable])
   }),
   Rpc.make("List", { success: Schema.Array(Collection), error: StorageUnavailable }),
+  /** All collections where they are not those of `state`, of an earlier answer or empty; else `null`. */
+  Rpc.make("ListChanged", {
+    payload: { state: Schema.String },
+    success: Schema.NullOr(Schema.Struct({ state: Schema.String, collections: Schema.Array(Collection) })),
+    error: StorageUnavailable
+  }),
   /** Raises the collection's cache generation once `notice_ms` have passed; answers the collection and when that is. */
   Rpc.make("Invalidate", {
     payload: { name: StoredCollectionName, notice_ms: NoticeMillis },

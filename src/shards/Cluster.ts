@@ -15,6 +15,7 @@ import * as Sharding from "effect/cluster/Sharding"
 import * as ShardingConfig from "effect/cluster/ShardingConfig"
 import { Settings, type SettingValues } from "../config.ts"
 import { partitionsGroup } from "../protocol/IndexPartition.ts"
+import { ClusterNodes } from "./ClusterNodes.ts"
 import { Membership, shardsPerGroup } from "./Membership.ts"
 import { Placement } from "./Placement.ts"
 
@@ -45,28 +46,31 @@ export const layerNode = Layer.unwrap(
 )
 
 /** The actors that are somewhere in the cluster; in this process where it is alone. */
-export const layer: Layer.Layer<Sharding.Sharding | Membership | Placement, ClusterUnavailable, Settings> =
-  Layer.unwrap(
-    Effect.map(
-      Settings,
-      (settings): Layer.Layer<Sharding.Sharding | Membership | Placement, ClusterUnavailable, Settings> => {
-        if (settings.databaseUrl === "") return layerAlone
-        // Loaded only here: a node alone needs nothing of a database, nor of connections to other nodes.
-        return Layer.unwrap(
-          Effect.map(
-            Effect.promise(() => import("./PostgresCluster.ts")),
-            (members) =>
-              Placement.layer.pipe(
-                Layer.provideMerge(settings.role === "gateway" ? members.gateway(settings) : members.runner(settings))
-              )
+export const layer: Layer.Layer<Member, ClusterUnavailable, Settings> = Layer.unwrap(
+  Effect.map(Settings, (settings): Layer.Layer<Member, ClusterUnavailable, Settings> => {
+    if (settings.databaseUrl === "") return layerAlone
+    // Loaded only here: a node alone needs nothing of a database, nor of connections to other nodes.
+    return Layer.unwrap(
+      Effect.map(
+        Effect.promise(() => import("./PostgresCluster.ts")),
+        (members) =>
+          Placement.layer.pipe(
+            Layer.provideMerge(settings.role === "gateway" ? members.gateway(settings) : members.runner(settings))
           )
-        )
-      }
+      )
     )
-  )
+  })
+)
+
+/** What a process has of the cluster that it is in, or would be. */
+type Member = Sharding.Sharding | Membership | Placement | ClusterNodes
 
 /** A process that is alone. */
-export const layerAlone = Placement.layer.pipe(Layer.provideMerge(layerNode), Layer.provideMerge(Membership.layerAlone))
+export const layerAlone = Placement.layer.pipe(
+  Layer.provideMerge(layerNode),
+  Layer.provideMerge(Membership.layerAlone),
+  Layer.provideMerge(ClusterNodes.layerAlone)
+)
 
 /** The same for all members, whichever way they are joined. */
 export const sharedConfig = (settings: SettingValues) => ({

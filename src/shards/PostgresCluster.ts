@@ -2,6 +2,7 @@
  * Members of a cluster that meet in Postgres: its tables say which runners there are and who holds which shard; to each other
  * they speak by TCP. Loaded only by a node that is one.
  */
+import { randomBytes } from "node:crypto"
 import { createServer } from "node:net"
 import * as NodeSocket from "@effect/platform-node/NodeSocket"
 import * as NodeSocketServer from "@effect/platform-node/NodeSocketServer"
@@ -21,6 +22,8 @@ import * as Socket from "effect/socket/Socket"
 import { SqlClient } from "effect/sql"
 import type { SettingValues } from "../config.ts"
 import { ClusterUnavailable, sharedConfig } from "./Cluster.ts"
+import { ClusterNodes } from "./ClusterNodes.ts"
+import * as ClusterTables from "./ClusterTables.ts"
 import { Membership } from "./Membership.ts"
 import { RunnerMonitor } from "./RunnerMonitor.ts"
 
@@ -47,7 +50,7 @@ export const gateway = (settings: SettingValues) =>
   SocketRunner.layerClientOnly.pipe(
     Layer.provide(clientProtocol(settings)),
     Layer.provideMerge(MessageStorage.layerNoop),
-    Layer.provideMerge(storage(settings)),
+    Layer.provideMerge(storage(settings, `gateway-${randomBytes(6).toString("hex")}`)),
     Layer.provide(ShardingConfig.layer({ ...member(settings), runnerAddress: Option.none() })),
     Layer.provide(serialization)
   )
@@ -71,7 +74,7 @@ export const runner = (settings: SettingValues) =>
           clientProtocol(settings)
         ]),
         Layer.provideMerge(MessageStorage.layerNoop),
-        Layer.provideMerge(storage(settings)),
+        Layer.provideMerge(storage(settings, `${settings.clusterHost}:${port}`)),
         Layer.provide(ShardingConfig.layer({ ...member(settings), runnerAddress: Option.some(address) })),
         Layer.provide(serialization)
       )
@@ -110,13 +113,15 @@ export const database = (settings: SettingValues) =>
     connectTimeout: Duration.millis(settings.databaseConnectMillis)
   })
 
-/** The runners and their locks. The tables are made where they are missing, by one node at a time. */
-const storage = (settings: SettingValues) =>
+/** The runners and their locks. The tables are made where they are missing and this role may; else `ruvector migrate` does. */
+const storage = (settings: SettingValues, node: string) =>
   Layer.unwrap(
     Effect.as(
       reachable(settings),
       Membership.layer(tablePrefix(settings)).pipe(
-        Layer.provide(SqlRunnerStorage.layerWith({ prefix: tablePrefix(settings) })),
+        Layer.provide(SqlRunnerStorage.layerStorage({ prefix: tablePrefix(settings) })),
+        Layer.provideMerge(ClusterNodes.layer(tablePrefix(settings), node)),
+        Layer.provide(Layer.effectDiscard(ClusterTables.prepare(tablePrefix(settings)))),
         Layer.provideMerge(database(settings)),
         Layer.catchCause((cause) => Layer.effectContext(Effect.fail(unusable(settings, cause))))
       )

@@ -14,7 +14,8 @@ import {
   type CollectionRequest,
   cacheStateAt,
   type InvalidateRequest,
-  type Invalidation
+  type Invalidation,
+  invalidationsOf
 } from "../protocol/Collection.ts"
 import {
   type ApiError,
@@ -165,6 +166,43 @@ export class Router extends Context.Service<
           known.set(read.name, read)
         }
 
+        const forget = (uid: string) => {
+          results.dropCollection(uid)
+          access.dropCollection(uid)
+          cache.dropCollection(uid)
+        }
+
+        /** What other nodes have deleted, made anew or invalidated. */
+        const learn = (collections: ReadonlyArray<Collection>) => {
+          const now = new Map(collections.map((one) => [one.name, one]))
+          for (const [name, before] of known) {
+            const after = now.get(name)
+            if (after?.uid !== before.uid) {
+              known.delete(name)
+              forget(before.uid)
+            } else if (invalidationsOf(after) > invalidationsOf(before)) {
+              known.set(name, after)
+              results.dropCollection(after.uid)
+            }
+          }
+        }
+
+        if (settings.databaseUrl !== "") {
+          let state = ""
+          yield* Effect.suspend(() => catalog.ListChanged({ state })).pipe(
+            Effect.timeout(settings.clusterCallMillis),
+            Effect.map((changed) => {
+              if (changed === null) return
+              state = changed.state
+              learn(changed.collections)
+            }),
+            Effect.catchCause((cause) => Effect.logDebug("The catalogue could not be looked at", cause)),
+            Effect.andThen(Effect.sleep(settings.catalogueRefreshMillis)),
+            Effect.forever,
+            Effect.forkScoped
+          )
+        }
+
         const createCollection = Effect.fn("Router.createCollection")(function* (
           name: string,
           request: CollectionRequest
@@ -184,9 +222,7 @@ export class Router extends Context.Service<
             .pipe(Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)))
           known.delete(name)
           if (Option.isSome(before)) {
-            results.dropCollection(before.value.uid)
-            access.dropCollection(before.value.uid)
-            cache.dropCollection(before.value.uid)
+            forget(before.value.uid)
             yield* warm.drop(before.value.uid)
           }
         })
