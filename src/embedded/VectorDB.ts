@@ -27,9 +27,7 @@ export interface OpenOptions<M = Metadata> {
 }
 
 /** An engine in this process, and what its client is made with. `close` ends it, after what it holds is safe. */
-export const openEngine = <M>(
-  options: OpenOptions<M>
-): Effect.Effect<EngineOptions<M>, VectorDBError> =>
+export const openEngine = <M>(options: OpenOptions<M>): Effect.Effect<EngineOptions<M>, VectorDBError> =>
   Effect.gen(function* () {
     const settings = { ...defaultSettings, searchWaitMillis, ...options.settings, data: options.path }
     const scope = yield* Scope.make()
