@@ -15,6 +15,47 @@ const byAddress = /new URL\((["'])(\.{1,2}\/[^"']*)\.ts\1, import\.meta\.url\)/g
 /** Imports in declarations, likewise. */
 const imported = /(\bfrom |\bimport\()(["'])(\.{1,2}\/[^"']*)\.ts\2/g
 
+/** What is imported of Effect by the name of a module. */
+const ofEffect = /^import \{([^}]*)\} from (["'])(effect(?:\/[a-z-]+)?)\2;$/gm
+
+/**
+ * The modules of Effect that an index of it names, by name.
+ * @type {Map<string, ReadonlyMap<string, string>>}
+ */
+const indices = new Map()
+
+/** @param {string} index `effect` or `effect/http` */
+const modulesOf = (index) => {
+  const known = indices.get(index)
+  if (known) return known
+  const text = readFileSync(join(root, "node_modules", "effect", "dist", index.slice("effect".length), "index.js"), "utf8")
+  const modules = new Map(
+    [...text.matchAll(/^export \* as (\w+) from "\.\/(\w+)\.js";?$/gm)].map(([, name = "", file]) => [
+      name,
+      `${index}/${file}`
+    ])
+  )
+  indices.set(index, modules)
+  return modules
+}
+
+/**
+ * The modules of Effect that are used, each by itself: its indices load all there are, which takes a program that starts
+ * twice as long.
+ * @param {string} text
+ */
+const withoutIndices = (text) =>
+  text.replace(ofEffect, (whole, names, _, index) => {
+    const modules = modulesOf(index)
+    const imports = String(names)
+      .split(",")
+      .map((name) => name.trim().split(/ as /))
+      .map(([name = "", alias = name]) => [alias, modules.get(name)])
+    // Single functions are left to the index.
+    if (imports.some(([, module]) => module === undefined)) return whole
+    return imports.map(([alias, module]) => `import * as ${alias} from "${module}";`).join("\n")
+  })
+
 const compile = () => {
   const { signal, status } = spawnSync(
     nodeBinary,
@@ -33,7 +74,7 @@ const rename = () => {
     const text = readFileSync(file, "utf8")
     const named = path.endsWith(".d.ts")
       ? text.replace(imported, "$1$2$3.js$2")
-      : text.replace(byAddress, "new URL($1$2.js$1, import.meta.url)")
+      : withoutIndices(text.replace(byAddress, "new URL($1$2.js$1, import.meta.url)"))
     if (named !== text) writeFileSync(file, named)
   }
 }

@@ -2,7 +2,7 @@
  * The client for programs on Effect: the calls of `VectorDB` as effects and streams with typed errors. `VectorDB` is these
  * with promises.
  */
-import { Context, Effect, Layer, Stream } from "effect"
+import { Context, Effect, Layer, type Scope, Stream } from "effect"
 import { ownError, type VectorDBError } from "./ClientError.ts"
 import { type ClientOptions, resolveOptions } from "./ClientOptions.ts"
 import type {
@@ -141,23 +141,50 @@ export interface Defaults<M> {
   readonly metadata: StandardSchema<M> | undefined
 }
 
-/** The client of metadata that is not checked, as a service. */
+/** How a client on a service is made, and what its metadata is. */
+export interface VectorDBOptions<M = Metadata> extends ClientOptions {
+  /** Checks metadata on its way in and out, and gives it its type. Standard Schema: zod, valibot, Effect's Schema... */
+  readonly metadata?: StandardSchema<M>
+}
+
+/**
+ * The client as a service: the calls of `VectorDB` as effects and streams, failing with `VectorDBError`.
+ *
+ *     const program = Effect.gen(function* () {
+ *       const client = yield* VectorClient
+ *       yield* client.insert({ id: "a", vector: [1, 0, 0] })
+ *       return yield* Stream.runCollect(client.searchStream([1, 0, 0], { k: 10 }))
+ *     })
+ *     Effect.provide(program, VectorClient.layer({ endpoint: "https://vectors.example.com" }))
+ */
 export class VectorClient extends Context.Service<VectorClient, TypedClient<Metadata>>()(
   "ruvector/client/VectorClient"
 ) {
+  /**
+   * A client on a service; its connection lives as long as the scope. For a service of a program's own, with metadata of
+   * its own type:
+   *
+   *     class Tasks extends Context.Service<Tasks, TypedClient<Task>>()("app/Tasks") {
+   *       static readonly layer = Layer.effect(Tasks, VectorClient.make({ endpoint, collection: "tasks", metadata: taskSchema }))
+   *     }
+   *
+   * Dies where an option is out of its bound.
+   */
+  static readonly make = <M = Metadata>(
+    options: VectorDBOptions<M>
+  ): Effect.Effect<TypedClient<M>, never, Scope.Scope> =>
+    Effect.gen(function* () {
+      const resolved = resolveOptions(options)
+      const engine = yield* Effect.acquireRelease(
+        Effect.sync(() => makeRemoteEngine(resolved)),
+        ({ close }) => Effect.sync(close)
+      )
+      return clientOf<M>(engine, { ...resolved, metadata: options.metadata })
+    })
+
   /** On a service; the connection lives as long as the layer. Dies where an option is out of its bound. */
   static readonly layer = (options: ClientOptions): Layer.Layer<VectorClient> =>
-    Layer.effect(
-      VectorClient,
-      Effect.gen(function* () {
-        const resolved = resolveOptions(options)
-        const engine = yield* Effect.acquireRelease(
-          Effect.sync(() => makeRemoteEngine(resolved)),
-          ({ close }) => Effect.sync(close)
-        )
-        return clientOf<Metadata>(engine, { ...resolved, metadata: undefined })
-      })
-    )
+    Layer.effect(VectorClient, VectorClient.make(options))
 }
 
 const defaultK = 10

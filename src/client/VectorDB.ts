@@ -33,17 +33,14 @@ import {
   type Standing,
   type Stored,
   type SubscribeCall,
-  type TypedClient
+  type TypedClient,
+  type VectorDBOptions
 } from "./VectorClient.ts"
 
-/** Ends a call before its deadline: it then rejects with the signal's reason. */
-interface Aborts {
+/** What ends a call early. */
+export interface Aborts {
+  /** Ends the call before its deadline: it then rejects with the signal's reason. */
   readonly signal?: AbortSignal
-}
-
-export interface VectorDBOptions<M = Metadata> extends ClientOptions {
-  /** Checks metadata on its way in and out, and gives it its type. Standard Schema: zod, valibot, Effect's Schema... */
-  readonly metadata?: StandardSchema<M>
 }
 
 /** On an engine that is there already, in place of a service. */

@@ -1,5 +1,5 @@
 /** The client, for browsers too: nothing of Node is imported here. */
-export { type ProblemMembers, VectorDBError } from "./ClientError.ts"
+export { type ClientErrorCode, type ErrorCode, hasCode, VectorDBError } from "./ClientError.ts"
 export type { ClientOptions, Credential, WebSocketLike } from "./ClientOptions.ts"
 export type {
   Ack,
@@ -27,6 +27,7 @@ export {
   type Stored,
   type SubscribeCall,
   type TypedClient,
-  VectorClient
+  VectorClient,
+  type VectorDBOptions
 } from "./VectorClient.ts"
-export { VectorDB, type VectorDBOptions } from "./VectorDB.ts"
+export { type Aborts, type EngineOptions, VectorDB } from "./VectorDB.ts"
