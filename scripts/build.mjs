@@ -28,7 +28,10 @@ const indices = new Map()
 const modulesOf = (index) => {
   const known = indices.get(index)
   if (known) return known
-  const text = readFileSync(join(root, "node_modules", "effect", "dist", index.slice("effect".length), "index.js"), "utf8")
+  const text = readFileSync(
+    join(root, "node_modules", "effect", "dist", index.slice("effect".length), "index.js"),
+    "utf8"
+  )
   const modules = new Map(
     [...text.matchAll(/^export \* as (\w+) from "\.\/(\w+)\.js";?$/gm)].map(([, name = "", file]) => [
       name,

@@ -1,6 +1,6 @@
 /** What nodes say of themselves, and what operators are shown of a cell. */
 import { Schema } from "effect"
-import { Partitions, StoredCollectionName } from "./Fields.ts"
+import { StoredCollectionName } from "./Fields.ts"
 
 /** A partition that is not opened for a while, because it kept failing. */
 export const QuarantinedPartition = Schema.Struct({

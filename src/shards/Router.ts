@@ -191,11 +191,13 @@ export class Router extends Context.Service<
           let state = ""
           yield* Effect.suspend(() => catalog.ListChanged({ state })).pipe(
             Effect.timeout(settings.clusterCallMillis),
-            Effect.map((changed) => {
-              if (changed === null) return
-              state = changed.state
-              learn(changed.collections)
-            }),
+            Effect.tap((changed) =>
+              Effect.sync(() => {
+                if (changed === null) return
+                state = changed.state
+                learn(changed.collections)
+              })
+            ),
             Effect.catchCause((cause) => Effect.logDebug("The catalogue could not be looked at", cause)),
             Effect.andThen(Effect.sleep(settings.catalogueRefreshMillis)),
             Effect.forever,

@@ -88,11 +88,11 @@ describe.skipIf(skipPostgres)("ruvector cluster", () => {
         assert.isTrue(await found(base))
 
         process.kill(first.pids.get("runner-1") as number, "SIGKILL")
-      await until(() => first.output().includes("runner-1   | cluster: it serves again"), first.output())
-      await until(() => found(base), "found after a runner was killed")
+        await until(() => first.output().includes("runner-1   | cluster: it serves again"), first.output())
+        await until(() => found(base), "found after a runner was killed")
 
-      // With no chance to end anything: each of them sees by itself that it is gone.
-          const ended = once(first.child, "exit")
+        // With no chance to end anything: each of them sees by itself that it is gone.
+        const ended = once(first.child, "exit")
         first.child.kill("SIGKILL")
         await ended
         for (const [name, pid] of first.pids) await until(() => !isAlive(pid), `${name} ends: ${first.output()}`)

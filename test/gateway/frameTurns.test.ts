@@ -66,8 +66,14 @@ describe("turns of frames", () => {
       const little = answered(other, 10)
       for (let i = 0; i < frames; i++) client.send(`{"type":"ping","id":"${i}"}`)
       for (let i = 0; i < 10; i++) other.send(`{"type":"ping","id":"${i}"}`)
-      assert.deepStrictEqual(await little, Array.from({ length: 10 }, (_, i) => String(i)))
-      assert.deepStrictEqual(await all, Array.from({ length: frames }, (_, i) => String(i)))
+      assert.deepStrictEqual(
+        await little,
+        Array.from({ length: 10 }, (_, i) => String(i))
+      )
+      assert.deepStrictEqual(
+        await all,
+        Array.from({ length: frames }, (_, i) => String(i))
+      )
       // It is read again.
       const last = answered(client, 1)
       client.send('{"type":"ping","id":"last"}')
