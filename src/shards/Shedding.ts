@@ -104,7 +104,7 @@ const make = (settings: Settings["Service"], random: () => number, now: () => nu
     refused.set(bound, (refused.get(bound) ?? 0) + 1)
     let counter = counters.get(bound)
     if (counter === undefined) {
-      counter = Metric.withAttributes(refusals, { bound })
+      counter = refusalsOf(bound)
       counters.set(bound, counter)
     }
     counter.updateUnsafe(1, metricContext)
@@ -182,7 +182,10 @@ const make = (settings: Settings["Service"], random: () => number, now: () => nu
 
 const metricContext = Context.empty()
 
-const refusals = Metric.counter("ruvector_shed_refusals", {
-  description: "Requests and connections refused under load, by the bound that was reached",
-  incremental: true
-})
+/** Each a metric of its own: one with its labels in the context would make a key anew for each other series. */
+const refusalsOf = (bound: string) =>
+  Metric.counter("ruvector_shed_refusals", {
+    description: "Requests and connections refused under load, by the bound that was reached",
+    incremental: true,
+    attributes: { bound }
+  })
