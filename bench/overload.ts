@@ -6,12 +6,13 @@
  * in seconds. Exits with 1 where something that is asked is missed.
  *
  *   npm run bench:overload -- [--seconds 20] [--count 20000] [--ef 400] [--sockets 32] [--factor 3] [--seed 1]
- *                             [--only overload,refusals] [--json FILE]
+ *                             [--only model,overload,refusals] [--json FILE]
  */
 import { type ChildProcess, fork } from "node:child_process"
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs"
 import { fileURLToPath } from "node:url"
 import { parseArgs } from "node:util"
+import { modelDoor } from "./doorModel.ts"
 import { cacheDirectory } from "./cacheFile.ts"
 import { HttpConnection, postJson } from "./HttpConnection.ts"
 import { LoadClient } from "./LoadClient.ts"
@@ -53,7 +54,7 @@ const main = async (): Promise<void> => {
       sockets: { type: "string", default: "32" },
       factor: { type: "string", default: "3" },
       seed: { type: "string", default: "1" },
-      only: { type: "string", default: "overload,refusals" },
+      only: { type: "string", default: "model,overload,refusals" },
       json: { type: "string" }
     }
   })
@@ -66,6 +67,7 @@ const main = async (): Promise<void> => {
   for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => process.exit(1))
 
   const only = values.only.split(",")
+  if (only.includes("model")) await model(Number(values.factor), options.seed)
   if (only.includes("overload"))
     await overload(options, `${directory}/data`, {
       seconds,
@@ -81,6 +83,20 @@ const main = async (): Promise<void> => {
   }
   if (values.json !== undefined) writeFileSync(values.json, `${JSON.stringify(rows, null, 2)}\n`)
   if (rows.some(({ reached }) => reached === false)) process.exitCode = 1
+}
+
+/** What the door does with an overload when nothing else on the machine is in its way. */
+const model = async (factor: number, seed: number): Promise<void> => {
+  for (const sources of [32, 500]) {
+    const what = `door alone, ${sources} sources`
+    const usual = await modelDoor({ sources, load: 0.8, seed })
+    const over = await modelDoor({ sources, load: factor, seed })
+    row(`${what}: p99 at 80 %`, usual.p99, "ms")
+    row(`${what}: p99 at ${factor} x`, over.p99, "ms")
+    row(`${what}: refused at the door, of all refused`, (100 * over.refusedAtTheDoor) / (over.refusedAtTheDoor + over.refusedLater), "%")
+    row(`${what}: goodput`, over.goodput, "", { least: 0.9 })
+    row(`${what}: p99 over that at 80 %`, over.p99 / usual.p99, "x", { most: 2 })
+  }
 }
 
 interface Overload {

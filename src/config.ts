@@ -324,7 +324,7 @@ export const settings = {
   searchQueueBurstMillis: integer("that a search waits to begin, in a burst", "ms", 250, 5, 60_000),
   searchQueueStandingMillis: integer("least wait that, when it lasts that long, is overload", "ms", 100, 1, 60_000),
   searchQueueMillis: integer("mean time that a search waits to begin under overload", "ms", 5, 1, 60_000),
-  searchQueueMin: integer("searches that wait under overload, however long that takes", "searches", 64, 1, 100_000),
+  searchQueueMin: integer("searches that wait under overload, however long that takes", "searches", 12, 1, 100_000),
 
   // Load shedding
   loadSampleMillis: integer("between two looks at the load", "ms", 1_000, 50, 60_000),
