@@ -46,7 +46,7 @@ export const overloadedBy = ({ bound, retryAfterMillis }: Refusal): Overloaded =
 export interface WireConnections {
   readonly count: () => number
   /** Closes, gracefully, up to `max` connections idle for longer; answers how many. */
-  readonly closeIdle?: (olderThanMillis: number, max: number, retryAfterMillis: number) => number
+  readonly closeIdle: (olderThanMillis: number, max: number, retryAfterMillis: number) => number
 }
 
 export class Shedding extends Context.Service<
@@ -173,7 +173,7 @@ const make = (settings: Settings["Service"], random: () => number, now: () => nu
       let closed = 0
       for (const wire of wires) {
         if (closed >= max) break
-        closed += wire.closeIdle?.(olderThanMillis, max - closed, shedRetryMillis * shedRetryFactor) ?? 0
+        closed += wire.closeIdle(olderThanMillis, max - closed, shedRetryMillis * shedRetryFactor)
       }
       return closed
     }

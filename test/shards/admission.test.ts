@@ -173,7 +173,7 @@ const errorOf = (exit: Exit.Exit<unknown, unknown>): unknown => {
 }
 
 describe("the door", () => {
-  it("sees an overload by many sources that each ask little, and refuses nearly all of it before it is read", async () => {
+  test("sees an overload by many sources that each ask little, and refuses nearly all of it before it is read", async () => {
     const { admission, clock, endOne, search } = await openDoor({ searchQueueMin: 4 })
     let atTheDoor = 0
     let later = 0
