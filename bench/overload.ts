@@ -12,8 +12,8 @@ import { type ChildProcess, fork } from "node:child_process"
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs"
 import { fileURLToPath } from "node:url"
 import { parseArgs } from "node:util"
-import { modelDoor } from "./doorModel.ts"
 import { cacheDirectory } from "./cacheFile.ts"
+import { modelDoor } from "./doorModel.ts"
 import { HttpConnection, postJson } from "./HttpConnection.ts"
 import { LoadClient } from "./LoadClient.ts"
 import type { Outcome, Round } from "./overloadClient.ts"
@@ -32,7 +32,8 @@ interface Row {
 
 const rows: Array<Row> = []
 const row = (figure: string, value: number, unit: string, asked?: Asked): void => {
-  const reached = asked === undefined ? undefined : asked.least === undefined ? value <= asked.most : value >= asked.least
+  const reached =
+    asked === undefined ? undefined : asked.least === undefined ? value <= asked.most : value >= asked.least
   rows.push({ figure, value: Number(value.toPrecision(4)), unit, asked: askedText(asked), reached })
   process.stderr.write(`  ${figure} ${value.toPrecision(4)} ${unit} ${verdict(rows.at(-1) as Row)}\n`)
 }
@@ -93,7 +94,11 @@ const model = async (factor: number, seed: number): Promise<void> => {
     const over = await modelDoor({ sources, load: factor, seed })
     row(`${what}: p99 at 80 %`, usual.p99, "ms")
     row(`${what}: p99 at ${factor} x`, over.p99, "ms")
-    row(`${what}: refused at the door, of all refused`, (100 * over.refusedAtTheDoor) / (over.refusedAtTheDoor + over.refusedLater), "%")
+    row(
+      `${what}: refused at the door, of all refused`,
+      (100 * over.refusedAtTheDoor) / (over.refusedAtTheDoor + over.refusedLater),
+      "%"
+    )
     row(`${what}: goodput`, over.goodput, "", { least: 0.9 })
     row(`${what}: p99 over that at 80 %`, over.p99 / usual.p99, "x", { most: 2 })
   }
