@@ -151,6 +151,7 @@ export class SearchDesk {
 
   /** Waits until the bell is rung more often than that; false where it is not within the time. */
   linger(rung: number, millis: number): boolean {
+    Atomics.store(this.#words, attends, 1)
     Atomics.wait(this.#words, bell, rung, millis)
     return Atomics.load(this.#words, bell) !== rung
   }
