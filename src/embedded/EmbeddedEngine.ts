@@ -259,8 +259,10 @@ const isPlain = (vector: Float32Array, { collection, k, ef }: SearchOptions): bo
   if (!(Number.isInteger(k) && k >= 1 && k <= Limits.kMax)) return false
   if (ef !== undefined && !(Number.isInteger(ef) && ef >= k && ef <= Limits.efMax)) return false
   if (vector.length === 0 || vector.length > Limits.dimensionsMax) return false
-  for (let i = 0; i < vector.length; i++) if (!Number.isFinite(vector[i])) return false
-  return true
+  // What is not finite makes a sum of nothings something.
+  let sum = 0
+  for (let i = 0; i < vector.length; i++) sum += 0 * (vector[i] as number)
+  return sum === 0
 }
 
 /** The name that was last found right. */

@@ -780,6 +780,8 @@ const within = <A, E>(effect: Effect.Effect<A, E>, deadlineMillis: number): Effe
   Effect.withFiber((parent) =>
     Effect.callback<A, E | DeadlineExceeded>((resume) => {
       const fiber = Effect.runForkWith(parent.context as Context.Context<never>)(effect)
+      const exit = fiber.pollUnsafe()
+      if (exit !== undefined) return resume(exit)
       const timer = setTimeout(() => {
         resume(Effect.fail(new DeadlineExceeded({ deadlineMillis })))
         fiber.interruptUnsafe()

@@ -491,7 +491,7 @@ const clearDesk = (): void => {
 
 /** Whether nothing can come but what is said at the desk's bell, soon after a search that lay there. */
 const mayLinger = (): boolean => {
-  if (desk === undefined || scheduled || isStopping || leaving.size > 0) return false
+  if (scheduled || isStopping || leaving.size > 0) return false
   for (const seat of seats.values()) if (seat.waiting) return false
   return performance.now() - deskUsedAt < lingerMillis
 }
@@ -613,11 +613,12 @@ const end = (): void => {
 }
 
 const turn = (): void => {
+  if (desk === undefined) return void work()
   let rung: number
   do {
-    rung = desk?.rung ?? 0
+    rung = desk.rung
     if (!work()) return
-  } while (mayLinger() && desk!.linger(rung, lingerMillis))
+  } while ((mayLinger() && desk.linger(rung, lingerMillis)) || !desk.leave(rung))
 }
 
 /** False where there must be no more. */

@@ -61,12 +61,6 @@ interface Waiting {
   readonly lost: (error: IndexLost) => void
 }
 
-interface Asked {
-  readonly request: number
-  readonly seat: Seat
-  readonly query: IndexQuery
-}
-
 /** A partition, and why it is there no longer. */
 interface Seat {
   readonly number: number
@@ -104,7 +98,7 @@ export class ThreadClient {
 
   // What is asked in this turn.
   #flushing = false
-  #searches: Array<Asked> = []
+  #searches: Array<{ readonly request: number; readonly seat: Seat; readonly query: IndexQuery }> = []
   #commands: Array<Command> = []
   #cancelled: Array<number> = []
 
@@ -280,8 +274,10 @@ export class ThreadClient {
         answer: (answer) => resume(failureOf(answer) as Effect.Effect<never, IndexLost>),
         lost: (error) => resume(Effect.fail(error))
       })
-      this.#searches.push({ request, seat, query })
-      this.#schedule()
+      if (!this.#waited(request, seat, query)) {
+        this.#searches.push({ request, seat, query })
+        this.#schedule()
+      }
       return Effect.sync(() => this.#forget(request))
     })
   }
@@ -419,38 +415,26 @@ export class ThreadClient {
   #schedule(): void {
     if (this.#flushing) return
     this.#flushing = true
-    if (this.#desk === undefined) setImmediate(() => this.#flush())
-    // What is asked together with it has been asked by then.
-    else queueMicrotask(() => this.#attend())
+    setImmediate(() => this.#flush())
   }
 
-  /** Waits for a search that is alone, where the thread has nothing else to do; sends all else when the turn is over. */
-  #attend(): void {
-    const alone =
-      this.#searches.length === 1 &&
-      this.#waiting.size === 1 &&
-      this.#commands.length === 0 &&
-      this.#cancelled.length === 0
-    if (!alone || !this.#waited(this.#searches[0]!)) setImmediate(() => this.#flush())
-  }
-
-  /** False where it was not asked; else it is answered by now, or will be by a message. */
-  #waited({ request, seat, query }: Asked): boolean {
+  /**
+   * Waits for a search at the desk, where nothing else is asked of the thread and it has nothing long to do. False where it has
+   * to be sent; else it is answered by now, or will be by a message.
+   */
+  #waited(request: number, seat: Seat, query: IndexQuery): boolean {
     const { patience } = this.#options
     const desk = this.#desk
-    const waiting = this.#waiting.get(request)
-    if (desk === undefined || patience === undefined || waiting === undefined || this.#worker === undefined)
-      return false
+    if (desk === undefined || patience === undefined || this.#worker === undefined) return false
+    if (this.#flushing || this.#waiting.size > 1 || desk.isEngaged) return false
     const millis = patience.left
-    if (millis === 0 || desk.isEngaged) return false
-    if (!desk.ask(request, seat.number, query)) return false
-    this.#flushing = false
-    this.#searches = []
+    if (millis === 0 || !desk.ask(request, seat.number, query)) return false
     const started = performance.now()
     if (!desk.ring()) this.#worker.postMessage(callMessage)
     const hits = desk.wait(millis)
     patience.spent(performance.now() - started)
-    if (hits !== undefined) {
+    const waiting = this.#waiting.get(request)
+    if (hits !== undefined && waiting !== undefined) {
       this.#settle(request, waiting)
       waiting.hits?.(hits)
     }
