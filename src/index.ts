@@ -8,7 +8,7 @@ import * as Client from "./client/VectorDB.ts"
 import type { OpenOptions } from "./embedded/VectorDB.ts"
 
 export * from "./client/index.ts"
-export { defaultSettings, Settings, type SettingValues } from "./config.ts"
+export { defaultSettings, type SettingName, Settings, type SettingValues } from "./config.ts"
 export type { OpenOptions } from "./embedded/VectorDB.ts"
 
 /**
