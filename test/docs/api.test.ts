@@ -27,7 +27,7 @@ describe("docs/api", () => {
       )
       assert.strictEqual(status, 0, `${stdout}${stderr}`)
       const written = await pages(directory)
-      assert.isAbove(written.size, 1)
+      assert.isAbove(written.size, 0)
       assert.deepStrictEqual(await pages(join(root, "docs/api")), written, "npm run docs:api writes them anew")
     } finally {
       await rm(directory, { recursive: true })
