@@ -16,7 +16,7 @@ const byAddress = /new URL\((["'])(\.{1,2}\/[^"']*)\.ts\1, import\.meta\.url\)/g
 const imported = /(\bfrom |\bimport\()(["'])(\.{1,2}\/[^"']*)\.ts\2/g
 
 /** What is imported of Effect by the name of a module. */
-const ofEffect = /^import \{([^}]*)\} from (["'])(effect(?:\/[a-z-]+)?)\2;$/gm
+const ofEffect = /^import (type )?\{([^}]*)\} from (["'])(effect(?:\/[a-z-]+)?)\3;$/gm
 
 /**
  * The modules of Effect that an index of it names, by name.
@@ -44,19 +44,19 @@ const modulesOf = (index) => {
 
 /**
  * The modules of Effect that are used, each by itself: its indices load all there are, which takes a program that starts
- * twice as long.
+ * twice as long, and one whose types are checked.
  * @param {string} text
  */
 const withoutIndices = (text) =>
-  text.replace(ofEffect, (whole, names, _, index) => {
+  text.replace(ofEffect, (whole, type = "", names, _, index) => {
     const modules = modulesOf(index)
     const imports = String(names)
       .split(",")
-      .map((name) => name.trim().split(/ as /))
+      .map((name) => name.trim().replace(/^type /, "").split(/ as /))
       .map(([name = "", alias = name]) => [alias, modules.get(name)])
     // Single functions are left to the index.
     if (imports.some(([, module]) => module === undefined)) return whole
-    return imports.map(([alias, module]) => `import * as ${alias} from "${module}";`).join("\n")
+    return imports.map(([alias, module]) => `import ${type}* as ${alias} from "${module}";`).join("\n")
   })
 
 const compile = () => {
@@ -75,9 +75,11 @@ const rename = () => {
     if (!/\.(?:js|d\.ts)$/.test(path)) continue
     const file = join(target, path)
     const text = readFileSync(file, "utf8")
-    const named = path.endsWith(".d.ts")
-      ? text.replace(imported, "$1$2$3.js$2")
-      : withoutIndices(text.replace(byAddress, "new URL($1$2.js$1, import.meta.url)"))
+    const named = withoutIndices(
+      path.endsWith(".d.ts")
+        ? text.replace(imported, "$1$2$3.js$2")
+        : text.replace(byAddress, "new URL($1$2.js$1, import.meta.url)")
+    )
     if (named !== text) writeFileSync(file, named)
   }
 }

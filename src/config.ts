@@ -643,13 +643,16 @@ export const settings = {
   drainMillis: integer("for open requests to end when shutting down, that included", "ms", 8_000, 0, 600_000)
 } as const satisfies Record<string, SettingSpec<string> | SettingSpec<number>>
 
+/** A setting's name, as in a program; `docs/operating.md` has them all, with unit, default and bound. */
 export type SettingName = keyof typeof settings
+/** What the settings are. */
 export type SettingValues = {
   readonly [Name in SettingName]: (typeof settings)[Name]["default"] extends number
     ? number
     : ReturnType<(typeof settings)[Name]["parse"]>
 }
 
+/** What they are where nothing else is said. */
 export const defaultSettings: SettingValues = Object.fromEntries(
   Object.entries(settings).map(([name, spec]) => [name, spec.default])
 ) as SettingValues

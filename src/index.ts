@@ -5,11 +5,11 @@
 import { Effect, Layer, type Scope } from "effect"
 import { type Metadata, type TypedClient, VectorClient, type VectorDBError } from "./client/index.ts"
 import * as Client from "./client/VectorDB.ts"
-import type { OpenOptions } from "./embedded/VectorDB.ts"
+import type { OpenOptions } from "./embedded/OpenOptions.ts"
 
 export * from "./client/index.ts"
-export { defaultSettings, Settings, type SettingValues } from "./config.ts"
-export type { OpenOptions } from "./embedded/VectorDB.ts"
+export { defaultSettings, type SettingName, Settings, type SettingValues } from "./config.ts"
+export type { OpenOptions } from "./embedded/OpenOptions.ts"
 
 /**
  * The engine in this process, for programs on Effect: `VectorClient` without a service. It is ended with the layer, after

@@ -42,12 +42,17 @@ export type ErrorCode = ProblemCode | ClientErrorCode | (string & {})
  | `not_opened` | the engine could not be opened in this process; the message says why |
  */
 export class VectorDBError extends Data.TaggedError("VectorDBError")<{
+  /** Stable: programs may switch on it. */
   readonly code: ErrorCode
+  /** For people. */
   readonly message: string
   /** HTTP's number for it; 0 for the client's own. */
   readonly status: number
+  /** Path of what was wrong in the request, `vectors[3].vector[7]`. */
   readonly field?: string
+  /** What is right there. */
   readonly expected?: string
+  /** What came. */
   readonly got?: string
   /** When to try again, where the server said so. */
   readonly retryAfterMillis?: number

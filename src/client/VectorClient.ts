@@ -29,6 +29,7 @@ export interface Call {
   readonly deadlineMillis?: number
 }
 
+/** A vector that was found. */
 export interface Hit<M> extends Omit<SearchHit, "metadata"> {
   readonly metadata: M
 }
@@ -38,33 +39,42 @@ export interface Hits<M> extends ReadonlyArray<Hit<M>> {
   readonly missingPartitions: ReadonlyArray<number>
 }
 
+/** A vector as it is stored. */
 export interface Stored<M> extends Omit<StoredVector, "metadata"> {
   readonly metadata: M
 }
 
+/** A vector to be stored. */
 export interface NewItem<M> extends Omit<Item, "metadata"> {
   readonly metadata?: M
 }
 
+/** How a search is made. */
 export interface SearchCall extends Call {
   /** 1 to 10,000; 10 where left out. */
   readonly k?: number
   /** Width of the search, at least k; the collection's where left out. */
   readonly ef?: number
+  /** Only vectors whose metadata is so. */
   readonly filter?: Filter
+  /** Whether hits come with their vectors. */
   readonly includeVector?: boolean
 }
 
+/** What a standing query is to tell. */
 export interface SubscribeCall {
   readonly collection?: string
   /** 1 to 256; 10 where left out. */
   readonly k?: number
   /** Records that score lower are not among them. */
   readonly minScore?: number
+  /** Only vectors whose metadata is so; one whose metadata ceases to be so leaves. */
   readonly filter?: Filter
+  /** Whether changes come with the vectors. */
   readonly includeVector?: boolean
 }
 
+/** Which changes are to be followed. */
 export interface FollowCall {
   readonly collection?: string
   /** `newest` (the default): changes from now on. */
@@ -76,17 +86,21 @@ export type Standing<M> =
   | (Omit<Extract<MemberChange, { readonly type: "enter" | "update" }>, "metadata"> & { readonly metadata: M })
   | Extract<MemberChange, { readonly type: "leave" }>
 
+/** How a write is made. */
 export interface InsertCall extends Call {
+  /** How durable it is when it is done; `cold` where left out. */
   readonly ack?: Ack
 }
 
+/** How many are written. */
 export interface InsertManyCall extends InsertCall {
-  /** Vectors in one request, 1 to 10,000. */
+  /** Vectors in one request, 1 to 10,000; 500 where left out. */
   readonly batchSize?: number
-  /** Requests under way at one time. */
+  /** Requests under way at one time; 4 where left out. */
   readonly concurrency?: number
 }
 
+/** What becomes of a stored vector. */
 export interface Change<M> {
   /** The new vector: the record is replaced. */
   readonly vector?: Vector
@@ -94,6 +108,7 @@ export interface Change<M> {
   readonly metadata?: Partial<{ readonly [Field in keyof M]: M[Field] | null }>
 }
 
+/** The collections of a service or an engine. */
 export interface Collections {
   /** Makes a collection; the same again does nothing. */
   readonly create: (
@@ -101,27 +116,35 @@ export interface Collections {
     parameters: CollectionParameters,
     call?: Pick<Call, "deadlineMillis">
   ) => Effect.Effect<CollectionInfo, VectorDBError>
+  /** What is known of one, and how many vectors are in it; `undefined` where there is none. */
   readonly get: (
     name: string,
     call?: Pick<Call, "deadlineMillis">
   ) => Effect.Effect<CollectionInfo | undefined, VectorDBError>
+  /** All of them. */
   readonly list: (call?: Pick<Call, "deadlineMillis">) => Effect.Effect<ReadonlyArray<CollectionInfo>, VectorDBError>
   /** Whether there was one. */
   readonly delete: (name: string, call?: Pick<Call, "deadlineMillis">) => Effect.Effect<boolean, VectorDBError>
 }
 
+/** The calls of a client, as effects and streams. `M`: the type of metadata, of the schema given. */
 export interface TypedClient<M> {
+  /** Inserts or replaces one vector; done when it is as durable as `ack` says, and seen by the next search. */
   readonly insert: (item: NewItem<M>, call?: InsertCall) => Effect.Effect<void, VectorDBError>
   /** In batches, in the order given; no more is taken from the stream than is under way. How many were inserted. */
   readonly insertMany: <E, R>(
     items: Iterable<NewItem<M>> | Stream.Stream<NewItem<M>, E, R>,
     call?: InsertManyCall
   ) => Effect.Effect<number, VectorDBError | E, R>
+  /** Sets fields of the metadata (`null` removes one), or replaces the record where a vector is given. */
   readonly update: (id: string, change: Change<M>, call?: InsertCall) => Effect.Effect<void, VectorDBError>
   /** How many there were. */
   readonly delete: (ids: string | ReadonlyArray<string>, call?: Call) => Effect.Effect<number, VectorDBError>
+  /** One by its id; `undefined` where there is none. */
   readonly get: (id: string, call?: Call) => Effect.Effect<Stored<M> | undefined, VectorDBError>
+  /** The k nearest, to a vector or to a stored one (`{ id }`). */
   readonly search: (query: Query, call?: SearchCall) => Effect.Effect<Hits<M>, VectorDBError>
+  /** The same, one by one as they arrive; interrupting the stream ends the search on the server too. */
   readonly searchStream: (query: Query, call?: SearchCall) => Stream.Stream<Hit<M>, VectorDBError>
   /**
    * A standing query: first the k nearest enter, then whatever changes among them, for as long as it is read. Applied one

@@ -1,4 +1,5 @@
 /** The client, for browsers too: nothing of Node is imported here. */
+export type { ProblemCode } from "../protocol/Errors.ts"
 export { type ClientErrorCode, type ErrorCode, hasCode, VectorDBError } from "./ClientError.ts"
 export type { ClientOptions, Credential, WebSocketLike } from "./ClientOptions.ts"
 export type {
@@ -7,11 +8,13 @@ export type {
   CollectionInfo,
   CollectionParameters,
   Filter,
+  MemberChange,
   Metadata,
   Query,
+  SearchHit,
   Vector
 } from "./Engine.ts"
-export type { StandardSchema } from "./StandardSchema.ts"
+export type { StandardIssue, StandardResult, StandardSchema } from "./StandardSchema.ts"
 export {
   type Call,
   type Change,

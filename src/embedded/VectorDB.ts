@@ -2,29 +2,14 @@
 import { Context, Effect, Exit, Layer, Logger, References, Scope } from "effect"
 import { ownError, type VectorDBError } from "../client/ClientError.ts"
 import { resolveOptions } from "../client/ClientOptions.ts"
-import type { Metadata } from "../client/Engine.ts"
-import type { StandardSchema } from "../client/StandardSchema.ts"
 import { clientOf, type TypedClient } from "../client/VectorClient.ts"
 import type { EngineOptions } from "../client/VectorDB.ts"
-import { defaultSettings, type SettingValues } from "../config.ts"
+import { defaultSettings } from "../config.ts"
 import { Subscriptions } from "../gateway/Subscriptions.ts"
 import { Router } from "../shards/Router.ts"
 import { makeEmbeddedEngine } from "./EmbeddedEngine.ts"
 import { engine } from "./layers.ts"
-
-/** How the engine is opened in a program's own process. */
-export interface OpenOptions<M = Metadata> {
-  /** Data directory, made where it is missing, or `gs://bucket/prefix`; a server can open it afterwards, or has before. */
-  readonly path: string
-  /** Collection of calls that name none; `default` where left out. */
-  readonly collection?: string
-  /** For one call; 10,000 where left out. */
-  readonly deadlineMillis?: number
-  /** Checks metadata on its way in and out, and gives it its type. */
-  readonly metadata?: StandardSchema<M>
-  /** Settings of the engine, as of a server (`docs/operating.md`). */
-  readonly settings?: Partial<SettingValues>
-}
+import type { OpenOptions } from "./OpenOptions.ts"
 
 /** An engine in this process, and what its client is made with. `close` ends it, after what it holds is safe. */
 export const openEngine = <M>(options: OpenOptions<M>): Effect.Effect<EngineOptions<M>, VectorDBError> =>

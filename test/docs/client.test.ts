@@ -41,7 +41,7 @@ describe("docs/client.md", () => {
   beforeAll(async () => {
     installed = await installedPackage()
     node = await startNode()
-  }, 60_000)
+  }, 120_000)
   afterAll(async () => {
     await node?.stop()
     await installed?.remove()

@@ -13,7 +13,7 @@ import { type InstalledPackage, installedPackage } from "../support/InstalledPac
 import { type RunningNode, startNode } from "../support/Node.ts"
 
 const examples = new URL("../../examples", import.meta.url).pathname
-const timeout = 60_000
+const timeout = 120_000
 
 describe("examples", () => {
   let installed: InstalledPackage

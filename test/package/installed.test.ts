@@ -19,7 +19,7 @@ describe("the installed package", () => {
   beforeAll(async () => {
     installed = await installedPackage()
     server = await startNode()
-  }, 60_000)
+  }, 120_000)
   afterAll(async () => {
     await server?.stop()
     await installed?.remove()

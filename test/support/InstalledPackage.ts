@@ -57,7 +57,9 @@ const install = async (program: string): Promise<void> => {
   const fresh = join(work, "program")
   await mkdir(fresh, { recursive: true })
   try {
-    for (const part of parts) await cp(join(root, part), join(project, part), { recursive: true })
+    for (const part of parts) {
+      await cp(join(root, part), join(project, part), { recursive: true, filter: (path) => !isInstalled(path) })
+    }
     await symlink(join(root, "node_modules"), join(project, "node_modules"))
     await run("npm", ["pack", "--pack-destination", fresh], { cwd: project, env: environment })
     const [tarball] = await readdir(fresh)
@@ -86,13 +88,16 @@ const install = async (program: string): Promise<void> => {
   }
 }
 
+/** Packages of a folder's own. */
+const isInstalled = (path: string): boolean => path.slice(root.length).includes("node_modules")
+
 const sourcesHash = async (): Promise<string> => {
   const hash = createHash("sha256")
   for (const part of parts) {
     const path = join(root, part)
     const files = (await stat(path)).isDirectory()
       ? (await readdir(path, { recursive: true, withFileTypes: true }))
-          .filter((entry) => entry.isFile())
+          .filter((entry) => entry.isFile() && !isInstalled(entry.parentPath))
           .map((entry) => join(entry.parentPath, entry.name))
           .sort()
       : [path]
