@@ -4,17 +4,23 @@ import { openWebSocket } from "./wires.ts"
 
 export class MultiplexedSocket {
   readonly #socket: WebSocket
-  readonly #waiting = new Map<string, { resolve: () => void; reject: (error: Error) => void }>()
+  readonly #waiting = new Map<string, { resolve: () => void; reject: (error: Error | Refused) => void }>()
   #asked = 0
 
   private constructor(socket: WebSocket) {
     this.#socket = socket
     socket.on("message", (data: Buffer) => {
-      const event = JSON.parse(data.toString()) as { readonly event: string; readonly id?: string }
+      const event = JSON.parse(data.toString()) as {
+        readonly event: string
+        readonly id?: string
+        readonly problem?: { readonly retry_after_ms?: number }
+      }
       const waiting = this.#waiting.get(event.id ?? "")
       if (waiting === undefined) return
       this.#waiting.delete(event.id ?? "")
+      const retryAfterMillis = event.problem?.retry_after_ms
       if (event.event === "results") waiting.resolve()
+      else if (retryAfterMillis !== undefined) waiting.reject(new Refused(retryAfterMillis))
       else waiting.reject(new Error(`not an answer to a search: ${data.toString()}`))
     })
     socket.on("error", () => {})
@@ -34,22 +40,24 @@ export class MultiplexedSocket {
   /** Ten nearest; `session` empty for the connection's own, `collection` for the default one. */
   search(session: string, query: string, collection = ""): Promise<void> {
     const id = String(this.#asked++)
-    const named = (session === "" ? "" : `"session":"${session}",`) + (collection === "" ? "" : `"collection":"${collection}",`)
+    const named =
+      (session === "" ? "" : `"session":"${session}",`) + (collection === "" ? "" : `"collection":"${collection}",`)
     return new Promise((resolve, reject) => {
       this.#waiting.set(id, { resolve, reject })
       this.#socket.send(`{"type":"search","id":"${id}",${named}"query":${query},"k":10}`)
     })
   }
 
-  /** The same, asked again while it is refused. How often it was. */
+  /** The same, asked again while it is refused, when the server says. How often it was. */
   async insist(session: string, query: string, collection = ""): Promise<number> {
     for (let refused = 0; ; refused++) {
       try {
         await this.search(session, query, collection)
         return refused
       } catch (error) {
-        if (!this.isOpen) throw error
-        await new Promise((resolve) => setTimeout(resolve, 20))
+        if (!this.isOpen || !(error instanceof Refused)) throw error
+        const { retryAfterMillis } = error
+        await new Promise((resolve) => setTimeout(resolve, retryAfterMillis))
       }
     }
   }
@@ -58,6 +66,15 @@ export class MultiplexedSocket {
   end(): void {
     this.#socket.removeAllListeners("close")
     this.#socket.terminate()
+  }
+}
+
+/** Under load: to be asked again later. */
+class Refused {
+  readonly retryAfterMillis: number
+
+  constructor(retryAfterMillis: number) {
+    this.retryAfterMillis = retryAfterMillis
   }
 }
 

@@ -59,7 +59,18 @@ process.on("exit", () => {
 })
 
 /** Nothing is shed or refused here: what is measured is the way. */
-const flags = ["--address-rate", "0", "--key-rate", "0", "--result-cache-bytes", "0", "--threads", "1", "--activate", "none"]
+const flags = [
+  "--address-rate",
+  "0",
+  "--key-rate",
+  "0",
+  "--result-cache-bytes",
+  "0",
+  "--threads",
+  "1",
+  "--activate",
+  "none"
+]
 const profiled = (name: string): Record<string, string> =>
   values.profile === undefined ? {} : { NODE_OPTIONS: `--cpu-prof --cpu-prof-dir=${join(values.profile, name)}` }
 
@@ -92,7 +103,10 @@ const call = async (server: Server, method: string, path: string, body?: unknown
     method,
     ...(body === undefined
       ? {}
-      : { headers: { "content-type": "application/json" }, body: typeof body === "string" ? body : JSON.stringify(body) })
+      : {
+          headers: { "content-type": "application/json" },
+          body: typeof body === "string" ? body : JSON.stringify(body)
+        })
   })
   const answer = await response.json()
   if (!response.ok) throw new Error(`${method} ${path}: ${response.status} ${JSON.stringify(answer)}`)
@@ -111,7 +125,11 @@ const fill = async (server: Server, name: string, partitions: number): Promise<v
 const sleep = (millis: number) => new Promise((resolve) => setTimeout(resolve, millis))
 const percentile = (sorted: ReadonlyArray<number>, p: number): number =>
   sorted[Math.min(sorted.length - 1, Math.floor((sorted.length * p) / 100))] ?? Number.NaN
-const median = (list: ReadonlyArray<number>): number => percentile([...list].sort((a, b) => a - b), 50)
+const median = (list: ReadonlyArray<number>): number =>
+  percentile(
+    [...list].sort((a, b) => a - b),
+    50
+  )
 
 interface Measured {
   readonly searches: number
@@ -122,7 +140,13 @@ interface Measured {
 }
 
 /** Searches over one WebSocket, so many at once, for some seconds. */
-const measure = async (server: Server, pids: ReadonlyArray<number>, name: string, lanes: number, forSeconds: number) => {
+const measure = async (
+  server: Server,
+  pids: ReadonlyArray<number>,
+  name: string,
+  lanes: number,
+  forSeconds: number
+) => {
   const socket = await MultiplexedSocket.open(server.url)
   const took: Array<number> = []
   const run = (until: number) =>
@@ -203,7 +227,12 @@ const watch = async (server: Server, name: string, during: () => Promise<void>):
       const id = `w${lane}-${n}`
       asked++
       try {
-        await call(server, "POST", "/api/v1/insert", `{"collection":"${name}","vectors":[{"id":"${id}","vector":${queryText(n)}}]}`)
+        await call(
+          server,
+          "POST",
+          "/api/v1/insert",
+          `{"collection":"${name}","vectors":[{"id":"${id}","vector":${queryText(n)}}]}`
+        )
         written.push(id)
       } catch (error) {
         failures.push(`write: ${(error as Error).message}`)
@@ -288,10 +317,14 @@ const parts: Record<string, (postgres: Postgres) => Promise<void>> = {
         await sleep(2_000)
       })
       told(`drain (the runner took ${Math.round(ended)} ms)`, watched)
-      if (round + 1 < rounds) told("join", await watch(cluster.gateway, "six", async () => {
-        await cluster.addRunner()
-        await sleep(3_000)
-      }))
+      if (round + 1 < rounds)
+        told(
+          "join",
+          await watch(cluster.gateway, "six", async () => {
+            await cluster.addRunner()
+            await sleep(3_000)
+          })
+        )
     }
     await cluster.stop()
   },
@@ -315,17 +348,23 @@ const parts: Record<string, (postgres: Postgres) => Promise<void>> = {
   outage: async (postgres) => {
     const cluster = await startCluster(postgres, 3)
     await fill(cluster.gateway, "six", 6)
-    told("the database restarts", await watch(cluster.gateway, "six", async () => {
-      await postgres.restart()
-      await sleep(6_000)
-    }))
+    told(
+      "the database restarts",
+      await watch(cluster.gateway, "six", async () => {
+        await postgres.restart()
+        await sleep(6_000)
+      })
+    )
     const millis = seconds * 3_000
-    told(`the database is gone for ${millis / 1_000} s`, await watch(cluster.gateway, "six", async () => {
-      await postgres.kill()
-      await sleep(millis)
-      await postgres.start()
-      await sleep(8_000)
-    }))
+    told(
+      `the database is gone for ${millis / 1_000} s`,
+      await watch(cluster.gateway, "six", async () => {
+        await postgres.kill()
+        await sleep(millis)
+        await postgres.start()
+        await sleep(8_000)
+      })
+    )
     await cluster.stop()
   }
 }

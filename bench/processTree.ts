@@ -15,6 +15,10 @@ export const mainThreadMicros = (pid: number): number => {
   return (Number(fields[utime]) + Number(fields[stime])) * microsPerTick
 }
 
+/** The same to the nanosecond, from the scheduler: for measurements of less than seconds. */
+export const mainThreadNanos = (pid: number): number =>
+  Number(readFileSync(`/proc/${pid}/task/${pid}/schedstat`, "latin1").split(" ")[0])
+
 /** Resident memory. Pages shared between the processes of the tree are counted in each. */
 export const residentBytes = (pid: number): number => {
   let pages = 0

@@ -1,8 +1,12 @@
-/** The servers that are measured, each a process of its own on a free port of 127.0.0.1. */
+/**
+ * The servers that are measured, each a process of its own on a free port of 127.0.0.1. With `BENCH_CPU_PROFILE=DIR` ours
+ * writes a CPU profile of each of its threads into that directory when it ends.
+ */
 import { type ChildProcess, spawn } from "node:child_process"
 import { once } from "node:events"
 import { fileURLToPath } from "node:url"
-import { nodeEnvironment, nodeFlags } from "../scripts/run.mjs"
+import { nodeFlags } from "../scripts/nodeOptions.mjs"
+import { nodeEnvironment } from "../scripts/run.mjs"
 import type { Build } from "./bareIndex.ts"
 
 export const serverNames = ["ours", "bare", "bare-simd"] as const
@@ -28,7 +32,7 @@ export const startOurs = async (
   const started = performance.now()
   const child = start(
     // As `npm start` runs it; ends with this process also when that is killed.
-    [...nodeFlags, "--import", new URL("../scripts/tether.mjs", import.meta.url).href],
+    [...nodeFlags, ...profileFlags(), "--import", new URL("../scripts/tether.mjs", import.meta.url).href],
     "../src/main.ts",
     ["serve", "--port", "0", "--host", "127.0.0.1", "--data", dataDirectory, ...flags],
     { ...nodeEnvironment(), RUVECTOR_LAUNCHER: String(process.pid), ...environment }
@@ -36,6 +40,11 @@ export const startOurs = async (
   const url = await firstMatch(child, /http:\/\/127\.0\.0\.1:\d+/)
   await untilReady(child, url)
   return serverOf("ours", child, url, started)
+}
+
+const profileFlags = (): ReadonlyArray<string> => {
+  const directory = process.env["BENCH_CPU_PROFILE"]
+  return directory === undefined ? [] : ["--cpu-prof", `--cpu-prof-dir=${directory}`]
 }
 
 export const startBare = async (build: Build, capacity: number): Promise<Server> => {

@@ -22,7 +22,7 @@ import { isProgram, root } from "./setup.mjs"
  */
 
 /** The lock files of the project. */
-export const lockFiles = [".", "bench", "test/interop"]
+export const lockFiles = [".", "bench", "scripts/docs", "test/interop"]
   .map((folder) => join(root, folder, "package-lock.json"))
   .filter((file) => existsSync(file))
 

@@ -10,15 +10,8 @@ import { spawn } from "node:child_process"
 import { closeSync, openSync, realpathSync } from "node:fs"
 import { constants } from "node:os"
 import { delimiter, join, resolve } from "node:path"
+import { nodeFlags, serverEnvironment } from "./nodeOptions.mjs"
 import { ensureInstalled, isProgram, main, nodeBinary, root, SetupError } from "./setup.mjs"
-
-// glibc keeps what large buffers leave free in an arena a thread: two arenas, and memory given back from 128 KB on, are a
-// third less for a server that has loaded much.
-const glibcTunables = "glibc.malloc.arena_max=2:glibc.malloc.mmap_threshold=131072:glibc.malloc.trim_threshold=131072"
-
-// A young generation of 8 MB a space instead of 16: a server's garbage is short-lived, and the memory is better used for
-// vectors.
-export const nodeFlags = ["--max-semi-space-size=8"]
 
 // Compiled code of all modules, kept from start to start: a third of the time that starting takes.
 const compileCache = join(root, "node_modules", ".cache", "ruvector-compile")
@@ -39,7 +32,7 @@ const hasTerminal = () => {
 
 /** What a program of the project runs best with, unless it is set otherwise. */
 export const nodeEnvironment = () => ({
-  ...(process.platform === "linux" ? { GLIBC_TUNABLES: glibcTunables } : {}),
+  ...serverEnvironment,
   NODE_COMPILE_CACHE: compileCache
 })
 

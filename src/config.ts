@@ -106,7 +106,13 @@ export const settings = {
   ),
   databaseConnectionsMax: integer("connections to it", "connections", 4, 2, 100),
   databaseConnectMillis: integer("for a connection to it", "ms", 5_000, 100, 600_000),
-  databaseQueryMillis: integer("for its answer, before it counts as gone; at most a quarter of shard-lock-millis", "ms", 2_500, 50, 600_000),
+  databaseQueryMillis: integer(
+    "for its answer, before it counts as gone; at most a quarter of shard-lock-millis",
+    "ms",
+    2_500,
+    50,
+    600_000
+  ),
   databaseOutageMillis: integer(
     "that runners keep their shards while it is gone; then they give them up until it is back",
     "ms",
@@ -170,6 +176,15 @@ export const settings = {
   ),
   runnerHealthMillis: integer("between two looks at whether the others live", "ms", 500, 50, 60_000),
   runnerPingMillis: integer("for a runner's answer to whether it lives", "ms", 2_000, 50, 60_000),
+  catalogueRefreshMillis: integer(
+    "after which a node knows of collections that were changed or deleted by another one",
+    "ms",
+    2_000,
+    50,
+    600_000
+  ),
+  cellRunnersMax: integer("runners of a cell; one more is refused", "runners", 64, 1, 1_000),
+  nodeReportMillis: integer("between two reports of a node on itself to the others", "ms", 2_000, 100, 60_000),
   joinDebounceMillis: integer("quiet time after which runners that joined are given shards", "ms", 0, 0, 600_000),
 
   // Object storage (where data is gs://bucket/prefix)
@@ -204,6 +219,13 @@ export const settings = {
   threads: integer("vector threads; 0: one for each core beyond the first", "threads", 0, 0, 256),
   insertSliceMillis: integer("insertion work between two looks at waiting searches", "ms", 4, 1, 1_000),
   threadPendingMax: integer("searches waiting for one vector thread", "searches", 4_096, 1, 1_000_000),
+  searchWaitMillis: integer(
+    "that the main thread may be kept waiting for searches that are alone, in a turn of its event loop; 0: never, as is right where it serves others. An engine in a program's own process has 4",
+    "ms",
+    0,
+    0,
+    1_000
+  ),
 
   // Memory
   budgetBytes: integer(
@@ -316,7 +338,7 @@ export const settings = {
   searchQueueBurstMillis: integer("that a search waits to begin, in a burst", "ms", 250, 5, 60_000),
   searchQueueStandingMillis: integer("least wait that, when it lasts that long, is overload", "ms", 100, 1, 60_000),
   searchQueueMillis: integer("mean time that a search waits to begin under overload", "ms", 5, 1, 60_000),
-  searchQueueMin: integer("searches that wait under overload, however long that takes", "searches", 64, 1, 100_000),
+  searchQueueMin: integer("searches that wait under overload, however long that takes", "searches", 12, 1, 100_000),
 
   // Load shedding
   loadSampleMillis: integer("between two looks at the load", "ms", 1_000, 50, 60_000),
@@ -569,6 +591,13 @@ export const settings = {
     /^(?:|.{16,512})$/
   ),
   pingIntervalMillis: integer("between two keep-alive pings of a quiet stream", "ms", 60_000, 100, 3_600_000),
+  frameTurnMillis: integer(
+    "that frames of WebSockets are read before what else there is to do has its turn",
+    "ms",
+    8,
+    1,
+    1_000
+  ),
   controlFramesMax: integer("pings and pongs of one WebSocket in a minute", "frames", 600, 10, 1_000_000),
   idleTimeoutMillis: integer("after which a WebSocket that answers nothing is closed", "ms", 90_000, 200, 3_600_000),
   headersTimeoutMillis: integer("for a request's headers to arrive", "ms", 10_000, 100, 600_000),
@@ -628,13 +657,16 @@ export const settings = {
   drainMillis: integer("for open requests to end when shutting down, that included", "ms", 8_000, 0, 600_000)
 } as const satisfies Record<string, SettingSpec<string> | SettingSpec<number>>
 
+/** A setting's name, as in a program; `docs/operating.md` has them all, with unit, default and bound. */
 export type SettingName = keyof typeof settings
+/** What the settings are. */
 export type SettingValues = {
   readonly [Name in SettingName]: (typeof settings)[Name]["default"] extends number
     ? number
     : ReturnType<(typeof settings)[Name]["parse"]>
 }
 
+/** What they are where nothing else is said. */
 export const defaultSettings: SettingValues = Object.fromEntries(
   Object.entries(settings).map(([name, spec]) => [name, spec.default])
 ) as SettingValues

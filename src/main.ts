@@ -6,15 +6,18 @@ import * as NodeServices from "@effect/platform-node/NodeServices"
 import { Cause, Console, Effect, Exit, Layer, Logger, Option, References, Runtime } from "effect"
 import { Command, Flag } from "effect/cli"
 import { backup } from "./commands/backup.ts"
+import { cluster } from "./commands/cluster.ts"
 import { drill } from "./commands/drill.ts"
 import { keys } from "./commands/keys.ts"
+import { migrate } from "./commands/migrate.ts"
 import { Refused } from "./commands/Refused.ts"
 import { restore } from "./commands/restore.ts"
+import { endWithSupervisor } from "./commands/Supervised.ts"
 import { verify } from "./commands/verify.ts"
 import { flagOf, readSettings, type SettingName, type SettingValues, settings, variableOf } from "./config.ts"
 import { isLoopback } from "./gateway/Access.ts"
 import { HttpGateway } from "./gateway/HttpGateway.ts"
-import { activate, localDirectory, node } from "./index.ts"
+import { activate, localDirectory, node } from "./server.ts"
 
 const { version } = JSON.parse(readFileSync(new URL("../package.json", import.meta.url), "utf8")) as { version: string }
 
@@ -49,6 +52,7 @@ const serve = Command.make("serve", flags, (given) =>
 const run = (values: SettingValues) =>
   Effect.scoped(
     Effect.gen(function* () {
+      endWithSupervisor()
       const context = yield* Layer.build(node(values)).pipe(
         Effect.catch((error) => Effect.fail(new Refused({ message: error.message })))
       )
@@ -108,11 +112,13 @@ const root = Command.make("ruvector").pipe(
   Command.withDescription("A vector database whose unit is the stream"),
   Command.withSubcommands([
     serve,
+    Command.provide(cluster, quietly),
     Command.provide(backup, quietly),
     Command.provide(restore, quietly),
     Command.provide(verify, quietly),
     Command.provide(drill, quietly),
-    Command.provide(keys, quietly)
+    Command.provide(keys, quietly),
+    Command.provide(migrate, quietly)
   ])
 )
 

@@ -190,6 +190,10 @@ export const layer = Catalog.toLayer(
       Create: ({ payload }) => gate.withPermit(create(payload.name, payload.request)),
       Read: ({ payload }) => find(payload.name),
       List: () => Effect.map(read, ({ catalogue }) => catalogue.collections),
+      ListChanged: ({ payload }) =>
+        Effect.map(read, ({ catalogue, etag: state = "none" }) =>
+          payload.state === state ? null : { state, collections: catalogue.collections }
+        ),
       Invalidate: ({ payload }) => gate.withPermit(invalidate(payload.name, payload.notice_ms)),
       Delete: ({ payload }) => gate.withPermit(remove(payload.name))
     })

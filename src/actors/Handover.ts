@@ -4,7 +4,8 @@
  * before it says that it is there. Both are bounded by `prepareMillis`: what was not prepared is opened when it is needed.
  */
 import { Cause, Effect, Exit, Layer, Option, Result, Schema } from "effect"
-import { Runner, type RunnerAddress } from "effect/cluster"
+import * as Runner from "effect/cluster/Runner"
+import type * as RunnerAddress from "effect/cluster/RunnerAddress"
 import { Settings } from "../config.ts"
 import { type PartitionAddress, partitionAddressOf, partitionId, partitionsGroup } from "../protocol/IndexPartition.ts"
 import type { Moving } from "../protocol/Peer.ts"
@@ -90,7 +91,11 @@ export const layer = Layer.effectDiscard(
           ),
         { concurrency: "unbounded", discard: true }
       )
-      yield* Effect.logInfo("Partitions are handed over", { partitions: count, left: local.partitions.size, runners: next.size })
+      yield* Effect.logInfo("Partitions are handed over", {
+        partitions: count,
+        left: local.partitions.size,
+        runners: next.size
+      })
     })
     const runFork = Effect.runForkWith(yield* Effect.context<never>())
     yield* Effect.addFinalizer(() =>

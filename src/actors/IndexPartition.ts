@@ -4,7 +4,7 @@
  * another owner appears it lets go, and the next message makes it resident again.
  */
 import { Deferred, Duration, Effect, Exit, Fiber, Layer, Metric, Option, Scope, Stream } from "effect"
-import { Entity } from "effect/cluster"
+import * as Entity from "effect/cluster/Entity"
 import { Settings } from "../config.ts"
 import { Catalog, catalogId } from "../protocol/Catalog.ts"
 import {

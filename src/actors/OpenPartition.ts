@@ -6,7 +6,7 @@
  * the memory budget has room (`ResidentIndex`). Without one the full form is opened at once: the records are few.
  */
 import { availableParallelism } from "node:os"
-import { Context, Effect, Exit, Layer, Result, Scope, Semaphore, Stream } from "effect"
+import { Context, Effect, Exit, Fiber, Layer, Result, Scope, Semaphore, Stream } from "effect"
 import { Settings } from "../config.ts"
 import type { Collection } from "../protocol/Collection.ts"
 import {
@@ -234,29 +234,28 @@ const formOf = (
   })
 
 /** See {@link PartitionOpener}. */
-const prepare = Effect.fnUntraced(function* (
-  address: PartitionAddress,
-  collection: Collection,
-  standby: Standby.Standby
-) {
-  const store = yield* ObjectStore
-  const vectors = yield* VectorIndex
-  const budget = yield* MemoryBudget
-  const prefix = partitionPrefix(address.uid, address.partition)
-  const found = yield* PartitionLog.peekFiles(prefix)
-  // Without a snapshot there is nothing to open: what there is is in the log.
-  if (found === undefined) return
-  const { snapshot, verify } = found
-  // In the mapped form where there is one: it is there in milliseconds, and its blocks are read as they are needed.
-  const form: IndexForm = snapshot.sketch === undefined ? "full" : "mapped"
-  const bytes = snapshot.sketch === undefined ? fullBytesOf(snapshot) : mappedBytesOf(snapshot.sketch)
-  if (!budget.fits(bytes)) return
-  yield* standby.put(
-    partitionId(address),
-    snapshot.seq,
-    formOf({ vectors, store, verify }, specOf(collection), snapshot, form)
-  )
-}, Effect.catchCause((cause) => Effect.logDebug("A partition could not be prepared", cause)))
+const prepare = Effect.fnUntraced(
+  function* (address: PartitionAddress, collection: Collection, standby: Standby.Standby) {
+    const store = yield* ObjectStore
+    const vectors = yield* VectorIndex
+    const budget = yield* MemoryBudget
+    const prefix = partitionPrefix(address.uid, address.partition)
+    const found = yield* PartitionLog.peekFiles(prefix)
+    // Without a snapshot there is nothing to open: what there is is in the log.
+    if (found === undefined) return
+    const { snapshot, verify } = found
+    // In the mapped form where there is one: it is there in milliseconds, and its blocks are read as they are needed.
+    const form: IndexForm = snapshot.sketch === undefined ? "full" : "mapped"
+    const bytes = snapshot.sketch === undefined ? fullBytesOf(snapshot) : mappedBytesOf(snapshot.sketch)
+    if (!budget.fits(bytes)) return
+    yield* standby.put(
+      partitionId(address),
+      snapshot.seq,
+      formOf({ vectors, store, verify }, specOf(collection), snapshot, form)
+    )
+  },
+  Effect.catchCause((cause) => Effect.logDebug("A partition could not be prepared", cause))
+)
 
 const open = Effect.fnUntraced(function* (
   address: PartitionAddress,
@@ -284,14 +283,20 @@ const open = Effect.fnUntraced(function* (
   const spec = specOf(collection)
   const hasFull = (collection.index.quantization ?? "none") === "none"
 
-  const openForm = (log: PartitionLog.PartitionLogHandle, snapshot: Snapshot | undefined, form: IndexForm) =>
-    formOf({ vectors, store, verify: log.verifySnapshot }, spec, snapshot, form)
+  const openForm = (
+    log: Pick<PartitionLog.PartitionLogHandle, "verifySnapshot">,
+    snapshot: Snapshot | undefined,
+    form: IndexForm
+  ) => formOf({ vectors, store, verify: log.verifySnapshot }, spec, snapshot, form)
 
   /**
    * Claims the log and opens the newest snapshot that can be opened. One that cannot be is given up for the one before it,
    * for good; the log reaches back to that.
    */
-  const openNewest = (passedOver: PassedOver | undefined): Effect.Effect<Opening, PartitionError, Scope.Scope> =>
+  const openNewest = (
+    passedOver: PassedOver | undefined,
+    ahead?: Effect.Success<ReturnType<typeof openAhead>>
+  ): Effect.Effect<Opening, PartitionError, Scope.Scope> =>
     Effect.gen(function* () {
       const log = yield* PartitionLog.open(prefix, {
         deferVerification: !options.verify,
@@ -317,8 +322,10 @@ const open = Effect.fnUntraced(function* (
       })
       const prepared = passedOver === undefined && !options.verify ? standby.take(partitionId(address)) : undefined
       if (prepared !== undefined) {
-        const isUsable = !prepared.form.lost() && prepared.seq <= log.snapshotSeq() && log.oldestSeq() <= prepared.seq + 1
+        const isUsable =
+          !prepared.form.lost() && prepared.seq <= log.snapshotSeq() && log.oldestSeq() <= prepared.seq + 1
         if (isUsable) {
+          if (ahead !== undefined) yield* ahead.giveUp
           return {
             log,
             index: yield* ResidentIndex.make(prepared.form, prepared.scope),
@@ -327,7 +334,9 @@ const open = Effect.fnUntraced(function* (
         }
         yield* Scope.close(prepared.scope, Exit.void)
       }
-      let opened = yield* attempt(snapshot?.sketch === undefined ? "full" : "mapped")
+      const isAhead = snapshot !== undefined && ahead?.snapshot.records.key === snapshot.records.key
+      if (ahead !== undefined && !isAhead) yield* ahead.giveUp
+      let opened = yield* isAhead ? ahead.opened : attempt(snapshot?.sketch === undefined ? "full" : "mapped")
       if (snapshot?.sketch !== undefined && Result.isFailure(opened) && opened.failure._tag === "SnapshotUnreadable") {
         yield* Effect.logWarning(`${snapshot.sketch.key} cannot be opened: ${opened.failure.detail}`)
         opened = yield* attempt("full")
@@ -341,13 +350,35 @@ const open = Effect.fnUntraced(function* (
       return yield* openNewest({ seq: snapshot.seq, object: snapshot.records.key, detail: error.detail })
     })
 
+  /**
+   * Opens a snapshot's mapped form while the log is being claimed: most often it is the one that the log begins with. It only
+   * reads files that stay as they are, so nothing depends on who owns the partition meanwhile.
+   */
+  const openAhead = Effect.fnUntraced(function* (snapshot: Snapshot) {
+    const formScope = yield* Scope.fork(scope)
+    const unverified = { verifySnapshot: Effect.undefined }
+    const fiber = yield* Effect.forkIn(
+      Scope.provide(openForm(unverified, snapshot, "mapped"), formScope).pipe(
+        Effect.onError((cause) => Scope.close(formScope, Exit.failCause(cause))),
+        Effect.map((form) => ({ form, formScope })),
+        Effect.result
+      ),
+      scope,
+      { startImmediately: true }
+    )
+    const giveUp = Effect.andThen(Fiber.interrupt(fiber), Scope.close(formScope, Exit.void))
+    return { snapshot, opened: Fiber.join(fiber), giveUp }
+  })
+
   // Held until what is resident has been measured.
   const opening = yield* Scope.fork(scope)
   const newest = yield* PartitionLog.peekSnapshot(prefix).pipe(Effect.catch(() => Effect.undefined))
   const expected =
     newest === undefined ? emptyBytes : newest.sketch === undefined ? fullBytesOf(newest) : mappedBytesOf(newest.sketch)
   yield* Scope.provide(budget.reserve(expected), opening)
-  const { log, index, tail } = yield* openNewest(undefined)
+  const isPrepared = standby.has(partitionId(address))
+  const ahead = newest?.sketch === undefined || options.verify || isPrepared ? undefined : yield* openAhead(newest)
+  const { log, index, tail } = yield* openNewest(undefined, ahead)
 
   // Replay: handed to the thread as they are read, a bounded number ahead of what it has applied.
   let replayed = 0

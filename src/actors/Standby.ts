@@ -12,6 +12,7 @@ export interface Standby {
     seq: number,
     open: Effect.Effect<PartitionIndex, E, Scope.Scope>
   ) => Effect.Effect<void, E>
+  readonly has: (partition: string) => boolean
   /** What there is of the partition; whoever takes it closes it. */
   readonly take: (partition: string) => Prepared | undefined
 }
@@ -46,6 +47,7 @@ export const make = Effect.fnUntraced(function* (standbyMillis: number) {
     })
   )
   const standby: Standby = {
+    has: (partition) => all.has(partition),
     take,
     put: (partition, seq, open) =>
       Effect.gen(function* () {

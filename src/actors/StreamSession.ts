@@ -4,7 +4,7 @@
  * session that is quiet is passivated; the next message brings it back empty.
  */
 import { Duration, Effect, Layer } from "effect"
-import { Entity } from "effect/cluster"
+import * as Entity from "effect/cluster/Entity"
 import { Settings } from "../config.ts"
 import { Overloaded } from "../protocol/Errors.ts"
 import { type SearchAnswer, type SessionQuery, StreamSession } from "../protocol/StreamSession.ts"

@@ -1,5 +1,6 @@
 /** What a call of the client can fail with. */
 import { Data } from "effect"
+import type { ProblemCode } from "../protocol/Errors.ts"
 
 /** The members of a problem document (RFC 9457) that the client hands on. */
 export interface ProblemMembers {
@@ -14,6 +15,19 @@ export interface ProblemMembers {
   readonly request_id?: string
 }
 
+/** Codes of the client's own. */
+export type ClientErrorCode =
+  | "closed"
+  | "deadline_exceeded"
+  | "disconnected"
+  | "invalid_metadata"
+  | "not_opened"
+  | "not_streaming"
+  | "queue_full"
+
+/** What `code` of an error is: known ones, or one of a service that is newer than its client. */
+export type ErrorCode = ProblemCode | ClientErrorCode | (string & {})
+
 /**
  * An error with a stable `code`: one of the server's (`docs/protocol.md`), or one of the client's own:
  *
@@ -25,14 +39,20 @@ export interface ProblemMembers {
  * | `invalid_metadata` | the schema given refuses the metadata; `field` says where |
  * | `not_streaming` | a subscription was asked of a client with `streaming: false` |
  * | `closed` | the client was closed |
+ | `not_opened` | the engine could not be opened in this process; the message says why |
  */
 export class VectorDBError extends Data.TaggedError("VectorDBError")<{
-  readonly code: string
+  /** Stable: programs may switch on it. */
+  readonly code: ErrorCode
+  /** For people. */
   readonly message: string
   /** HTTP's number for it; 0 for the client's own. */
   readonly status: number
+  /** Path of what was wrong in the request, `vectors[3].vector[7]`. */
   readonly field?: string
+  /** What is right there. */
   readonly expected?: string
+  /** What came. */
   readonly got?: string
   /** When to try again, where the server said so. */
   readonly retryAfterMillis?: number
@@ -52,11 +72,18 @@ export const errorOfProblem = (problem: ProblemMembers): VectorDBError =>
     ...(problem.request_id === undefined ? {} : { requestId: problem.request_id })
   })
 
-export const ownError = (
-  code: "disconnected" | "deadline_exceeded" | "queue_full" | "invalid_metadata" | "not_streaming" | "closed",
-  message: string,
-  field?: string
-): VectorDBError => new VectorDBError({ code, message, status: 0, ...(field === undefined ? {} : { field }) })
+export const ownError = (code: ClientErrorCode, message: string, field?: string): VectorDBError =>
+  new VectorDBError({ code, message, status: 0, ...(field === undefined ? {} : { field }) })
+
+/**
+ * Whether an error has one of these codes, for `Effect.catchIf` and the like:
+ *
+ *     Effect.catchIf(client.search(query), hasCode("collection_not_found"), () => Effect.succeed([]))
+ */
+export const hasCode =
+  (...codes: ReadonlyArray<ErrorCode>) =>
+  (error: VectorDBError): boolean =>
+    codes.includes(error.code)
 
 /** Codes of errors that pass by themselves: nothing was done, or it may be done again. */
 export const isTransient = (code: string): boolean => transient.has(code)

@@ -4,17 +4,24 @@
 export interface WebSocketLike {
   binaryType: string
   readonly readyState: number
+  /** Sends one message, of text or of bytes. */
   send(data: string | Uint8Array<ArrayBuffer>): void
+  /** Ends the connection, with a code and a reason for the other side. */
   close(code?: number, reason?: string): void
+  /** Told when messages can be sent. */
   onopen: ((event: never) => void) | null
+  /** Told of each message. */
   onmessage: ((event: { readonly data: unknown }) => void) | null
+  /** Told when the connection has ended, or could not be made. */
   onclose: ((event: { readonly code: number; readonly reason: string }) => void) | null
+  /** Told of trouble, before `onclose`. */
   onerror: ((event: never) => void) | null
 }
 
 /** A key, or a function that is asked for a fresh one before each connection and after one was refused. */
 export type Credential = string | (() => string | Promise<string>)
 
+/** Where a client finds its service, and the bounds of what it does; only `endpoint` has to be given. */
 export interface ClientOptions {
   /** `https://host`, or several, of which the nearest that is well is used (`region: "auto"`) or the first that is well. */
   readonly endpoint: string | ReadonlyArray<string>
@@ -27,25 +34,25 @@ export interface ClientOptions {
   readonly streaming?: boolean
   /** API key or JWT. */
   readonly apiKey?: Credential
-  /** Collection of calls that name none. */
+  /** Collection of calls that name none; `default` where left out. */
   readonly collection?: string
-  /** For one call, everything included: waiting, connecting, trying again. */
+  /** For one call, everything included: waiting, connecting, trying again. 10,000 where left out. */
   readonly deadlineMillis?: number
-  /** Calls sent and not answered; the next ones wait. */
+  /** Calls sent and not answered; the next ones wait. 256 where left out. */
   readonly inFlightMax?: number
-  /** Calls that wait, for a connection or for their turn; the next one fails with `queue_full`. */
+  /** Calls that wait, for a connection or for their turn; the next one fails with `queue_full`. 10,000 where left out. */
   readonly waitingMax?: number
-  /** The first wait before connecting again is random below this, the next below twice that, and so on. */
+  /** The first wait before connecting again is random below this, the next below twice that, and so on. 100 where left out. */
   readonly reconnectBaseMillis?: number
-  /** The longest of these bounds. */
+  /** The longest of these bounds. 10,000 where left out. */
   readonly reconnectCapMillis?: number
-  /** For one attempt to connect. */
+  /** For one attempt to connect. 5,000 where left out. */
   readonly connectMillis?: number
-  /** Without a sign of life for this long the server is asked for one; after as long again the connection is given up. */
+  /** Without a sign of life for this long the server is asked for one; after as long again the connection is given up. 30,000 where left out. */
   readonly quietMillis?: number
-  /** Changes of one subscription that wait to be read; then no more are asked for until half of them are. */
+  /** Changes of one subscription that wait to be read; then no more are asked for until half of them are. 1,000 where left out. */
   readonly subscriptionBufferMax?: number
-  /** Between two looks at which endpoint is nearest. */
+  /** Between two looks at which endpoint is nearest. 30,000 where left out. */
   readonly probeIntervalMillis?: number
   /** In place of the platform's `WebSocket`. */
   readonly webSocket?: (url: string, protocols: ReadonlyArray<string>) => WebSocketLike

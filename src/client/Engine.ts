@@ -5,11 +5,13 @@
 import type { Effect, Stream } from "effect"
 import type { VectorDBError } from "./ClientError.ts"
 
+/** What a vector is stored with: any JSON object. */
 export type Metadata = Readonly<Record<string, unknown>>
 
 /** A filter as `docs/protocol.md` has it: `{"type": "task"}`, `{"n": {"gte": 3}}`, `{"or": [...]}`. */
 export type Filter = Readonly<Record<string, unknown>>
 
+/** Numbers of either kind, as many as the collection has dimensions. */
 export type Vector = Float32Array | ReadonlyArray<number>
 
 /** `memory`, `warm` or `cold` (the default): how durable a write is when its promise resolves. */
@@ -29,6 +31,7 @@ export interface StoredVector {
   readonly version: string
 }
 
+/** A vector that was found, with metadata of any kind. */
 export interface SearchHit {
   readonly id: string
   /** Higher is nearer. */
@@ -76,20 +79,31 @@ export interface FollowOptions {
   readonly from: "newest" | "oldest"
 }
 
+/** What a collection is made with; it stays so. Only `dimensions` has to be given. */
 export interface CollectionParameters {
+  /** Numbers in each vector. */
   readonly dimensions: number
+  /** How near two vectors are: by their angle (`cosine`, the default), their distance (`l2`) or their inner product. */
   readonly metric?: "cosine" | "l2" | "ip"
+  /** Slices that are searched at once and can lie on different nodes. */
   readonly partitions?: number
+  /** The graph that is searched. */
   readonly index?: {
+    /** Neighbours of each vector. */
     readonly m?: number
+    /** Width of the search for them. */
     readonly ef_construction?: number
+    /** Width of a search that names none. */
     readonly ef_search?: number
+    /** How vectors are held in memory; answers are rescored with the vectors themselves. */
     readonly quantization?: "none" | "bf16" | "i8" | "pq"
   }
 }
 
+/** A collection as it is. */
 export interface CollectionInfo {
   readonly name: string
+  /** Another for each collection, also of a name that was used before. */
   readonly uid: string
   readonly dimensions: number
   readonly metric: "cosine" | "l2" | "ip"

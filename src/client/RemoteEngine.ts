@@ -380,8 +380,23 @@ class Http {
       const passes = outcome.code === "disconnected" || isTransient(outcome.code)
       const wait = Math.max(backoff.next(), outcome.retryAfterMillis ?? 0)
       if (!passes || Date.now() + wait >= deadlineAt) throw outcome
-      await new Promise((resolve) => setTimeout(resolve, wait))
+      await this.#wait(wait, signal)
     }
+  }
+
+  /** Ends at once where nobody waits for the call any more. */
+  #wait(millis: number, signal: AbortSignal): Promise<void> {
+    const ended = AbortSignal.any([signal, this.#closed.signal])
+    return new Promise((resolve) => {
+      const end = () => {
+        clearTimeout(timer)
+        ended.removeEventListener("abort", end)
+        resolve()
+      }
+      const timer = setTimeout(end, millis)
+      ended.addEventListener("abort", end)
+      if (ended.aborted) end()
+    })
   }
 
   async #attempt(

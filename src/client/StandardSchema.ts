@@ -3,15 +3,18 @@ export interface StandardSchema<Output> {
   readonly "~standard": {
     readonly version: 1
     readonly vendor: string
+    /** Whether a value is of the schema's type. */
     readonly validate: (value: unknown) => StandardResult<Output> | Promise<StandardResult<Output>>
     readonly types?: { readonly input: unknown; readonly output: Output } | undefined
   }
 }
 
+/** What a schema finds: a value of its type, or what is wrong. */
 export type StandardResult<Output> =
   | { readonly value: Output; readonly issues?: undefined }
   | { readonly issues: ReadonlyArray<StandardIssue> }
 
+/** One thing that is wrong, and where. */
 export interface StandardIssue {
   readonly message: string
   readonly path?: ReadonlyArray<PropertyKey | { readonly key: PropertyKey }> | undefined

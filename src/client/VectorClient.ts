@@ -2,7 +2,7 @@
  * The client for programs on Effect: the calls of `VectorDB` as effects and streams with typed errors. `VectorDB` is these
  * with promises.
  */
-import { Context, Effect, Layer, Stream } from "effect"
+import { Context, Effect, Layer, type Scope, Stream } from "effect"
 import { ownError, type VectorDBError } from "./ClientError.ts"
 import { type ClientOptions, resolveOptions } from "./ClientOptions.ts"
 import type {
@@ -29,6 +29,7 @@ export interface Call {
   readonly deadlineMillis?: number
 }
 
+/** A vector that was found. */
 export interface Hit<M> extends Omit<SearchHit, "metadata"> {
   readonly metadata: M
 }
@@ -38,33 +39,42 @@ export interface Hits<M> extends ReadonlyArray<Hit<M>> {
   readonly missingPartitions: ReadonlyArray<number>
 }
 
+/** A vector as it is stored. */
 export interface Stored<M> extends Omit<StoredVector, "metadata"> {
   readonly metadata: M
 }
 
+/** A vector to be stored. */
 export interface NewItem<M> extends Omit<Item, "metadata"> {
   readonly metadata?: M
 }
 
+/** How a search is made. */
 export interface SearchCall extends Call {
   /** 1 to 10,000; 10 where left out. */
   readonly k?: number
   /** Width of the search, at least k; the collection's where left out. */
   readonly ef?: number
+  /** Only vectors whose metadata is so. */
   readonly filter?: Filter
+  /** Whether hits come with their vectors. */
   readonly includeVector?: boolean
 }
 
+/** What a standing query is to tell. */
 export interface SubscribeCall {
   readonly collection?: string
   /** 1 to 256; 10 where left out. */
   readonly k?: number
   /** Records that score lower are not among them. */
   readonly minScore?: number
+  /** Only vectors whose metadata is so; one whose metadata ceases to be so leaves. */
   readonly filter?: Filter
+  /** Whether changes come with the vectors. */
   readonly includeVector?: boolean
 }
 
+/** Which changes are to be followed. */
 export interface FollowCall {
   readonly collection?: string
   /** `newest` (the default): changes from now on. */
@@ -76,17 +86,21 @@ export type Standing<M> =
   | (Omit<Extract<MemberChange, { readonly type: "enter" | "update" }>, "metadata"> & { readonly metadata: M })
   | Extract<MemberChange, { readonly type: "leave" }>
 
+/** How a write is made. */
 export interface InsertCall extends Call {
+  /** How durable it is when it is done; `cold` where left out. */
   readonly ack?: Ack
 }
 
+/** How many are written. */
 export interface InsertManyCall extends InsertCall {
-  /** Vectors in one request, 1 to 10,000. */
+  /** Vectors in one request, 1 to 10,000; 500 where left out. */
   readonly batchSize?: number
-  /** Requests under way at one time. */
+  /** Requests under way at one time; 4 where left out. */
   readonly concurrency?: number
 }
 
+/** What becomes of a stored vector. */
 export interface Change<M> {
   /** The new vector: the record is replaced. */
   readonly vector?: Vector
@@ -94,6 +108,7 @@ export interface Change<M> {
   readonly metadata?: Partial<{ readonly [Field in keyof M]: M[Field] | null }>
 }
 
+/** The collections of a service or an engine. */
 export interface Collections {
   /** Makes a collection; the same again does nothing. */
   readonly create: (
@@ -101,27 +116,35 @@ export interface Collections {
     parameters: CollectionParameters,
     call?: Pick<Call, "deadlineMillis">
   ) => Effect.Effect<CollectionInfo, VectorDBError>
+  /** What is known of one, and how many vectors are in it; `undefined` where there is none. */
   readonly get: (
     name: string,
     call?: Pick<Call, "deadlineMillis">
   ) => Effect.Effect<CollectionInfo | undefined, VectorDBError>
+  /** All of them. */
   readonly list: (call?: Pick<Call, "deadlineMillis">) => Effect.Effect<ReadonlyArray<CollectionInfo>, VectorDBError>
   /** Whether there was one. */
   readonly delete: (name: string, call?: Pick<Call, "deadlineMillis">) => Effect.Effect<boolean, VectorDBError>
 }
 
+/** The calls of a client, as effects and streams. `M`: the type of metadata, of the schema given. */
 export interface TypedClient<M> {
+  /** Inserts or replaces one vector; done when it is as durable as `ack` says, and seen by the next search. */
   readonly insert: (item: NewItem<M>, call?: InsertCall) => Effect.Effect<void, VectorDBError>
   /** In batches, in the order given; no more is taken from the stream than is under way. How many were inserted. */
   readonly insertMany: <E, R>(
     items: Iterable<NewItem<M>> | Stream.Stream<NewItem<M>, E, R>,
     call?: InsertManyCall
   ) => Effect.Effect<number, VectorDBError | E, R>
+  /** Sets fields of the metadata (`null` removes one), or replaces the record where a vector is given. */
   readonly update: (id: string, change: Change<M>, call?: InsertCall) => Effect.Effect<void, VectorDBError>
   /** How many there were. */
   readonly delete: (ids: string | ReadonlyArray<string>, call?: Call) => Effect.Effect<number, VectorDBError>
+  /** One by its id; `undefined` where there is none. */
   readonly get: (id: string, call?: Call) => Effect.Effect<Stored<M> | undefined, VectorDBError>
+  /** The k nearest, to a vector or to a stored one (`{ id }`). */
   readonly search: (query: Query, call?: SearchCall) => Effect.Effect<Hits<M>, VectorDBError>
+  /** The same, one by one as they arrive; interrupting the stream ends the search on the server too. */
   readonly searchStream: (query: Query, call?: SearchCall) => Stream.Stream<Hit<M>, VectorDBError>
   /**
    * A standing query: first the k nearest enter, then whatever changes among them, for as long as it is read. Applied one
@@ -141,23 +164,50 @@ export interface Defaults<M> {
   readonly metadata: StandardSchema<M> | undefined
 }
 
-/** The client of metadata that is not checked, as a service. */
+/** How a client on a service is made, and what its metadata is. */
+export interface VectorDBOptions<M = Metadata> extends ClientOptions {
+  /** Checks metadata on its way in and out, and gives it its type. Standard Schema: zod, valibot, Effect's Schema... */
+  readonly metadata?: StandardSchema<M>
+}
+
+/**
+ * The client as a service: the calls of `VectorDB` as effects and streams, failing with `VectorDBError`.
+ *
+ *     const program = Effect.gen(function* () {
+ *       const client = yield* VectorClient
+ *       yield* client.insert({ id: "a", vector: [1, 0, 0] })
+ *       return yield* Stream.runCollect(client.searchStream([1, 0, 0], { k: 10 }))
+ *     })
+ *     Effect.provide(program, VectorClient.layer({ endpoint: "https://vectors.example.com" }))
+ */
 export class VectorClient extends Context.Service<VectorClient, TypedClient<Metadata>>()(
   "ruvector/client/VectorClient"
 ) {
+  /**
+   * A client on a service; its connection lives as long as the scope. For a service of a program's own, with metadata of
+   * its own type:
+   *
+   *     class Tasks extends Context.Service<Tasks, TypedClient<Task>>()("app/Tasks") {
+   *       static readonly layer = Layer.effect(Tasks, VectorClient.make({ endpoint, collection: "tasks", metadata: taskSchema }))
+   *     }
+   *
+   * Dies where an option is out of its bound.
+   */
+  static readonly make = <M = Metadata>(
+    options: VectorDBOptions<M>
+  ): Effect.Effect<TypedClient<M>, never, Scope.Scope> =>
+    Effect.gen(function* () {
+      const resolved = resolveOptions(options)
+      const engine = yield* Effect.acquireRelease(
+        Effect.sync(() => makeRemoteEngine(resolved)),
+        ({ close }) => Effect.sync(close)
+      )
+      return clientOf<M>(engine, { ...resolved, metadata: options.metadata })
+    })
+
   /** On a service; the connection lives as long as the layer. Dies where an option is out of its bound. */
   static readonly layer = (options: ClientOptions): Layer.Layer<VectorClient> =>
-    Layer.effect(
-      VectorClient,
-      Effect.gen(function* () {
-        const resolved = resolveOptions(options)
-        const engine = yield* Effect.acquireRelease(
-          Effect.sync(() => makeRemoteEngine(resolved)),
-          ({ close }) => Effect.sync(close)
-        )
-        return clientOf<Metadata>(engine, { ...resolved, metadata: undefined })
-      })
-    )
+    Layer.effect(VectorClient, VectorClient.make(options))
 }
 
 const defaultK = 10

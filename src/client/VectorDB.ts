@@ -1,10 +1,4 @@
-/**
- * The client: promises and async iterables. Works in Node and in a browser.
- *
- *     const db = new VectorDB({ endpoint: "https://vectors.example.com" })
- *     await db.insert("a", [1, 0, 0], { metadata: { type: "task" } })
- *     for await (const hit of db.searchStream([1, 0, 0], { k: 10, filter: { type: "task" } })) console.log(hit.id, hit.score)
- */
+/** `VectorDB`: the calls of `TypedClient` with promises. Works in Node and in a browser. */
 import { Effect, Exit, Stream } from "effect"
 import type { ClientOptions } from "./ClientOptions.ts"
 import { resolveOptions } from "./ClientOptions.ts"
@@ -33,26 +27,33 @@ import {
   type Standing,
   type Stored,
   type SubscribeCall,
-  type TypedClient
+  type TypedClient,
+  type VectorDBOptions
 } from "./VectorClient.ts"
 
-/** Ends a call before its deadline: it then rejects with the signal's reason. */
-interface Aborts {
+/** What ends a call early. */
+export interface Aborts {
+  /** Ends the call before its deadline: it then rejects with the signal's reason. */
   readonly signal?: AbortSignal
-}
-
-export interface VectorDBOptions<M = Metadata> extends ClientOptions {
-  /** Checks metadata on its way in and out, and gives it its type. Standard Schema: zod, valibot, Effect's Schema... */
-  readonly metadata?: StandardSchema<M>
 }
 
 /** On an engine that is there already, in place of a service. */
 export interface EngineOptions<M = Metadata> extends Pick<ClientOptions, "collection" | "deadlineMillis"> {
-  readonly engine: Engine & { readonly close: () => void | Promise<void> }
+  /** What its calls go to; `close` ends it. */
+  readonly engine: Engine & {
+    /** Ends the engine, after what it holds is safe. */
+    readonly close: () => void | Promise<void>
+  }
   readonly metadata?: StandardSchema<M>
 }
 
-/** `M`: the metadata's type, of the schema given. */
+/**
+ * The client: promises and async iterables. `M`: the metadata's type, of the schema given.
+ *
+ *     const db = new VectorDB({ endpoint: "https://vectors.example.com" })
+ *     await db.insert("a", [1, 0, 0], { metadata: { type: "task" } })
+ *     for await (const hit of db.searchStream([1, 0, 0], { k: 10, filter: { type: "task" } })) console.log(hit.id, hit.score)
+ */
 export class VectorDB<M = Metadata> {
   readonly #client: TypedClient<M>
   readonly #close: () => void | Promise<void>
@@ -95,6 +96,7 @@ export class VectorDB<M = Metadata> {
     return run(this.#client.delete(ids, options), options.signal)
   }
 
+  /** One by its id; `undefined` where there is none. */
   get(id: string, options: Call & Aborts = {}): Promise<Stored<M> | undefined> {
     return run(this.#client.get(id, options), options.signal)
   }
@@ -127,16 +129,21 @@ export class VectorDB<M = Metadata> {
     return iterate(this.#client.follow(options), options.signal)
   }
 
+  /** Makes collections, lists them, deletes them. */
   readonly collections = {
+    /** Makes a collection; the same again does nothing. */
     create: (
       name: string,
       parameters: CollectionParameters,
       options: Pick<Call, "deadlineMillis"> & Aborts = {}
     ): Promise<CollectionInfo> => run(this.#client.collections.create(name, parameters, options), options.signal),
+    /** What is known of one, and how many vectors are in it; `undefined` where there is none. */
     get: (name: string, options: Pick<Call, "deadlineMillis"> & Aborts = {}): Promise<CollectionInfo | undefined> =>
       run(this.#client.collections.get(name, options), options.signal),
+    /** All of them. */
     list: (options: Pick<Call, "deadlineMillis"> & Aborts = {}): Promise<ReadonlyArray<CollectionInfo>> =>
       run(this.#client.collections.list(options), options.signal),
+    /** Whether there was one. */
     delete: (name: string, options: Pick<Call, "deadlineMillis"> & Aborts = {}): Promise<boolean> =>
       run(this.#client.collections.delete(name, options), options.signal)
   }
@@ -146,6 +153,7 @@ export class VectorDB<M = Metadata> {
     await this.#close()
   }
 
+  /** The same as `close`, for `await using`. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.close()
   }

@@ -1,5 +1,6 @@
 /** The client, for browsers too: nothing of Node is imported here. */
-export { type ProblemMembers, VectorDBError } from "./ClientError.ts"
+export type { ProblemCode } from "../protocol/Errors.ts"
+export { type ClientErrorCode, type ErrorCode, hasCode, VectorDBError } from "./ClientError.ts"
 export type { ClientOptions, Credential, WebSocketLike } from "./ClientOptions.ts"
 export type {
   Ack,
@@ -7,11 +8,13 @@ export type {
   CollectionInfo,
   CollectionParameters,
   Filter,
+  MemberChange,
   Metadata,
   Query,
+  SearchHit,
   Vector
 } from "./Engine.ts"
-export type { StandardSchema } from "./StandardSchema.ts"
+export type { StandardIssue, StandardResult, StandardSchema } from "./StandardSchema.ts"
 export {
   type Call,
   type Change,
@@ -27,6 +30,7 @@ export {
   type Stored,
   type SubscribeCall,
   type TypedClient,
-  VectorClient
+  VectorClient,
+  type VectorDBOptions
 } from "./VectorClient.ts"
-export { VectorDB, type VectorDBOptions } from "./VectorDB.ts"
+export { type Aborts, type EngineOptions, VectorDB } from "./VectorDB.ts"

@@ -17,7 +17,10 @@ export interface DataPlace {
   readonly scratch: string
 }
 
-/** Data that are there: a directory that no node uses, or a bucket, which nodes may use meanwhile. */
+/**
+ * Data that are there: a directory that no node uses, or a bucket or a cluster's directory, which nodes may use meanwhile: what
+ * is read of these is whole and fenced, object by object.
+ */
 export const openData = (data: string): Effect.Effect<DataPlace, Refused, Scope.Scope> =>
   Effect.gen(function* () {
     if (isBucketUrl(data)) {
@@ -40,11 +43,24 @@ export const openData = (data: string): Effect.Effect<DataPlace, Refused, Scope.
     )
   }).pipe(refusing)
 
-/** Where data are to be restored: a directory that no node uses, made where it is missing, or a bucket. */
+/**
+ * Where data are to be restored: a directory that no node uses, made where it is missing, or a bucket. Nodes of a cluster that
+ * run do not look into the catalogue for collections that one of them did not make, so they are not restored beside.
+ */
 export const openTarget = (data: string): Effect.Effect<DataPlace, Refused, Scope.Scope> =>
-  refusing<DataPlace, BucketError | DirectoryError, Scope.Scope>(
-    isBucketUrl(data) ? openBucket(data) : openDirectory(data)
+  refusing<DataPlace, BucketError | DirectoryError | Refused, Scope.Scope>(
+    isBucketUrl(data)
+      ? openBucket(data)
+      : Effect.gen(function* () {
+          const [pid] = yield* Effect.promise(() => DataDirectory.sharersOf(data))
+          if (pid === undefined) return yield* openDirectory(data)
+          return yield* new Refused({
+            message: `nodes of cell ${yield* cellOf(data)} use ${shownPlace(data)} (process ${pid}): stop all of them to restore into it, or restore into another directory`
+          })
+        })
   )
+
+const cellOf = (path: string) => Effect.promise(() => DataDirectory.cellOf(path))
 
 type BucketError = Effect.Error<ReturnType<typeof openBucket>>
 type DirectoryError = Effect.Error<ReturnType<typeof openDirectory>>
@@ -56,7 +72,8 @@ const openBucket = Effect.fnUntraced(function* (url: string) {
 })
 
 const openDirectory = Effect.fnUntraced(function* (path: string) {
-  const directory = yield* DataDirectory.open({ path })
+  const cell = yield* cellOf(path)
+  const directory = yield* DataDirectory.open({ path, ...(cell === undefined ? {} : { sharedBy: cell }) })
   const context = yield* Layer.build(FileObjectStore.layer({ directory: directory.objects }))
   return { store: Context.get(context, ObjectStore), scratch: directory.scratch }
 })

@@ -1,4 +1,4 @@
-/** `backup`: copies what is new of a data directory that no node uses, or of a bucket. */
+/** `backup`: copies what is new of a data directory that no node uses, of a bucket, or of a cluster's directory. */
 import { Console, Effect } from "effect"
 import { Command, Flag } from "effect/cli"
 import { defaultSettings } from "../config.ts"
@@ -45,6 +45,6 @@ export const backup = Command.make(
     }).pipe(Effect.scoped, refusing)
 ).pipe(
   Command.withDescription(
-    "Back up a bucket, or a data directory that no node uses (a running node backs itself up: serve --backup-to)"
+    "Back up a bucket or the directory of a cluster, or one that no node uses (nodes back themselves up: serve --backup-to)"
   )
 )

@@ -129,7 +129,11 @@ const openForKeys = (
       if (purpose === "find" && !existsSync(join(place, "FORMAT"))) {
         return yield* new Refused({ message: `there is no data directory ${shownPlace(place)}` })
       }
-      const objects = yield* DataDirectory.open({ path: place }).pipe(
+      const cell = yield* Effect.promise(() => DataDirectory.cellOf(place))
+      const objects = yield* DataDirectory.open({
+        path: place,
+        ...(cell === undefined ? {} : { sharedBy: cell })
+      }).pipe(
         Effect.map((directory) => directory.objects),
         // A node uses it: objects may be changed by several processes at once.
         Effect.catchTag("DataDirectoryLocked", () => Effect.succeed(join(place, "objects")))

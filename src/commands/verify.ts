@@ -14,7 +14,7 @@ export const verify = Command.make(
   {
     from: Flag.String("from").pipe(Flag.withDescription("directory of a backup, or gs://bucket/prefix"), Flag.optional),
     data: Flag.String("data").pipe(
-      Flag.withDescription("a data directory that no node uses, or gs://bucket/prefix"),
+      Flag.withDescription("a data directory that no node uses or a cluster's, or gs://bucket/prefix"),
       Flag.optional
     ),
     deep: Flag.Boolean("deep").pipe(

@@ -15,17 +15,18 @@ import type {
   SearchHit,
   SearchOptions
 } from "../client/Engine.ts"
-import { toQuery } from "../gateway/Queries.ts"
+import { nextQueryId, toQuery } from "../gateway/Queries.ts"
 import type { StreamEvent } from "../gateway/StreamEvents.ts"
 import type { Delivery, DeliveryListener, Subscriptions } from "../gateway/Subscriptions.ts"
 import { CollectionRequest } from "../protocol/Collection.ts"
 import { type ApiError, type InvalidInput, toProblem } from "../protocol/Errors.ts"
 import { CollectionName, decoderOf, MetadataObject, VectorId } from "../protocol/Fields.ts"
-import { DeleteRequest, InsertRequest } from "../protocol/HttpApi.ts"
+import * as Limits from "../protocol/Limits.ts"
 import { anonymous } from "../protocol/Principal.ts"
 import { SearchRequest } from "../protocol/Search.ts"
 import type { SearchAnswer as RouterAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import { FollowRequest, SubscribeRequest } from "../protocol/Subscription.ts"
+import { DeleteRequest, InsertRequest } from "../protocol/Writes.ts"
 import type { Router } from "../shards/Router.ts"
 import type { StandingMember } from "../shards/StandingQueries.ts"
 
@@ -223,6 +224,19 @@ const decoded = <A>(result: Result.Result<A, InvalidInput>): Effect.Effect<A, In
 
 const queryOf = (query: Query, options: SearchOptions): Effect.Effect<SessionQuery, InvalidInput> => {
   const { collection, k, ef, filter, includeVector, deadlineMillis } = options
+  if (query instanceof Float32Array && filter === undefined && isPlain(query, options)) {
+    return Effect.succeed({
+      queryId: nextQueryId(),
+      collection,
+      vector: query.slice(),
+      k,
+      ef: ef ?? 0,
+      filter: "",
+      includeMetadata: true,
+      includeVector,
+      deadlineMillis: deadlineOf(deadlineMillis)
+    })
+  }
   const request = {
     collection,
     k,
@@ -230,10 +244,31 @@ const queryOf = (query: Query, options: SearchOptions): Effect.Effect<SessionQue
     ...(ef === undefined ? {} : { ef }),
     ...(filter === undefined ? {} : { filter }),
     include: includeVector ? ["metadata", "vector"] : ["metadata"],
-    deadline_ms: Math.max(1, Math.min(60_000, Math.trunc(deadlineMillis)))
+    deadline_ms: deadlineOf(deadlineMillis)
   }
   return decoded(Result.flatMap(decodeSearch(request), toQuery))
 }
+
+/**
+ * Whether a search is right for sure: nearly all are, and the schema takes longer to find that than all else on this thread.
+ * What is not goes to the schema, which says what is wrong.
+ */
+const isPlain = (vector: Float32Array, { collection, k, ef }: SearchOptions): boolean => {
+  if (collection !== plainName && Result.isFailure(decodeName(collection))) return false
+  plainName = collection
+  if (!(Number.isInteger(k) && k >= 1 && k <= Limits.kMax)) return false
+  if (ef !== undefined && !(Number.isInteger(ef) && ef >= k && ef <= Limits.efMax)) return false
+  if (vector.length === 0 || vector.length > Limits.dimensionsMax) return false
+  // What is not finite makes a sum of nothings something.
+  let sum = 0
+  for (let i = 0; i < vector.length; i++) sum += 0 * (vector[i] as number)
+  return sum === 0
+}
+
+/** The name that was last found right. */
+let plainName: string | undefined
+
+const deadlineOf = (millis: number): number => Math.max(1, Math.min(Limits.deadlineMillisMax, Math.trunc(millis)))
 
 /** Vectors are copied: the caller may change its own while they are under way. */
 const kept = (vector: Item["vector"]) => (vector instanceof Float32Array ? vector.slice() : vector)

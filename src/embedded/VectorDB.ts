@@ -1,61 +1,63 @@
-/** `VectorDB` where there is Node: on a service as everywhere, and with the engine in the process itself. */
+/** What `VectorDB.open` opens: the engine in the process itself. */
 import { Context, Effect, Exit, Layer, Logger, References, Scope } from "effect"
-import type { Metadata } from "../client/Engine.ts"
-import type { StandardSchema } from "../client/StandardSchema.ts"
-import * as Client from "../client/VectorDB.ts"
-import { defaultSettings, type SettingValues } from "../config.ts"
+import { ownError, type VectorDBError } from "../client/ClientError.ts"
+import { resolveOptions } from "../client/ClientOptions.ts"
+import { clientOf, type TypedClient } from "../client/VectorClient.ts"
+import type { EngineOptions } from "../client/VectorDB.ts"
+import { defaultSettings } from "../config.ts"
 import { Subscriptions } from "../gateway/Subscriptions.ts"
 import { Router } from "../shards/Router.ts"
 import { makeEmbeddedEngine } from "./EmbeddedEngine.ts"
+import { engine } from "./layers.ts"
+import type { OpenOptions } from "./OpenOptions.ts"
 
-export interface OpenOptions<M = Metadata> {
-  /** Data directory, made where it is missing, or `gs://bucket/prefix`; a server can open it afterwards, or has before. */
-  readonly path: string
-  readonly collection?: string
-  readonly deadlineMillis?: number
-  readonly metadata?: StandardSchema<M>
-  /** Settings of the engine, as of a server (`docs/operating.md`). */
-  readonly settings?: Partial<SettingValues>
-}
-
-/** What makes an engine: the layers of a node without its wires. */
-export type EngineLayer = (settings: SettingValues) => Layer.Layer<Router | Subscriptions, { readonly message: string }>
-
-/** `VectorDB`, with `open` for an engine in this process. */
-export const withEngine = (layer: EngineLayer) =>
-  class VectorDB<M = Metadata> extends Client.VectorDB<M> {
-    /**
-     * Opens the engine in this process: no port, and the data directory is this process's alone until it is closed. Rejects
-     * with one line for people where it cannot be opened. Log lines of severity error go to stderr.
-     */
-    static async open<M = Metadata>(options: OpenOptions<M>): Promise<VectorDB<M>> {
-      const settings = { ...defaultSettings, ...options.settings, data: options.path }
-      const logging = Layer.mergeAll(
-        Logger.layer([errorsToStderr]),
-        Layer.succeed(References.MinimumLogLevel, "Error" as const)
-      )
-      const scope = await Effect.runPromise(Scope.make())
-      const context = await Effect.runPromise(
-        Layer.buildWithScope(Layer.provideMerge(layer(settings), logging), scope).pipe(
-          Effect.onError((cause) => Scope.close(scope, Exit.failCause(cause))),
-          Effect.mapError(({ message }) => new Error(message))
-        )
-      )
-      let closed: Promise<void> | undefined
-      const close = () => {
-        closed ??= Effect.runPromise(Scope.close(scope, Exit.void))
-        return closed
-      }
-      const { collection, deadlineMillis, metadata } = options
-      return new this<M>({
-        engine: makeEmbeddedEngine(Context.get(context, Router), Context.get(context, Subscriptions), close),
-        ...(collection === undefined ? {} : { collection }),
-        ...(deadlineMillis === undefined ? {} : { deadlineMillis }),
-        ...(metadata === undefined ? {} : { metadata })
-      })
+/** An engine in this process, and what its client is made with. `close` ends it, after what it holds is safe. */
+export const openEngine = <M>(options: OpenOptions<M>): Effect.Effect<EngineOptions<M>, VectorDBError> =>
+  Effect.gen(function* () {
+    const settings = { ...defaultSettings, searchWaitMillis, ...options.settings, data: options.path }
+    const scope = yield* Scope.make()
+    const context = yield* Layer.buildWithScope(engine(settings), scope).pipe(
+      Effect.onError((cause) => Scope.close(scope, Exit.failCause(cause))),
+      Effect.mapError(({ message }) => ownError("not_opened", message))
+    )
+    let closed: Promise<void> | undefined
+    const close = () => {
+      closed ??= Effect.runPromise(Scope.close(scope, Exit.void))
+      return closed
     }
-  }
+    const { collection, deadlineMillis, metadata } = options
+    return {
+      engine: makeEmbeddedEngine(Context.get(context, Router), Context.get(context, Subscriptions), close),
+      ...(collection === undefined ? {} : { collection }),
+      ...(deadlineMillis === undefined ? {} : { deadlineMillis }),
+      ...(metadata === undefined ? {} : { metadata })
+    }
+  })
 
-const errorsToStderr = Logger.make<unknown, void>((options) => {
-  process.stderr.write(`${Logger.formatJson.log(options)}\n`)
-})
+/**
+ * A program that waits for a search is answered twice as fast where its thread waits for the vector thread, asleep. It is kept
+ * so for no longer than a slice of an insertion takes, then its event loop has a turn.
+ */
+const searchWaitMillis = 4
+
+/** A client of an engine in this process, which is ended with the scope, after what it holds is safe. */
+export const makeEmbeddedClient = <M>(
+  options: OpenOptions<M>
+): Effect.Effect<TypedClient<M>, VectorDBError, Scope.Scope> =>
+  Effect.map(
+    Effect.acquireRelease(openEngine(options), ({ engine }) => Effect.promise(async () => engine.close()), {
+      interruptible: true
+    }),
+    ({ engine, metadata, ...defaults }) =>
+      clientOf<M>(engine, { ...resolveOptions({ ...defaults, endpoint: "http://embedded" }), metadata })
+  )
+
+/** For a program that has no loggers of its own: lines of severity error go to stderr. */
+export const errorsToStderr = Layer.mergeAll(
+  Logger.layer([
+    Logger.make<unknown, void>((options) => {
+      process.stderr.write(`${Logger.formatJson.log(options)}\n`)
+    })
+  ]),
+  Layer.succeed(References.MinimumLogLevel, "Error" as const)
+)

@@ -53,16 +53,6 @@ export class Access extends Context.Service<
     readonly watch: (principal: Principal, ended: (error: ApiError) => void) => () => void
   }
 >()("ruvector/gateway/Access") {
-  /** Of an engine in its program's own process: there are no requests, and the program may do everything. */
-  static readonly layerEmbedded = Layer.succeed(Access, {
-    withoutCredential: anonymous,
-    varies: () => false,
-    authenticate: () => anonymous,
-    allow: () => undefined,
-    admit: () => undefined,
-    watch: () => () => {}
-  })
-
   static readonly layer: Layer.Layer<Access, AccessRefused, ApiKeyring | RateLimits | Settings | TokenVerifier> =
     Layer.effect(
       Access,

@@ -183,10 +183,11 @@ export class HttpGateway extends Context.Service<
         urlCredentials: (path) =>
           path.startsWith(streamPaths) ||
           path === TiersApi.eventsPath ||
+          path === Operations.loadEventsPath ||
           path === WebSocketGateway.path ||
           RpcGateway.webSockets.includes(path),
         ownRefusals: (path) => RpcGateway.calls.includes(path),
-        operators: new Set(["/metrics", Operations.loadPath])
+        operators: new Set(["/metrics", Operations.loadPath, Operations.loadEventsPath])
       })
     ),
     Layer.provide(ClientAddresses.layer),
@@ -214,7 +215,13 @@ const notGateway = new StorageUnavailable({
 })
 
 /** Answered whatever the load: a load balancer, and whoever looks into it, has to know. */
-const operatorPaths = new Set(["/health/live", "/health/ready", "/metrics", Operations.loadPath])
+const operatorPaths = new Set([
+  "/health/live",
+  "/health/ready",
+  "/metrics",
+  Operations.loadPath,
+  Operations.loadEventsPath
+])
 
 const rpcPaths = new Set<string>(RpcGateway.paths)
 
@@ -244,6 +251,7 @@ const patterns: ReadonlyArray<{
     "/health/live",
     "/health/ready",
     Operations.loadPath,
+    Operations.loadEventsPath,
     ...Sse.paths,
     WebSocketGateway.path
   ].map((path) => ({ route: path.replace("/api/v1/", ""), pattern: new RegExp(`^${path}$`), methods: ["GET"] })),

@@ -95,7 +95,8 @@ export class LogicalSession implements SessionSink {
 
   /** Events of an answer, now or as there is room. */
   answer(answer: SearchAnswer, tail: string, isStreamed: boolean): void {
-    this.#take(isStreamed ? new StreamedAnswer(answer, tail) : new WholeAnswer(answer, tail))
+    if (!isStreamed && this.#maySend()) this.#write(Answers.searchResults(answer, tail))
+    else this.#take(isStreamed ? new StreamedAnswer(answer, tail) : new WholeAnswer(answer, tail))
   }
 
   /** One event of a search, now or as there is room. */

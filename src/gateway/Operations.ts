@@ -1,8 +1,9 @@
-/** Routes for operators: `/health/live`, `/health/ready`, `/metrics`, `/api/v1/load`; and `/`, which says what this is. */
+/** Routes for operators: `/health/live`, `/health/ready`, `/metrics`, `/api/v1/load` and its events; and `/`, which says what this is. */
 import { monitorEventLoopDelay } from "node:perf_hooks"
 import { Context, Effect, Metric } from "effect"
-import { HttpRouter, HttpServerResponse } from "effect/http"
+import { HttpRouter, HttpServerRequest, HttpServerResponse } from "effect/http"
 import { PrometheusMetrics } from "effect/observability"
+import { Settings } from "../config.ts"
 import { LocalActors } from "../shards/LocalActors.ts"
 import { ResultCache } from "../shards/ResultCache.ts"
 import { Shedding } from "../shards/Shedding.ts"
@@ -11,12 +12,15 @@ import { RecordCache, recordCacheMetrics } from "../tiers/RecordCache.ts"
 import { VectorIndex } from "../tiers/VectorIndex.ts"
 import { WarmStore, warmMetrics } from "../tiers/WarmStore.ts"
 import { Load } from "./Load.ts"
+import * as NodeEvents from "./NodeEvents.ts"
 import { problemResponse } from "./Problems.ts"
 import { Readiness } from "./Readiness.ts"
 import { Sessions } from "./Sessions.ts"
 
 /** What the node carries, and what it sheds for it. */
 export const loadPath = "/api/v1/load"
+/** Changes of what is shed, as they come. */
+export const loadEventsPath = "/api/v1/load/events"
 
 const gauge = (name: string, description: string) => Metric.gauge(name, { description })
 
@@ -48,6 +52,7 @@ const gauges = {
 /** Routes of the operators' wire. */
 export const layer = HttpRouter.use(
   Effect.fnUntraced(function* (router) {
+    const settings = yield* Settings
     const readiness = yield* Readiness
     const load = yield* Load
     const shedding = yield* Shedding
@@ -88,6 +93,14 @@ export const layer = HttpRouter.use(
         Effect.map((state) => HttpServerResponse.jsonUnsafe(state, noStore)),
         Effect.catch((error) => Effect.succeed(problemResponse(error)))
       )
+    )
+    yield* router.add(
+      "GET",
+      loadEventsPath,
+      Effect.gen(function* () {
+        const request = yield* HttpServerRequest.HttpServerRequest
+        return yield* NodeEvents.follow("load", request, load.events, readiness, settings)
+      }).pipe(Effect.catch((error) => Effect.succeed(problemResponse(error))))
     )
     yield* router.add(
       "GET",

@@ -7,7 +7,7 @@
  * Why not the library's limiter for each request: `bench/access.ts` measures both.
  */
 import { Context, Duration, Effect, Exit, Layer, Option } from "effect"
-import { RateLimiter } from "effect/persistence"
+import * as RateLimiter from "effect/persistence/RateLimiter"
 import { Settings } from "../config.ts"
 import { RateLimited } from "../protocol/Errors.ts"
 import * as EffectRedis from "../tiers/EffectRedis.ts"

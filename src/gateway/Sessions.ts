@@ -107,11 +107,10 @@ class Link implements SessionLink {
         return Effect.fail(new Overloaded({ bound: "sessionSearchesMax", retryAfterMillis: 100 }))
       }
       this.#underWay += 1
-      return Effect.onExit(this.room.router.search(query), () =>
-        Effect.sync(() => {
-          this.#underWay -= 1
-        })
-      )
+      return Effect.onExitPrimitive(this.room.router.search(query), () => {
+        this.#underWay -= 1
+        return undefined
+      })
     })
   }
 

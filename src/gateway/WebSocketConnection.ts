@@ -33,6 +33,7 @@ import type { Admission } from "../shards/Admission.ts"
 import type { Asker } from "../shards/Shedding.ts"
 import type { Access } from "./Access.ts"
 import * as Answers from "./Answers.ts"
+import type { FrameSource, FrameTurns } from "./FrameTurns.ts"
 import {
   connectionClosed,
   connectionLived,
@@ -58,6 +59,7 @@ export interface Hub {
   readonly admission: Admission["Service"]
   readonly sessions: Sessions["Service"]
   readonly subscriptions: SubscriptionFrames["Service"]
+  readonly turns: FrameTurns
   readonly run: <A, E>(effect: Effect.Effect<A, E>) => Fiber.Fiber<A, E>
   /** Milliseconds this process has run for, without those it was held up: a peer is not to blame for our own silence. */
   readonly clock: () => number
@@ -73,12 +75,17 @@ export class ClientSocket extends WebSocket {
 
 type Phase = "serving" | "draining" | "closed"
 
+interface WaitingFrame {
+  readonly data: Buffer
+  readonly isBinary: boolean
+}
+
 interface Request {
   readonly fiber: Fiber.Fiber<unknown, unknown>
   readonly session: LogicalSession
 }
 
-export class WebSocketConnection implements SessionOwner {
+export class WebSocketConnection implements SessionOwner, FrameSource {
   readonly #hub: Hub
   readonly #ws: ClientSocket
   readonly #socket: Socket
@@ -109,6 +116,8 @@ export class WebSocketConnection implements SessionOwner {
   #owedPong: Buffer | undefined = undefined
 
   // What comes in
+  /** Frames that wait for their turn: what one read of the socket brought, at most. */
+  #waitingFrames: Array<WaitingFrame> | undefined = undefined
   readonly #openedAt: number
   #frames = 0
   #framedAt: number
@@ -209,10 +218,33 @@ export class WebSocketConnection implements SessionOwner {
     this.#heardAt = now
     this.#accountedBytes = this.#socket.bytesRead
     this.#unfinishedSince = 0
+    if (this.#hub.turns.mayRead()) return this.#read(data as Buffer, isBinary)
+    if (this.#waitingFrames === undefined) {
+      this.#waitingFrames = []
+      this.#ws.pause()
+      this.#hub.turns.wait(this)
+    }
+    this.#waitingFrames.push({ data: data as Buffer, isBinary })
+  }
+
+  readWaiting(framesMax: number): boolean {
+    const frames = this.#waitingFrames
+    if (frames === undefined || this.#phase !== "serving") return false
+    for (const { data, isBinary } of frames.splice(0, framesMax)) {
+      // It may have been closed for the one before.
+      if (this.#phase === "serving") this.#read(data, isBinary)
+    }
+    if (frames.length > 0) return this.#phase === "serving"
+    this.#waitingFrames = undefined
+    if (!this.#isFull && this.#phase === "serving") this.#ws.resume()
+    return false
+  }
+
+  #read(data: Buffer, isBinary: boolean): void {
     let envelope = ""
     try {
-      if (this.#hub.admission.isPressed() && this.#isRefused(data as Buffer, isBinary)) return
-      const frame = isBinary ? Frames.decodeBinary(data as Buffer) : Frames.decodeText(data as Buffer)
+      if (this.#hub.admission.isPressed() && this.#isRefused(data, isBinary)) return
+      const frame = isBinary ? Frames.decodeBinary(data) : Frames.decodeText(data)
       if (Result.isFailure(frame)) return this.#fail(frame.failure, "")
       envelope = Frames.envelopeOf(frame.success)
       this.#handle(frame.success, envelope)
@@ -519,6 +551,7 @@ export class WebSocketConnection implements SessionOwner {
     this.#sessions = undefined
     this.#queue = undefined
     this.#owedPong = undefined
+    this.#waitingFrames = undefined
     this.#subscriptions?.close()
     this.#subscriptions = undefined
     for (const { fiber } of requests?.values() ?? []) fiber.interruptUnsafe()
@@ -532,7 +565,7 @@ export class WebSocketConnection implements SessionOwner {
   #drained(): void {
     this.#isFull = false
     if (this.#phase !== "serving") return
-    this.#ws.resume()
+    if (this.#waitingFrames === undefined) this.#ws.resume()
     // It reads, so it is there.
     this.#heardAt = this.#hub.clock()
     this.#unfinishedSince = 0

@@ -13,6 +13,7 @@ import { bearerSubprotocol, closeCodes, retryReason, subprotocol } from "../prot
 import { Admission } from "../shards/Admission.ts"
 import { Access } from "./Access.ts"
 import { addressOf, callerOf } from "./Callers.ts"
+import { FrameTurns } from "./FrameTurns.ts"
 import { countRequest } from "./Instruments.ts"
 import { rawProblems } from "./RawProblems.ts"
 import { SubscriptionFrames } from "./SessionSink.ts"
@@ -80,6 +81,7 @@ export class WebSocketGateway extends Context.Service<
         admission: yield* Admission,
         sessions: yield* Sessions,
         subscriptions: yield* SubscriptionFrames,
+        turns: new FrameTurns(settings.frameTurnMillis),
         run: Effect.runForkWith(yield* Effect.context<never>()),
         clock: () => clock.now(),
         flushLater: (connection) => {

@@ -2,8 +2,8 @@
  * Messages of the `Catalog` entity, one for a node's data: the collections. It is the only writer of the catalogue object.
  */
 import { Schema } from "effect"
-import { Entity } from "effect/cluster"
-import { Rpc } from "effect/rpc"
+import * as Entity from "effect/cluster/Entity"
+import * as Rpc from "effect/rpc/Rpc"
 import { Collection, CollectionRequest } from "./Collection.ts"
 import { CollectionConflict, CollectionNotFound, InvalidInput, Overloaded, StorageUnavailable } from "./Errors.ts"
 import { NoticeMillis, StoredCollectionName } from "./Fields.ts"
@@ -24,6 +24,12 @@ export const Catalog = Entity.make("Catalog", [
     error: Schema.Union([CollectionNotFound, StorageUnavailable])
   }),
   Rpc.make("List", { success: Schema.Array(Collection), error: StorageUnavailable }),
+  /** All collections where they are not those of `state`, of an earlier answer or empty; else `null`. */
+  Rpc.make("ListChanged", {
+    payload: { state: Schema.String },
+    success: Schema.NullOr(Schema.Struct({ state: Schema.String, collections: Schema.Array(Collection) })),
+    error: StorageUnavailable
+  }),
   /** Raises the collection's cache generation once `notice_ms` have passed; answers the collection and when that is. */
   Rpc.make("Invalidate", {
     payload: { name: StoredCollectionName, notice_ms: NoticeMillis },

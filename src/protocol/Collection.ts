@@ -72,6 +72,10 @@ export const cacheStateAt = (of: Collection, nowMillis: number): CacheState => {
   return { generation: of.cache.generation + of.cache.pending_ms.length - pending_ms.length, pending_ms }
 }
 
+/** How often it was invalidated, what is still to come included: grows, so that of two readings the newer is known. */
+export const invalidationsOf = ({ cache }: Collection): number =>
+  cache === undefined ? 0 : cache.generation + cache.pending_ms.length
+
 /** As listed and read by clients. `count` is of visible vectors, where it was asked for. */
 export const CollectionInfo = Schema.Struct({
   ...Collection.fields,

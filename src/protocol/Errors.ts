@@ -176,9 +176,36 @@ export const Problem = Schema.Struct({
 }).annotate({ identifier: "Problem", description: "RFC 9457 problem details" })
 export type Problem = typeof Problem.Type
 
+/** Every `code` that a service answers with, on any wire. */
+export type ProblemCode =
+  | "authentication_unavailable"
+  | "collection_conflict"
+  | "collection_not_found"
+  | "deadline_exceeded"
+  | "forbidden"
+  | "headers_too_large"
+  | "internal_error"
+  | "invalid_cursor"
+  | "invalid_input"
+  | "key_not_found"
+  | "method_not_allowed"
+  | "overloaded"
+  | "partition_corrupt"
+  | "partition_unavailable"
+  | "rate_limited"
+  | "request_timeout"
+  | "route_not_found"
+  | "shutting_down"
+  | "storage_unavailable"
+  | "tls_required"
+  | "too_large"
+  | "unauthenticated"
+  | "unsupported_media_type"
+  | "vector_not_found"
+
 const problem = (
   status: number,
-  code: string,
+  code: ProblemCode,
   title: string,
   detail: string,
   extra: Partial<Problem> = {}

@@ -13,46 +13,13 @@ import * as Limits from "./Limits.ts"
 import { FollowEvent, SubscriptionEvent } from "./Subscription.ts"
 import { TierEvent, TierState } from "./TierPromoter.ts"
 import { WarmReport, WarmRequest } from "./Warming.ts"
+import { DeleteRequest } from "./Writes.ts"
 
 const collection = { collection: Schema.optionalKey(Fields.CollectionName) }
 const Numbers = Schema.Array(Schema.Finite).annotate({
   description: `1 to ${Limits.dimensionsMax} numbers, kept as float32`
 })
 const JsonObject = Schema.Record(Schema.String, Schema.Json)
-
-/** Body of `POST /insert`. */
-export const InsertRequest = Schema.Struct({
-  ...collection,
-  vectors: Schema.Array(
-    Schema.Struct({
-      id: Fields.VectorId,
-      vector: Fields.VectorFromNumbers,
-      metadata: Schema.optionalKey(Fields.MetadataObject)
-    })
-  ).check(
-    Schema.makeFilter(
-      (vectors: ReadonlyArray<unknown>) => vectors.length > 0 && vectors.length <= Limits.batchItemsMax,
-      {
-        expected: `1 to ${Limits.batchItemsMax} vectors`
-      }
-    )
-  ),
-  ack: Schema.optionalKey(Fields.Ack)
-})
-export type InsertRequest = typeof InsertRequest.Type
-
-/** Body of `POST /delete`. */
-export const DeleteRequest = Schema.Struct({
-  ...collection,
-  ids: Schema.Array(Fields.VectorId).check(
-    Schema.makeFilter((ids: ReadonlyArray<string>) => ids.length > 0 && ids.length <= Limits.batchItemsMax, {
-      expected: `1 to ${Limits.batchItemsMax} ids`
-    })
-  )
-}).annotate({ identifier: "DeleteRequest" })
-
-/** Body of `PATCH /vectors/{id}`. */
-export const PatchRequest = Schema.Struct({ metadata: Fields.MetadataObject })
 
 const documented = {
   insert: Schema.Struct({

@@ -5,8 +5,9 @@
  * Calls are at least once: every mutation is idempotent by the versions its records carry.
  */
 import { Schema } from "effect"
-import { ClusterSchema, Entity } from "effect/cluster"
-import { Rpc } from "effect/rpc"
+import * as ClusterSchema from "effect/cluster/ClusterSchema"
+import * as Entity from "effect/cluster/Entity"
+import * as Rpc from "effect/rpc/Rpc"
 import { Collection } from "./Collection.ts"
 import {
   CollectionNotFound,

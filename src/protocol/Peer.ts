@@ -3,7 +3,8 @@
  * which is what a cluster does most, and to prepare for partitions that are about to move.
  */
 import { Schema } from "effect"
-import { Rpc, RpcGroup } from "effect/rpc"
+import * as Rpc from "effect/rpc/Rpc"
+import * as RpcGroup from "effect/rpc/RpcGroup"
 import { Collection } from "./Collection.ts"
 import { PartitionError, PartitionHits, PartitionQuery } from "./IndexPartition.ts"
 

@@ -4,8 +4,8 @@
  * keeps the newest answers for a while, so that a stream cut in the middle goes on where it was (`Resume`).
  */
 import { Schema } from "effect"
-import { Entity } from "effect/cluster"
-import { Rpc } from "effect/rpc"
+import * as Entity from "effect/cluster/Entity"
+import * as Rpc from "effect/rpc/Rpc"
 import { ApiError } from "./Errors.ts"
 import { Float32FromBytes, Metric, StoredCollectionName, VectorFromBytes } from "./Fields.ts"
 

@@ -5,8 +5,8 @@
  * It acts on the caches and partitions of the process it runs in, so a node's promoter belongs on that node.
  */
 import { Schema } from "effect"
-import { Entity } from "effect/cluster"
-import { Rpc } from "effect/rpc"
+import * as Entity from "effect/cluster/Entity"
+import * as Rpc from "effect/rpc/Rpc"
 import { ApiError } from "./Errors.ts"
 import { StoredCollectionName } from "./Fields.ts"
 import { WarmReport, WarmRequest } from "./Warming.ts"

@@ -10,8 +10,9 @@
  * it waits for a turn of each other source, unless those alone are more than the queue is to hold.
  *
  * **The queue** is of controlled delay (CoDel, as in Facebook's "Fail at Scale"). A burst may wait up to
- * `searchQueueBurstMillis`, of a source first come first served. When in all of that time nobody waited less than
- * `searchQueueStandingMillis`, it is no burst but more than can be done: then the queue holds no more than what is answered in
+ * `searchQueueBurstMillis`, of a source first come first served. When in all of that time never less waited than is answered
+ * in `searchQueueStandingMillis`, it is no burst but more than can be done (how long one waited does not say it: a source
+ * that has little waits little, however much the others have): then the queue holds no more than what is answered in
  * `searchQueueMillis` (but `searchQueueMin`), so that nearly all who are refused are refused at the door. That ends when
  * hardly anybody had to be refused for a second. Clients that wait for their answers before they ask again, some dozens of
  * them, are a queue that stands and does not grow: they are all served.
@@ -73,7 +74,8 @@ export class Admission extends Context.Service<
       const settings = yield* Settings
       const shedding = yield* Shedding
       const threads = yield* (yield* VectorIndex).threads
-      const door = new Door(settings, shedding, threads.length, () => performance.now())
+      const parallel = threads.length === 0 ? parallelElsewhere : threads.length
+      const door = new Door(settings, shedding, parallel, () => performance.now())
       yield* Effect.addFinalizer(() => Effect.sync(() => door.close()))
       return Admission.of(door)
     })
@@ -91,6 +93,9 @@ export class Admission extends Context.Service<
     )
 }
 
+/** A process without threads of its own sends its searches to others': so many may be under way as if each were alone. */
+const parallelElsewhere = 8
+
 /** Periods of `loadSampleMillis` whose latencies are remembered. */
 const latencyPeriods = 10
 
@@ -100,8 +105,11 @@ const retryMillisMax = 30_000
 /** Over so long it is found out how many are refused for each that is answered. */
 const stockMillis = 1_000
 
+/** And at most over so long: searches that were not asked for a while are none that could have been answered since. */
+const stockMillisMax = 2_000
+
 /** Fewer refused than one in twenty answered: what is asked can be done. */
-const relaxedPressure = 1.05
+const relaxedShare = 0.05
 
 class Door {
   readonly latencies = new LatencyWindow(latencyPeriods)
@@ -113,8 +121,9 @@ class Door {
   readonly #standard = new FairLine<Ticket>()
   /** Whether more is asked than can be done, so that the queue is kept short. */
   #isTight = false
-  #leastWait = Number.POSITIVE_INFINITY
-  #leastWaitFrom = 0
+  /** The fewest that waited since. */
+  #leastWaiting = Number.POSITIVE_INFINITY
+  #leastWaitingFrom = 0
   #timer: ReturnType<typeof setTimeout> | undefined
   #pressure = 1
   #stockFrom = 0
@@ -145,7 +154,7 @@ class Door {
     return this.#hasPlace(asker.tier, source) ? undefined : this.#refuse("searchQueue")
   }
 
-  readonly isPressed = (): boolean => this.#waiting > 0 || this.#shedding.level() > 0
+  readonly isPressed = (): boolean => this.#shedding.level() > 0 || (this.#waiting > 0 && this.#isFull("standard"))
 
   readonly run = <A, E>(
     {
@@ -163,21 +172,19 @@ class Door {
   ): Effect.Effect<A, E | Overloaded> =>
     Effect.suspend(() => {
       const ticket = new Ticket(kind, tier, source, this.#now(), deadlineMillis)
-      return Effect.onExit(
+      // What it takes it gives back, whenever it is interrupted: so that is set up first.
+      return Effect.onExitPrimitive(
         Effect.suspend((): Effect.Effect<A, E | Overloaded> => {
           if (this.#waiting === 0 && this.#limit.hasRoom) {
             this.#admit(ticket, ticket.arrivedAt)
-            this.#waited(0, ticket.arrivedAt)
+            this.#look(ticket.arrivedAt)
             return search
           }
           const refusal = this.#waitRefusal(ticket)
           if (refusal !== undefined) return Effect.fail(overloadedBy(refusal))
           return Effect.flatMap(this.#wait(ticket), () => search)
         }),
-        (exit) => {
-          this.#leave(ticket, exit)
-          return Effect.void
-        }
+        (exit) => this.#leave(ticket, exit)
       )
     })
 
@@ -271,33 +278,34 @@ class Door {
     ticket.wasAlone = this.#limit.begin()
   }
 
-  /** One waited so long, until it began or was refused for it. */
-  #waited(millis: number, now: number): void {
-    if (millis < this.#leastWait) this.#leastWait = millis
-    if (now - this.#leastWaitFrom < this.#burstMillis) return
-    if (this.#leastWait > this.#standingMillis) this.#isTight = true
-    this.#leastWait = Number.POSITIVE_INFINITY
-    this.#leastWaitFrom = now
+  /** Looks at how many wait, with each that begins. */
+  #look(now: number): void {
+    if (this.#waiting < this.#leastWaiting) this.#leastWaiting = this.#waiting
+    if (now - this.#leastWaitingFrom < this.#burstMillis) return
+    const { perSecond } = this.#limit
+    if (perSecond > 0 && (this.#leastWaiting * 1_000) / perSecond > this.#standingMillis) this.#isTight = true
+    this.#leastWaiting = Number.POSITIVE_INFINITY
+    this.#leastWaitingFrom = now
     this.#takeStock(now)
   }
 
   #takeStock(now: number): void {
-    if (now - this.#stockFrom < stockMillis) return
-    this.#pressure = 1 + this.#refused / Math.max(1, this.#answered)
-    if (this.#pressure < relaxedPressure) this.#isTight = false
+    const millis = now - this.#stockFrom
+    if (millis < stockMillis) return
+    if (this.#refused < relaxedShare * Math.max(1, this.#answered)) this.#isTight = false
+    // Where many come at once little is answered while they are refused: that says nothing of how much will be.
+    const canBe = (this.#limit.perSecond * Math.min(millis, stockMillisMax)) / 1_000
+    this.#pressure = 1 + this.#refused / Math.max(1, this.#answered, canBe)
     this.#stockFrom = now
     this.#answered = 0
     this.#refused = 0
   }
 
-  #leave(ticket: Ticket, exit: Exit.Exit<unknown, unknown>): void {
-    if (ticket.state === "waiting") {
-      ticket.state = "gone"
-      this.#lineOf(ticket.tier).remove(ticket)
-      return
-    }
-    if (ticket.state !== "underWay") return
+  #leave(ticket: Ticket, exit: Exit.Exit<unknown, unknown>): undefined {
+    const { state } = ticket
     ticket.state = "gone"
+    if (state === "waiting") this.#lineOf(ticket.tier).remove(ticket)
+    if (state !== "underWay") return
     const now = this.#now()
     if (Exit.isSuccess(exit)) {
       this.#answered += 1
@@ -312,12 +320,10 @@ class Door {
     while (this.#waiting > 0 && this.#limit.hasRoom) {
       const patience = this.#isShort ? this.#patienceMillis : this.#burstMillis
       const line = this.#premium.size > 0 ? this.#premium : this.#standard
-      const isBehindOthers = line.longest > 1
       const ticket = line.take()
       if (ticket === undefined) return
       const waited = now - ticket.arrivedAt
-      // One that was alone of its source says nothing of how long those wait that are not.
-      if (!isBehindOthers || line.sizeOf(ticket.source) > 0) this.#waited(waited, now)
+      this.#look(now)
       if (waited > patience && !this.#isSpared(line, line.sizeOf(ticket.source))) this.#turnAway(ticket)
       else if (waited + ticket.kind.aloneMillis > ticket.deadlineMillis) this.#turnAway(ticket, "deadline_ms")
       else {

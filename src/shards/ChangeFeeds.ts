@@ -8,7 +8,7 @@
  */
 import { Context, Effect, Exit, type Fiber, Layer, Option, Semaphore, Stream } from "effect"
 import type { EntityId } from "effect/cluster"
-import { Sharding } from "effect/cluster"
+import * as Sharding from "effect/cluster/Sharding"
 import { Settings } from "../config.ts"
 import { Catalog, catalogId } from "../protocol/Catalog.ts"
 import type { Collection } from "../protocol/Collection.ts"

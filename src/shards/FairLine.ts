@@ -46,6 +46,8 @@ export class FairLine<T extends Waiter<T>> {
   }
 
   turnIsOver(source: string): void {
+    // One alone has all turns.
+    if (this.#backlogs.size < 2) return
     const backlog = this.#backlogs.get(source)
     if (backlog === undefined) return
     this.#backlogs.delete(source)

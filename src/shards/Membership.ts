@@ -14,8 +14,13 @@
  * **Dead runners.** Who marks a runner as dead frees its locks with the same statement.
  */
 import { Cause, Context, Deferred, Effect, Exit, HashRing, Layer, Metric, Option, type Scope, Semaphore } from "effect"
-import { ClusterError, type Runner, type RunnerAddress, RunnerStorage, ShardId, ShardingConfig } from "effect/cluster"
-import { SqlClient } from "effect/sql"
+import * as ClusterError from "effect/cluster/ClusterError"
+import type * as Runner from "effect/cluster/Runner"
+import type * as RunnerAddress from "effect/cluster/RunnerAddress"
+import * as RunnerStorage from "effect/cluster/RunnerStorage"
+import * as ShardId from "effect/cluster/ShardId"
+import * as ShardingConfig from "effect/cluster/ShardingConfig"
+import * as SqlClient from "effect/sql/SqlClient"
 import { Settings } from "../config.ts"
 
 /** The database is not answering. */

@@ -3,8 +3,10 @@
  * wait behind a large insert, and is a smaller message.
  */
 import { Context, Data, Effect, Exit, Layer, Scope } from "effect"
-import { type RunnerAddress, Runners } from "effect/cluster"
-import { RpcClient, RpcClientError } from "effect/rpc"
+import type * as RunnerAddress from "effect/cluster/RunnerAddress"
+import * as Runners from "effect/cluster/Runners"
+import * as RpcClient from "effect/rpc/RpcClient"
+import * as RpcClientError from "effect/rpc/RpcClientError"
 import type { PartitionError, PartitionHits, PartitionQuery } from "../protocol/IndexPartition.ts"
 import { type Moving, NotHere, PeerRpcs } from "../protocol/Peer.ts"
 import { LocalActors } from "./LocalActors.ts"
@@ -58,7 +60,12 @@ export class Peers extends Context.Service<
         const found = connections.get(name)
         if (found !== undefined) return found
         const own = Scope.forkUnsafe(scope)
-        const made: Connection = { client: undefined, opened: Effect.fail(new PeerGone()), scope: own, waiting: new Set() }
+        const made: Connection = {
+          client: undefined,
+          opened: Effect.fail(new PeerGone()),
+          scope: own,
+          waiting: new Set()
+        }
         const opening = runFork(
           Effect.gen(function* () {
             const protocol = yield* protocols.make(address)
@@ -120,10 +127,8 @@ export class Peers extends Context.Service<
 
       let prepare: Prepare = () => Effect.void
       return Peers.of({
-        search: (address, partition, query) =>
-          using(address, (client) => client.PeerSearch({ partition, ...query })),
-        prepare: (address, partitions) =>
-          using(address, (client) => client.PeerPrepare({ partitions })),
+        search: (address, partition, query) => using(address, (client) => client.PeerSearch({ partition, ...query })),
+        prepare: (address, partitions) => using(address, (client) => client.PeerPrepare({ partitions })),
         prepareWith: (next) => {
           prepare = next
         },

@@ -3,7 +3,10 @@
  * that is known of others: who acts on it goes on by message where it was.
  */
 import { Context, Effect, Layer } from "effect"
-import { type EntityId, type Runner, type RunnerAddress, Sharding } from "effect/cluster"
+import type * as EntityId from "effect/cluster/EntityId"
+import type * as Runner from "effect/cluster/Runner"
+import type * as RunnerAddress from "effect/cluster/RunnerAddress"
+import * as Sharding from "effect/cluster/Sharding"
 import { Membership } from "./Membership.ts"
 
 export class Placement extends Context.Service<

@@ -14,7 +14,8 @@ import {
   type CollectionRequest,
   cacheStateAt,
   type InvalidateRequest,
-  type Invalidation
+  type Invalidation,
+  invalidationsOf
 } from "../protocol/Collection.ts"
 import {
   type ApiError,
@@ -47,9 +48,9 @@ import { AccessLog } from "../tiers/AccessLog.ts"
 import { RecordCache } from "../tiers/RecordCache.ts"
 import { WarmStore } from "../tiers/WarmStore.ts"
 import { Admission } from "./Admission.ts"
-import { Calls } from "./Calls.ts"
 import { CacheEvents } from "./CacheEvents.ts"
 import { generationTag, searchTag, vectorTag } from "./CacheTags.ts"
+import { Calls } from "./Calls.ts"
 import type { Kind } from "./ConcurrencyLimit.ts"
 import { LocalActors } from "./LocalActors.ts"
 import { groupByPartition, partitionOf } from "./PartitionMap.ts"
@@ -169,14 +170,51 @@ export class Router extends Context.Service<
         const collection = (name: string): Effect.Effect<Collection, CollectionNotFound | StorageUnavailable> => {
           const found = known.get(name)
           if (found !== undefined) return Effect.succeed(found)
-          return toCatalog(catalog.Read({ name })).pipe(
-            Effect.tap((read) => Effect.sync(() => remember(read)))
-          )
+          return toCatalog(catalog.Read({ name })).pipe(Effect.tap((read) => Effect.sync(() => remember(read))))
         }
 
         const remember = (read: Collection) => {
           // Bounded by the catalogue's own bound on collections; entries of deleted ones are dropped when found out.
           known.set(read.name, read)
+        }
+
+        const forget = (uid: string) => {
+          results.dropCollection(uid)
+          access.dropCollection(uid)
+          cache.dropCollection(uid)
+        }
+
+        /** What other nodes have deleted, made anew or invalidated. */
+        const learn = (collections: ReadonlyArray<Collection>) => {
+          const now = new Map(collections.map((one) => [one.name, one]))
+          for (const [name, before] of known) {
+            const after = now.get(name)
+            if (after?.uid !== before.uid) {
+              known.delete(name)
+              forget(before.uid)
+            } else if (invalidationsOf(after) > invalidationsOf(before)) {
+              known.set(name, after)
+              results.dropCollection(after.uid)
+            }
+          }
+        }
+
+        if (settings.databaseUrl !== "") {
+          let state = ""
+          yield* Effect.suspend(() => catalog.ListChanged({ state })).pipe(
+            Effect.timeout(settings.clusterCallMillis),
+            Effect.tap((changed) =>
+              Effect.sync(() => {
+                if (changed === null) return
+                state = changed.state
+                learn(changed.collections)
+              })
+            ),
+            Effect.catchCause((cause) => Effect.logDebug("The catalogue could not be looked at", cause)),
+            Effect.andThen(Effect.sleep(settings.catalogueRefreshMillis)),
+            Effect.forever,
+            Effect.forkScoped
+          )
         }
 
         const createCollection = Effect.fn("Router.createCollection")(function* (
@@ -194,9 +232,7 @@ export class Router extends Context.Service<
           yield* toCatalog(catalog.Delete({ name }))
           known.delete(name)
           if (Option.isSome(before)) {
-            results.dropCollection(before.value.uid)
-            access.dropCollection(before.value.uid)
-            cache.dropCollection(before.value.uid)
+            forget(before.value.uid)
             yield* warm.drop(before.value.uid)
           }
         })
@@ -236,11 +272,10 @@ export class Router extends Context.Service<
           name: string,
           use: (of: Collection) => Effect.Effect<A, E | CollectionNotFound>
         ): Effect.Effect<A, E | CollectionNotFound | StorageUnavailable> => {
-          const cached = known.has(name)
-          const run = Effect.flatMap(collection(name), use)
-          if (!cached) return run
+          const found = known.get(name)
+          if (found === undefined) return Effect.flatMap(collection(name), use)
           return Effect.catchIf(
-            run,
+            use(found),
             (error): error is CollectionNotFound & (E | CollectionNotFound | StorageUnavailable) =>
               error instanceof CollectionNotFound,
             () =>
@@ -411,24 +446,22 @@ export class Router extends Context.Service<
           return Effect.catchIf(peers.search(owner, entityId, query), isElsewhere, () => byMessage)
         }
 
+        const partitionQueryOf = (of: Collection, query: SessionQuery, vector: Float32Array): PartitionQuery => ({
+          vector,
+          k: query.k,
+          ef: query.ef === 0 ? of.index.ef_search : query.ef,
+          filter: query.filter,
+          includeMetadata: query.includeMetadata,
+          includeVector: query.includeVector
+        })
+
         const scatter = Effect.fnUntraced(function* (
           of: Collection,
           query: SessionQuery,
           vector: Float32Array,
           deadlineMillis: number
         ) {
-          const partitionQuery: PartitionQuery = {
-            vector,
-            k: query.k,
-            ef: query.ef === 0 ? of.index.ef_search : query.ef,
-            filter: query.filter,
-            includeMetadata: query.includeMetadata,
-            includeVector: query.includeVector
-          }
-          if (of.partitions === 1) {
-            const hits = yield* within(ask(of, 0, partitionQuery), deadlineMillis)
-            return { hits, missing: [] }
-          }
+          const partitionQuery = partitionQueryOf(of, query, vector)
           const exits = yield* eachPartition(of, (partition) =>
             Effect.exit(within(ask(of, partition, partitionQuery), deadlineMillis))
           )
@@ -521,23 +554,44 @@ export class Router extends Context.Service<
             askAll(of, query, started)
           )
 
-        const askAll = Effect.fnUntraced(function* (of: Collection, query: SessionQuery, started: number) {
-          let vector = query.vector
-          if (vector === undefined) {
-            const id = query.vectorId as string
-            const record = yield* getFrom(of, id)
-            if (record === null) return yield* new VectorNotFound({ collection: of.name, id })
-            vector = record.vector
-          }
-          const { hits, missing } = yield* scatter(of, query, vector, Math.max(1, leftOf(query, started)))
-          return {
+        const askAll = (
+          of: Collection,
+          query: SessionQuery,
+          started: number
+        ): Effect.Effect<SearchAnswer, ApiError> => {
+          const { vector } = query
+          if (vector !== undefined) return Effect.suspend(() => gather(of, query, vector, started))
+          const id = query.vectorId as string
+          return Effect.flatMap(
+            getFrom(of, id),
+            (record): Effect.Effect<SearchAnswer, ApiError> =>
+              record === null
+                ? Effect.fail(new VectorNotFound({ collection: of.name, id }))
+                : gather(of, query, record.vector, started)
+          )
+        }
+
+        /** No generator where one partition is asked: that is most searches there are. */
+        const gather = (
+          of: Collection,
+          query: SessionQuery,
+          vector: Float32Array,
+          started: number
+        ): Effect.Effect<SearchAnswer, ApiError> => {
+          const deadlineMillis = Math.max(1, leftOf(query, started))
+          const answered = (hits: PartitionHits, missing: ReadonlyArray<number>): SearchAnswer => ({
             queryId: query.queryId,
             ...hits,
             dimensions: of.dimensions,
             missing,
             tookMillis: performance.now() - started
-          } satisfies SearchAnswer
-        })
+          })
+          return of.partitions === 1
+            ? Effect.map(within(ask(of, 0, partitionQueryOf(of, query, vector)), deadlineMillis), (hits) =>
+                answered(hits, [])
+              )
+            : Effect.map(scatter(of, query, vector, deadlineMillis), ({ hits, missing }) => answered(hits, missing))
+        }
 
         const answerOf = (result: KeptResult, query: SessionQuery, started: number): SearchAnswer => ({
           ...result,
@@ -658,22 +712,28 @@ export class Router extends Context.Service<
         let searches = 0
 
         /** Its nearest results are what somebody is interested in, also where the cache had the answer. */
-        const searched = (query: SessionQuery, byUrl: boolean) =>
+        const touch = (of: Collection, answer: SearchAnswer): void => {
+          const touched = answer.ids[searches++ % touchedResults]
+          if (touched === undefined) return
+          access.touchRecord(idOf(of, partitionOf(touched, of.partitions)), touched, touchedResultWeight)
+        }
+
+        const searchByUrl = (query: SessionQuery) =>
           Effect.map(
-            withCollection(query.collection, (of) => find(of, query, byUrl)),
+            withCollection(query.collection, (of) => find(of, query, true)),
             (found) => {
-              const { collection: of, answer } = found
-              const touched = answer.ids[searches++ % touchedResults]
-              if (touched !== undefined) {
-                access.touchRecord(idOf(of, partitionOf(touched, of.partitions)), touched, touchedResultWeight)
-              }
+              touch(found.collection, found.answer)
               return found
             }
           )
 
-        const searchByUrl = (query: SessionQuery) => searched(query, true)
-
-        const search = (query: SessionQuery) => Effect.map(searched(query, false), ({ answer }) => answer)
+        const search = (query: SessionQuery) =>
+          withCollection(query.collection, (of) =>
+            Effect.map(find(of, query, false), ({ answer }) => {
+              touch(of, answer)
+              return answer
+            })
+          )
 
         const invalidate = Effect.fn("Router.invalidate")(function* (name: string, request: InvalidateRequest) {
           const { collection: of, effective_ms } =
@@ -749,6 +809,8 @@ const within = <A, E>(effect: Effect.Effect<A, E>, deadlineMillis: number): Effe
   Effect.withFiber((parent) =>
     Effect.callback<A, E | DeadlineExceeded>((resume) => {
       const fiber = Effect.runForkWith(parent.context as Context.Context<never>)(effect)
+      const exit = fiber.pollUnsafe()
+      if (exit !== undefined) return resume(exit)
       const timer = setTimeout(() => {
         resume(Effect.fail(new DeadlineExceeded({ deadlineMillis })))
         fiber.interruptUnsafe()

@@ -99,6 +99,13 @@ export const listKeys = Effect.fn("ApiKeys.listKeys")(function* (store: Store) {
     .sort((a, b) => a.created_ms - b.created_ms || (a.id < b.id ? -1 : 1))
 })
 
+/** Puts keys as they are into a store that has none of them. */
+export const putKeys = (store: Store, records: ReadonlyArray<ApiKeyRecord>) =>
+  Effect.forEach(records, (record) => store.create(prefix + record.id, encode(record)), {
+    concurrency: readsAtOnce,
+    discard: true
+  })
+
 /** Whether there is any key, dead or alive. */
 export const anyKey = (store: Store): Effect.Effect<boolean, StoreFailure> =>
   Effect.map(store.list(prefix, { limit: 1 }), (found) => found.length > 0)

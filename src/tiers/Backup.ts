@@ -11,6 +11,7 @@ import { copyFile, constants as fileConstants, mkdtemp, open as openFile, rm } f
 import { join } from "node:path"
 import { Clock, Data, Effect, Result, Schema } from "effect"
 import type { Collection } from "../protocol/Collection.ts"
+import { listKeys } from "./ApiKeys.ts"
 import {
   type BackupCollection,
   BackupDamaged,
@@ -108,6 +109,8 @@ export const backup: (options: BackupOptions) => Effect.Effect<BackupReport, Bac
       collections.push({ ...old, removedMillis: old.removedMillis ?? noted ?? horizonMillis })
     }
 
+    const keys = yield* listKeys(options.source)
+
     const now = yield* Clock.currentTimeMillis
     const mayPrune = now - (before.run?.prunedMillis ?? 0) >= (options.pruneEveryMillis ?? pruneEveryMillisDefault)
     const draft: BackupRun = {
@@ -117,7 +120,8 @@ export const backup: (options: BackupOptions) => Effect.Effect<BackupReport, Bac
       endedMillis: now,
       prunedMillis: mayPrune ? now : (before.run?.prunedMillis ?? 0),
       attempts: [...(before.run?.attempts ?? []), attempt],
-      collections
+      collections,
+      ...(keys.length === 0 ? {} : { keys })
     }
     const cutoffMillis = now - (options.keepDays ?? keepDaysDefault) * dayMillis
     const plan = mayPrune

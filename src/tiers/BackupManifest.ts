@@ -4,6 +4,7 @@
  */
 import { crc32 } from "node:zlib"
 import { Data, Result, Schema } from "effect"
+import { ApiKeyRecord } from "../protocol/ApiKey.ts"
 import { Collection } from "../protocol/Collection.ts"
 
 /**
@@ -52,7 +53,9 @@ export const BackupRun = Schema.Struct({
   /** Attempts whose objects count. Those of others were left by runs that did not come to their end. */
   attempts: Schema.Array(Schema.String),
   /** All that can be restored, deleted ones included. */
-  collections: Schema.Array(BackupCollection)
+  collections: Schema.Array(BackupCollection),
+  /** API keys, of each the hash of its secret; absent where there are none. */
+  keys: Schema.optionalKey(Schema.Array(ApiKeyRecord))
 })
 export type BackupRun = typeof BackupRun.Type
 

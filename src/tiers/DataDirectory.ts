@@ -193,6 +193,20 @@ export const open: (
   }
 )
 
+/** The cell whose nodes share the directory; `undefined` where there is none. */
+export const cellOf = async (path: string): Promise<string | undefined> => {
+  const text = await readFile(join(path, clusterName), "utf8").catch(() => undefined)
+  return text === undefined ? undefined : Option.getOrUndefined(decodeSharing(text))?.cell
+}
+
+/** Other processes that have a directory open which a cell shares: nodes and commands, of this machine or of another. */
+export const sharersOf = async (path: string): Promise<ReadonlyArray<number>> => {
+  const names = await readdir(join(path, "scratch")).catch(() => [])
+  const identities = names.flatMap((name) => parseIdentity(name) ?? [])
+  const own = formatIdentity(ownIdentity())
+  return identities.filter((one) => formatIdentity(one) !== own && isAlive(one) !== "dead").map(({ pid }) => pid)
+}
+
 /** How long a node of a cluster waits for others that open the directory, and between two looks. */
 const lockWaitMillis = 10_000
 const lockPauseMillis = 50

@@ -3,7 +3,7 @@
  * runs on it too. (`NodeRedis` of `@effect/platform-node` is on another client, and waits for Redis to start.)
  */
 import { Deferred, Effect, Layer } from "effect"
-import { Redis } from "effect/persistence"
+import * as Redis from "effect/persistence/Redis"
 import type { Redis as Client } from "ioredis"
 import { Settings } from "../config.ts"
 import { RedisConnection } from "./RedisConnection.ts"

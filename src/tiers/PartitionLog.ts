@@ -193,17 +193,17 @@ export const open: (
     return log.handle()
   })
 
-/** The newest snapshot that the manifest names, without a claim and unread; `undefined` where there is none. */
+/** The newest snapshot that the manifest names, by keys of the store, without a claim and unread; `undefined` where there is none. */
 export const peekSnapshot: (prefix: string) => Effect.Effect<Snapshot | undefined, StoreFailure, ObjectStore> =
   Effect.fnUntraced(function* (prefix: string) {
     const store = yield* ObjectStore
     const found = yield* Effect.catchTag(store.get(`${prefix}/manifest`), "ObjectMissing", () => Effect.undefined)
     const manifest = found === undefined ? undefined : Result.getOrUndefined(decodeManifest(found.body))
-    return manifest?.snapshots[0]
+    return withStoreKeys(prefix, manifest?.snapshots[0])
   })
 
 /**
- * The same for who opens it beside its owner: its keys are the object store's, and `verify` reads its files and compares their
+ * The same for who opens it beside its owner: `verify` reads its files and compares their
  * checksums. What is wrong with them; `undefined` for nothing.
  */
 export const peekFiles: (prefix: string) => Effect.Effect<
@@ -216,9 +216,8 @@ export const peekFiles: (prefix: string) => Effect.Effect<
   ObjectStore
 > = Effect.fnUntraced(function* (prefix: string) {
   const store = yield* ObjectStore
-  const newest = yield* peekSnapshot(prefix)
-  if (newest === undefined) return undefined
-  const snapshot = withKeys(newest, (key) => `${prefix}/${key}`)
+  const snapshot = yield* peekSnapshot(prefix)
+  if (snapshot === undefined) return undefined
   const verify = Effect.gen(function* () {
     for (const object of objectsOf(snapshot)) {
       const fault = yield* objectFault(store, object.key, object)
@@ -336,7 +335,7 @@ class Log {
       prefix: this.#prefix,
       epoch: this.#epoch,
       snapshot: this.#snapshot,
-      newestSnapshot: () => this.#withStoreKeys(this.#manifest.snapshots[0]),
+      newestSnapshot: () => withStoreKeys(this.#prefix, this.#manifest.snapshots[0]),
       verifySnapshot: Effect.suspend(() => {
         const newest = this.#manifest.snapshots[0]
         if (newest === undefined) return Effect.undefined
@@ -461,7 +460,7 @@ class Log {
         `Snapshot of position ${snapshot.seq} refused: ${fault?.detail ?? "it could not be opened"}`
       )
     }
-    this.#snapshot = this.#withStoreKeys(all[at])
+    this.#snapshot = withStoreKeys(this.#prefix, all[at])
     if (at === 0) return
     if (at === all.length && this.#manifest.prunedSeq > 0 && first !== undefined) return yield* first
     // Forgotten for good, before the log goes on: it may be cut below a refused snapshot, and then that is another history.
@@ -1020,14 +1019,12 @@ class Log {
   #keyOf(key: string): string {
     return `${this.#prefix}/${key}`
   }
-
-  #withStoreKeys(snapshot: Snapshot | undefined): Snapshot | undefined {
-    return snapshot === undefined ? undefined : withKeys(snapshot, (key) => this.#keyOf(key))
-  }
 }
 
-const withKeys = (snapshot: Snapshot, keyOf: (key: string) => string): Snapshot => {
-  const withKey = (object: SnapshotObject) => ({ ...object, key: keyOf(object.key) })
+/** The snapshot with the keys of its objects as the store has them, where the manifest's are below its prefix. */
+const withStoreKeys = (prefix: string, snapshot: Snapshot | undefined): Snapshot | undefined => {
+  if (snapshot === undefined) return undefined
+  const withKey = (object: SnapshotObject) => ({ ...object, key: `${prefix}/${object.key}` })
   const sketch = snapshot.sketch === undefined ? {} : { sketch: withKey(snapshot.sketch) }
   return { ...snapshot, records: withKey(snapshot.records), graph: withKey(snapshot.graph), ...sketch }
 }

@@ -8,7 +8,7 @@
  * lets a user's call be the probe, and costs every call a scope.
  */
 import { Context, Data, Effect, Layer, type Scope } from "effect"
-import { Redis } from "ioredis"
+import type { Redis } from "ioredis"
 import { Settings } from "../config.ts"
 
 /** Redis is not there, did not answer in time, or refused (`refused`: its words begin the detail, `OOM` for one). */
@@ -83,7 +83,9 @@ const make = Effect.fnUntraced(function* (options: RedisOptions) {
   let failures = 0
   let totalMillis = 0
 
-  const redis = new Redis(options.url, {
+  // Loaded only here: a node without Redis needs nothing of it.
+  const { Redis: Client } = yield* Effect.promise(() => import("ioredis"))
+  const redis = new Client(options.url, {
     lazyConnect: true,
     enableAutoPipelining: true,
     enableOfflineQueue: false,

@@ -97,13 +97,11 @@ export const make = Effect.fnUntraced(function* (index: PartitionIndex, scope: S
     Effect.suspend(() => {
       const seat = current
       seat.waiting += 1
-      return Effect.ensuring(
-        use(seat.index),
-        Effect.sync(() => {
-          seat.waiting -= 1
-          if (seat.waiting === 0) seat.idle?.()
-        })
-      )
+      return Effect.onExitPrimitive(use(seat.index), () => {
+        seat.waiting -= 1
+        if (seat.waiting === 0) seat.idle?.()
+        return undefined
+      })
     })
 
   const whenIdle = (seat: Seat): Effect.Effect<void> =>

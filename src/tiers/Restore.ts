@@ -9,6 +9,7 @@
 import { randomBytes } from "node:crypto"
 import { Clock, Data, Effect, Result, Schema, Stream } from "effect"
 import type { Collection } from "../protocol/Collection.ts"
+import { putKeys } from "./ApiKeys.ts"
 import { snapshotObjects, storedFault, withCopy } from "./Backup.ts"
 import { type BackupCollection, BackupDamaged, type BackupRun, type Chain } from "./BackupManifest.ts"
 import {
@@ -129,6 +130,12 @@ export const restore: (options: RestoreOptions) => Effect.Effect<RestoreReport, 
     restored.push({ from, collection, operations, bytes, onlyToMillis })
   }
 
+  // The newest, whatever the time that is restored: a key that was revoked since stays so.
+  if (options.only === undefined) {
+    yield* Effect.catchTag(putKeys(target, run.keys ?? []), "ObjectExists", ({ key }) =>
+      Effect.fail(new TargetNotEmpty({ object: key }))
+    )
+  }
   const gone =
     options.only === undefined ? run.collections.filter(({ removedMillis }) => removedMillis === undefined) : []
   const catalogue: Catalogue = {

@@ -1,6 +1,9 @@
 /**
  * A node's own backup: every `backupIntervalMillis`, and once when it stops cleanly. While it is on, logs are not pruned
  * beyond what it has copied, for at most `backupLagMillisMax` without a backup that succeeds.
+ *
+ * In a cell one node makes them, of all (`shards/BackupDuty.ts` says which); the others learn from the backup what is in it. A
+ * node of a cell makes none when it stops: another goes on.
  */
 import { Context, Effect, Layer, Metric, Semaphore } from "effect"
 import { Settings } from "../config.ts"
@@ -30,13 +33,15 @@ export class ServerBackup extends Context.Service<
   {
     /** Runs one now, or after the one under way; `undefined` where backups are off. */
     readonly now: Effect.Effect<BackupReport | undefined, BackupError>
+    /** Makes them for ever, one after another; nothing where they are off. */
+    readonly duty: Effect.Effect<void>
   }
 >()("ruvector/tiers/ServerBackup") {
   static readonly layer: Layer.Layer<ServerBackup, BackupPlaceError, Settings | ObjectStore | DataDirectory> =
     Layer.effectContext(
       Effect.gen(function* () {
         const settings = yield* Settings
-        if (settings.backupTo === "") return Context.make(ServerBackup, { now: Effect.undefined })
+        if (settings.backupTo === "") return Context.make(ServerBackup, { now: Effect.undefined, duty: Effect.void })
         const source = yield* ObjectStore
         const { path, scratch } = yield* DataDirectory
         const data = isBucketUrl(settings.data) ? settings.data : path
@@ -68,16 +73,26 @@ export class ServerBackup extends Context.Service<
             )
           )
         )
-        const loop = Effect.gen(function* () {
+        const duty = Effect.gen(function* () {
           while (true) {
             yield* Effect.ignore(now)
             yield* Effect.sleep(settings.backupIntervalMillis)
           }
         })
-        // The actors have stopped by then, and what they wrote last is copied too.
-        yield* Effect.addFinalizer(() => Effect.ignore(Effect.timeoutOption(now, settings.drainMillis)))
-        yield* Effect.forkScoped(loop)
-        return Context.make(ServerBackup, { now }).pipe(
+        if (settings.databaseUrl === "") {
+          // The actors have stopped by then, and what they wrote last is copied too.
+          yield* Effect.addFinalizer(() => Effect.ignore(Effect.timeoutOption(now, settings.drainMillis)))
+          yield* Effect.forkScoped(duty)
+        } else {
+          yield* gate.withPermit(newestRun(destination)).pipe(
+            Effect.map(({ run }) => run === undefined || copied.note(run)),
+            Effect.catchCause((cause) => Effect.logWarning("The backup cannot be looked at", cause)),
+            Effect.andThen(Effect.sleep(settings.backupIntervalMillis)),
+            Effect.forever,
+            Effect.forkScoped
+          )
+        }
+        return Context.make(ServerBackup, { now, duty }).pipe(
           Context.add(PruneLimit, (prefix: string) => copied.limit(prefix))
         )
       })

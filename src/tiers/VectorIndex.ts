@@ -11,6 +11,7 @@ import { defaultSettings, Settings } from "../config.ts"
 import type { Metric, Quantization } from "../protocol/Fields.ts"
 import type { WatchChange } from "../protocol/StandingQuery.ts"
 import type { Version } from "../protocol/Version.ts"
+import { Patience } from "./index/Patience.ts"
 import { ThreadClient } from "./index/ThreadClient.ts"
 
 export interface IndexSpec {
@@ -187,6 +188,8 @@ export interface VectorIndexOptions {
   readonly graphFrom?: number
   /** Searches waiting for one thread, at most. */
   readonly threadPendingMax?: number
+  /** Milliseconds that a search which is alone may keep the main thread waiting, in a turn of its event loop; 0 or none: never. */
+  readonly searchWaitMillis?: number
   /** Bytes of records files that one thread keeps in memory for the mapped forms in it. */
   readonly blockCacheBytes?: number
   /** Records from which a snapshot has a sketch. */
@@ -225,6 +228,7 @@ export class VectorIndex extends Context.Service<
       Effect.gen(function* () {
         const count = options.threads || Math.max(1, availableParallelism() - 1)
         const context = yield* Effect.context<never>()
+        const patience = options.searchWaitMillis ? new Patience(options.searchWaitMillis) : undefined
         const threads = yield* Effect.acquireRelease(
           Effect.sync(() =>
             Array.from(
@@ -239,6 +243,7 @@ export class VectorIndex extends Context.Service<
                     blockCacheBytes: options.blockCacheBytes ?? defaultSettings.blockCacheBytes,
                     sketchFrom: options.sketchFrom
                   },
+                  patience,
                   pendingMax: options.threadPendingMax ?? 4_096,
                   heapMegabytes: options.threadHeapMegabytes,
                   onDeath: (detail, delayMillis) => {

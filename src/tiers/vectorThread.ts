@@ -12,6 +12,7 @@ import { collectGarbage, collectGrown } from "./collectGarbage.ts"
 import { BlockCache } from "./index/BlockCache.ts"
 import { FileFault } from "./index/RecordsFile.ts"
 import { type Hits, Resident } from "./index/Resident.ts"
+import { SearchDesk } from "./index/SearchDesk.ts"
 import {
   type Answer,
   type Command,
@@ -53,6 +54,9 @@ const bytesEveryMillis = 250
 const collectBytes = 32 * 1_048_576
 const collectEveryMillis = 1_000
 
+/** How long the thread waits at the desk for the next search after one, before it waits for messages again. */
+const lingerMillis = 100
+
 interface Search {
   readonly request: number
   readonly arrivedAt: number
@@ -84,7 +88,14 @@ interface Seat {
 }
 
 const port = parentPort!
-const { insertSliceMillis, graphFrom, blockCacheBytes, sketchFrom, shared } = workerData as ThreadOptions
+const {
+  insertSliceMillis,
+  graphFrom,
+  blockCacheBytes,
+  sketchFrom,
+  shared,
+  desk: deskMemory
+} = workerData as ThreadOptions
 const cache = new BlockCache(blockCacheBytes)
 
 const seats = new Map<number, Seat>()
@@ -102,6 +113,10 @@ const reads: Array<Command & { readonly kind: "get" | "stats" }> = []
 /** Milliseconds that work is owed by the searches done since. */
 let owedMillis = 0
 let scheduled = false
+const desk = deskMemory === undefined ? undefined : new SearchDesk(deskMemory)
+/** The search that lies at the desk; 0 where there is none. */
+let atDesk = 0
+let deskUsedAt = Number.NEGATIVE_INFINITY
 
 // --- Answers -----------------------------------------------------------------------------------------------------------
 
@@ -185,6 +200,10 @@ const search = ({ request, seat, vector, k, ef, filter, flags }: Search): void =
   }
   // A search may find that the graph needs work.
   makeReady(seat)
+  if (request === atDesk) {
+    atDesk = 0
+    if (desk!.answer(hits, flags, dimensions)) return
+  }
   const { ids, scores, metadata, vectors } = hits
   if (hitHead.length === 0) waitingSince = performance.now()
   hitHead.push(request, ids.length, flags, dimensions)
@@ -446,6 +465,35 @@ const receive = (): void => {
   for (let one = receiveMessageOnPort(port); one !== undefined; one = receiveMessageOnPort(port)) {
     take(one.message as ToThread)
   }
+  takeFromDesk()
+}
+
+const takeFromDesk = (): void => {
+  if (desk === undefined || atDesk !== 0) return
+  const query = desk.peek()
+  if (query === undefined) return
+  const { request, k, ef, flags, filter, vector } = query
+  const arrivedAt = performance.now()
+  atDesk = request
+  deskUsedAt = arrivedAt
+  const seat = seats.get(query.partition)
+  if (seat === undefined) answer({ kind: "failed", request, reason: "lost", detail: "the partition is closed" })
+  else searches.set(request, { request, arrivedAt, seat, k, ef, flags, filter, vector })
+}
+
+/** What lay at the desk and is not waited for here any more has been answered by a message, or needs none. */
+const clearDesk = (): void => {
+  if (atDesk === 0 || searches.has(atDesk)) return
+  for (const { parked } of seats.values()) if (parked.has(atDesk)) return
+  atDesk = 0
+  desk!.giveBack()
+}
+
+/** Whether nothing can come but what is said at the desk's bell, soon after a search that lay there. */
+const mayLinger = (): boolean => {
+  if (scheduled || isStopping || leaving.size > 0) return false
+  for (const seat of seats.values()) if (seat.waiting) return false
+  return performance.now() - deskUsedAt < lingerMillis
 }
 
 const take = (message: ToThread): void => {
@@ -565,8 +613,18 @@ const end = (): void => {
 }
 
 const turn = (): void => {
+  if (desk === undefined) return void work()
+  let rung: number
+  do {
+    rung = desk.rung
+    if (!work()) return
+  } while ((mayLinger() && desk.linger(rung, lingerMillis)) || !desk.leave(rung))
+}
+
+/** False where there must be no more. */
+const work = (): boolean => {
   scheduled = false
-  if (!enter()) return
+  if (!enter()) return false
   receive()
   runSearches()
   if (ready.length > 0) {
@@ -578,7 +636,10 @@ const turn = (): void => {
   } else owedMillis = 0
   collectWhereDue()
   flush()
+  clearDesk()
+  if (desk !== undefined) desk.isEngaged = ready.length > 0
   leave()
+  return true
 }
 
 /** The event loop turns between two slices, so that files and promises get on. */

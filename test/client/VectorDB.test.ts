@@ -3,8 +3,8 @@ import { mkdtemp, rm } from "node:fs/promises"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { afterAll, assert, beforeAll, describe, it } from "@effect/vitest"
-import { Effect, Schema, Stream } from "effect"
-import { VectorClient, VectorDB, VectorDBError, type VectorDBOptions } from "../../src/client/index.ts"
+import { Schema } from "effect"
+import { VectorDB, VectorDBError, type VectorDBOptions } from "../../src/client/index.ts"
 import { VectorDB as EmbeddedDB } from "../../src/index.ts"
 import { type RunningNode, startNode } from "../support/Node.ts"
 import { startTcpProxy } from "../support/TcpProxy.ts"
@@ -226,7 +226,8 @@ describe("VectorDB in trouble", () => {
       deadlineMillis: 20_000
     })
     await db.collections.create("cut", { dimensions: 3, partitions: 2 })
-    const cuts = setInterval(() => proxy.cut(), 150)
+    // As often as that, so that a slow machine comes to an end as well.
+    const cuts = setInterval(() => (proxy.cuts() < 12 ? proxy.cut() : clearInterval(cuts)), 150)
     const calls: Array<Promise<unknown>> = []
     for (let i = 0; i < 400; i++) {
       calls.push(db.insert(`i${i}`, [i + 1, 1, 0], { collection: "cut", metadata: { i } }))
@@ -322,9 +323,9 @@ describe("VectorDB.open", () => {
     await db.insert("a", [1, 0], { metadata: { n: 1 } })
     const locked = await EmbeddedDB.open({ path }).then(
       () => "",
-      (error: Error) => error.message
+      (error: VectorDBError) => `${error.code}: ${error.message}`
     )
-    assert.match(locked, /^The data directory .* is in use by process /)
+    assert.match(locked, /^not_opened: The data directory .* is in use by process /)
     await db.close()
     const node = await startNode({ data: path })
     const remote = new VectorDB({ endpoint: node.base })
@@ -344,30 +345,5 @@ describe("VectorDB.open", () => {
       assert.deepStrictEqual((await again.get("b"))?.vector, Float32Array.of(0, 1))
     }
     await rm(path, { recursive: true })
-  })
-})
-
-describe("VectorClient", () => {
-  it("is the same as effects, streams and typed errors", async () => {
-    const node = await startNode()
-    const program = Effect.gen(function* () {
-      const client = yield* VectorClient
-      assert.strictEqual(
-        yield* client.insertMany(
-          Stream.range(1, 50).pipe(Stream.map((i) => ({ id: `v${i}`, vector: [i, 1], metadata: { i } }))),
-          { batchSize: 7 }
-        ),
-        50
-      )
-      const hits = yield* Stream.runCollect(client.searchStream([1, 1], { k: 3 }))
-      assert.deepStrictEqual(
-        [...hits].map(({ id }) => id),
-        ["v1", "v2", "v3"]
-      )
-      const error = yield* Effect.flip(client.search([1, 2, 3]))
-      assert.strictEqual(error.code, "invalid_input")
-    })
-    await Effect.runPromise(Effect.provide(program, VectorClient.layer({ endpoint: node.base })))
-    await node.stop()
   })
 })

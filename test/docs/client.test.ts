@@ -1,13 +1,15 @@
-/** Programs in the documents do what the documents say: each is run as it stands, against a node, and its output compared. */
+/**
+ * Programs in the documents do what the documents say: each is run as it stands, with the package installed and against a
+ * node, and its output compared.
+ */
 import { spawn } from "node:child_process"
-import { mkdir, readFile, rm, writeFile } from "node:fs/promises"
+import { readFile, writeFile } from "node:fs/promises"
 import { join } from "node:path"
 import { afterAll, assert, beforeAll, describe, it } from "@effect/vitest"
+import { type InstalledPackage, installedPackage } from "../support/InstalledPackage.ts"
 import { type RunningNode, startNode } from "../support/Node.ts"
 
 const root = new URL("../../", import.meta.url).pathname
-/** In the project, so that its name is resolved as a user's would be. */
-const directory = join(root, ".cache", `docs-${process.pid}`)
 const text = await readFile(join(root, "docs/client.md"), "utf8")
 const programs = [...text.matchAll(/^## (.+)$|^```ts\n([\s\S]*?)^```$/gm)].reduce<
   Array<{ title: string; code: string }>
@@ -35,13 +37,14 @@ const run = (
 
 describe("docs/client.md", () => {
   let node: RunningNode
+  let installed: InstalledPackage
   beforeAll(async () => {
+    installed = await installedPackage()
     node = await startNode()
-    await mkdir(directory, { recursive: true })
-  })
+  }, 120_000)
   afterAll(async () => {
-    await node.stop()
-    await rm(directory, { recursive: true })
+    await node?.stop()
+    await installed?.remove()
   })
 
   const withCode = programs.filter(({ code }) => code !== "")
@@ -51,7 +54,7 @@ describe("docs/client.md", () => {
 
   for (const [n, { title, code }] of withCode.entries()) {
     it(title, { timeout: 40_000 }, async () => {
-      const path = join(directory, `${n}.ts`)
+      const path = join(installed.directory, `${n}.ts`)
       await writeFile(path, code.replaceAll("http://127.0.0.1:8080", node.base))
       const expected = [...code.matchAll(/^\s*\/\/ => (.*)$/gm)].map(([, line]) => `${line}\n`).join("")
       const { code: status, output, errors } = await run(path)

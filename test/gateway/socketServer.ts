@@ -6,6 +6,7 @@ import { WebSocketServer } from "ws"
 import { defaultSettings, Settings, type SettingValues } from "../../src/config.ts"
 import { Callers } from "../../src/gateway/Callers.ts"
 import { ClientAddresses } from "../../src/gateway/ClientAddresses.ts"
+import { FrameTurns } from "../../src/gateway/FrameTurns.ts"
 import { type ConnectionSubscriptions, SubscriptionFrames } from "../../src/gateway/SessionSink.ts"
 import type { SessionLink } from "../../src/gateway/Sessions.ts"
 import { Sessions } from "../../src/gateway/Sessions.ts"
@@ -113,8 +114,10 @@ export const startSocketServer = async (
 /** One connection of a principal after the other, looked after when the test says so. */
 export const startConnections = async (principal: Partial<Principal>, settings: Partial<SettingValues> = {}) => {
   const connections: Array<WebSocketConnection> = []
+  const all = { ...defaultSettings, ...settings }
   const hub = {
-    settings: { ...defaultSettings, ...settings },
+    settings: all,
+    turns: new FrameTurns(all.frameTurnMillis),
     admission: unpressed,
     access: { watch: () => () => {}, admit: () => undefined, allow: () => undefined },
     run: Effect.runFork,

@@ -6,11 +6,11 @@
 import type { Worker } from "node:worker_threads"
 import { assert, describe, it } from "@effect/vitest"
 import { Context, Effect, Exit, Fiber, Layer, Stream } from "effect"
-import { StandingQueries } from "../../src/index.ts"
 import type { Collection } from "../../src/protocol/Collection.ts"
 import type { Metric } from "../../src/protocol/Fields.ts"
 import { parseFilter } from "../../src/protocol/Filter.ts"
 import { IndexPartition, partitionId } from "../../src/protocol/IndexPartition.ts"
+import { StandingQueries } from "../../src/server.ts"
 import type {
   OpenStandingQuery,
   StandingMember,

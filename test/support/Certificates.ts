@@ -1,4 +1,4 @@
-/** Self-signed certificates for `localhost` and 127.0.0.1, made here: no tool and no file is needed for them. */
+/** Self-signed certificates for `localhost`, or another host, and 127.0.0.1, made here: no tool and no file is needed for them. */
 import { generateKeyPairSync, randomBytes, sign } from "node:crypto"
 
 export interface Certificate {
@@ -6,11 +6,11 @@ export interface Certificate {
   readonly key: string
 }
 
-export const makeCertificate = (commonName: string): Certificate => {
+export const makeCertificate = (commonName: string, host = "localhost"): Certificate => {
   const { publicKey, privateKey } = generateKeyPairSync("ec", { namedCurve: "P-256" })
   const ecdsaWithSha256 = sequence(objectId("2a8648ce3d040302"))
   const name = sequence(set(sequence(objectId("550403"), tagged(0x0c, Buffer.from(commonName)))))
-  const names = sequence(tagged(0x82, Buffer.from("localhost")), tagged(0x87, Buffer.from([127, 0, 0, 1])))
+  const names = sequence(tagged(0x82, Buffer.from(host)), tagged(0x87, Buffer.from([127, 0, 0, 1])))
   const extensions = sequence(
     sequence(objectId("551d11"), tagged(0x04, names)),
     sequence(

@@ -3,7 +3,7 @@ import { mkdtemp, rm } from "node:fs/promises"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { Context, Effect, Exit, Layer, Logger, References, Scope } from "effect"
-import { activate, defaultSettings, HttpGateway, node, type SettingValues } from "../../src/index.ts"
+import { activate, defaultSettings, HttpGateway, node, type SettingValues } from "../../src/server.ts"
 
 export interface RunningNode {
   readonly base: string

@@ -25,9 +25,10 @@ export const redisInstalled = spawnSync("redis-server", ["--version"]).status ==
 export const skipRedis = !redisInstalled && process.env["RUVECTOR_CI"] === undefined
 if (skipRedis) console.warn("Tests with Redis are skipped: install it with `apt-get install redis-server`.")
 
-export const startRedis = async (flags: ReadonlyArray<string> = []): Promise<RedisServer> => {
+/** `host`: the address to listen on; whoever reaches it may do everything. */
+export const startRedis = async (flags: ReadonlyArray<string> = [], host = "127.0.0.1"): Promise<RedisServer> => {
   const directory = await mkdtemp(join(tmpdir(), "ruvector-redis-"))
-  const port = await freePort()
+  const port = await freePort(host)
   let child: ChildProcess | undefined
   const kill = async () => {
     const running = child
@@ -38,11 +39,11 @@ export const startRedis = async (flags: ReadonlyArray<string> = []): Promise<Red
     await exited
   }
   const start = async () => {
-    child = await launch(port, directory, flags)
+    child = await launch(host, port, directory, flags)
   }
   await start()
   return {
-    url: `redis://127.0.0.1:${port}`,
+    url: `redis://${host}:${port}`,
     port,
     kill,
     start,
@@ -55,10 +56,12 @@ export const startRedis = async (flags: ReadonlyArray<string> = []): Promise<Red
   }
 }
 
-const launch = (port: number, directory: string, flags: ReadonlyArray<string>): Promise<ChildProcess> =>
+const launch = (host: string, port: number, directory: string, flags: ReadonlyArray<string>): Promise<ChildProcess> =>
   new Promise((resolve, reject) => {
-    const fixed = ["--port", `${port}`, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", directory]
-    const child = spawn("redis-server", [...fixed, ...flags], { stdio: ["ignore", "pipe", "pipe"] })
+    const place = ["--port", `${port}`, "--bind", host, "--protected-mode", "no", "--dir", directory]
+    const child = spawn("redis-server", [...place, "--save", "", "--appendonly", "no", ...flags], {
+      stdio: ["ignore", "pipe", "pipe"]
+    })
     let output = ""
     child.stdout.on("data", (chunk: Buffer) => {
       output += chunk.toString()
@@ -68,11 +71,11 @@ const launch = (port: number, directory: string, flags: ReadonlyArray<string>): 
     child.once("exit", (code) => reject(new Error(`redis-server ended with ${code}: ${output}`)))
   })
 
-const freePort = (): Promise<number> =>
+const freePort = (host: string): Promise<number> =>
   new Promise((resolve, reject) => {
     const server = createServer()
     server.once("error", reject)
-    server.listen(0, "127.0.0.1", () => {
+    server.listen(0, host, () => {
       const address = server.address()
       server.close(() => (typeof address === "object" && address !== null ? resolve(address.port) : reject()))
     })

@@ -5,6 +5,7 @@ import { join } from "node:path"
 import { afterAll, assert, beforeAll, describe, it } from "@effect/vitest"
 import { Context, Effect, Exit, Layer, Schema } from "effect"
 import type { Collection } from "../../src/protocol/Collection.ts"
+import { createKey, listKeys, revokeKey } from "../../src/tiers/ApiKeys.ts"
 import { backup } from "../../src/tiers/Backup.ts"
 import { listAll, newestRun, openBackup } from "../../src/tiers/BackupReader.ts"
 import { truthOf } from "../../src/tiers/BackupTruth.ts"
@@ -99,6 +100,37 @@ const damage = Effect.fnUntraced(function* (store: Store, key: string) {
 })
 
 describe("a backup", () => {
+  it.live("has the API keys; those of the newest are restored, to whatever time", () =>
+    Effect.gen(function* () {
+      const source = yield* sourceUpTo(5)
+      const destination = yield* memory
+      const wanted = { name: "ci", tenant: "default", scopes: ["read"], tier: "standard" } as const
+      const first = yield* createKey(source, wanted)
+      const second = yield* createKey(source, { ...wanted, name: "other" })
+      yield* backup({ source, destination, scratch })
+      yield* revokeKey(source, first.record.id)
+      yield* backup({ source, destination, scratch })
+
+      const target = yield* memory
+      yield* restore({ backup: destination, target, scratch, atMillis: everMillis + 3 })
+      const restored = yield* listKeys(target)
+      assert.deepStrictEqual(restored, yield* listKeys(source))
+      assert.isDefined(restored.find(({ id }) => id === first.record.id)?.revoked_ms)
+      assert.isUndefined(restored.find(({ id }) => id === second.record.id)?.revoked_ms)
+
+      // One collection beside others brings no keys along.
+      const other = yield* sourceUpTo(1)
+      yield* restore({
+        backup: destination,
+        target: other,
+        scratch,
+        atMillis: undefined,
+        only: { collection: "c", as: "d" }
+      })
+      assert.deepStrictEqual(yield* listKeys(other), [])
+    })
+  )
+
   it.live("that dies at any call counts for nothing until it is whole, and is made good by the next", () =>
     Effect.gen(function* () {
       const source = yield* sourceUpTo(5)

@@ -19,6 +19,8 @@ import {
   type StandingListener,
   type StandingSpec
 } from "../VectorIndex.ts"
+import type { Patience } from "./Patience.ts"
+import { SearchDesk } from "./SearchDesk.ts"
 import { forEachChange } from "./StandingMatches.ts"
 import {
   type Answer,
@@ -39,7 +41,9 @@ import {
 export interface ThreadClientOptions {
   readonly name: string
   readonly entry: URL
-  readonly thread: Omit<ThreadOptions, "shared">
+  readonly thread: Omit<ThreadOptions, "shared" | "desk">
+  /** Where a search that is alone is waited for: how long that may be, over all threads. */
+  readonly patience: Patience | undefined
   /** Searches waiting, at most. */
   readonly pendingMax: number
   readonly heapMegabytes: number | undefined
@@ -79,6 +83,7 @@ export class ThreadClient {
   readonly #seats = new Map<number, Seat>()
   #worker: Worker | undefined
   #shared = new Int32Array(new SharedArrayBuffer(8))
+  #desk: SearchDesk | undefined
   #stopped = false
   #restartTimer: NodeJS.Timeout | undefined
   #startedAt = 0
@@ -145,7 +150,7 @@ export class ThreadClient {
   }
 
   collect(): void {
-    this.#worker?.postMessage({ collect: true } satisfies ToThread)
+    this.#post({ collect: true })
   }
 
   /** Ends the thread; everything asked of it fails. */
@@ -156,7 +161,7 @@ export class ThreadClient {
     const worker = this.#worker
     if (worker !== undefined) {
       const ended = new Promise<void>((resolve) => worker.once("exit", () => resolve()))
-      worker.postMessage(stopMessage)
+      this.#post(stopMessage)
       const timer = setTimeout(() => void worker.terminate(), stopMillisMax)
       await ended
       clearTimeout(timer)
@@ -269,8 +274,10 @@ export class ThreadClient {
         answer: (answer) => resume(failureOf(answer) as Effect.Effect<never, IndexLost>),
         lost: (error) => resume(Effect.fail(error))
       })
-      this.#searches.push({ request, seat, query })
-      this.#schedule()
+      if (!this.#waited(request, seat, query)) {
+        this.#searches.push({ request, seat, query })
+        this.#schedule()
+      }
       return Effect.sync(() => this.#forget(request))
     })
   }
@@ -368,7 +375,8 @@ export class ThreadClient {
       ...(heapMegabytes === undefined ? {} : { maxOldGenerationSizeMb: heapMegabytes })
     }
     this.#shared = new Int32Array(new SharedArrayBuffer(8))
-    const workerData: ThreadOptions = { ...thread, shared: this.#shared }
+    this.#desk = this.#options.patience === undefined ? undefined : new SearchDesk()
+    const workerData: ThreadOptions = { ...thread, shared: this.#shared, desk: this.#desk?.memory }
     // Flags of a program that embeds the engine (`--input-type`, loaders) are not for its threads.
     const worker = new Worker(entry, { name, workerData, resourceLimits, execArgv: [] })
     this.#worker = worker
@@ -410,6 +418,34 @@ export class ThreadClient {
     setImmediate(() => this.#flush())
   }
 
+  /**
+   * Waits for a search at the desk, where nothing else is asked of the thread and it has nothing long to do. False where it has
+   * to be sent; else it is answered by now, or will be by a message.
+   */
+  #waited(request: number, seat: Seat, query: IndexQuery): boolean {
+    const { patience } = this.#options
+    const desk = this.#desk
+    if (desk === undefined || patience === undefined || this.#worker === undefined) return false
+    if (this.#flushing || this.#waiting.size > 1 || desk.isEngaged) return false
+    const millis = patience.left
+    if (millis === 0 || !desk.ask(request, seat.number, query)) return false
+    const started = performance.now()
+    if (!desk.ring()) this.#worker.postMessage(callMessage)
+    const hits = desk.wait(millis)
+    patience.spent(performance.now() - started)
+    const waiting = this.#waiting.get(request)
+    if (hits !== undefined && waiting !== undefined) {
+      this.#settle(request, waiting)
+      waiting.hits?.(hits)
+    }
+    return true
+  }
+
+  #post(message: ToThread, transfer: ReadonlyArray<ArrayBuffer> = []): void {
+    this.#worker?.postMessage(message, transfer)
+    this.#desk?.ring()
+  }
+
   #flush(): void {
     this.#flushing = false
     // What is asked while no thread is there waits for the next one.
@@ -448,7 +484,7 @@ export class ThreadClient {
       this.#cancelled = []
     }
     if (message.searches === undefined && message.commands === undefined && message.cancelled === undefined) return
-    this.#worker.postMessage(message, transfer)
+    this.#post(message, transfer)
   }
 
   #receive(message: FromThread): void {
@@ -510,6 +546,9 @@ const tellLost = ({ watches, lost }: Seat): void => {
 }
 
 const stopMessage: ToThread = { stop: true }
+
+/** Says that somebody waits at the desk. */
+const callMessage: ToThread = {}
 
 /** Memory that a partition is taken to need before the thread has said what it does. */
 const partitionBytesAssumed = 16 << 20

@@ -9,6 +9,8 @@ export interface ThreadOptions {
   readonly sketchFrom: number | undefined
   /** Two words shared by both sides, see {@link isBusy} and {@link mustStop}. */
   readonly shared: Int32Array<SharedArrayBuffer>
+  /** Of a `SearchDesk`, where the main thread waits for searches. */
+  readonly desk: SharedArrayBuffer | undefined
 }
 
 /**

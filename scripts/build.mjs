@@ -1,0 +1,101 @@
+// Builds what a program installs: plain ESM with types, and the client as one file for pages without a bundler.
+//
+//   node scripts/build.mjs            into dist/
+
+import { spawnSync } from "node:child_process"
+import { readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs"
+import { join } from "node:path"
+import { ensureInstalled, main, nodeBinary, root, SetupError } from "./setup.mjs"
+
+const target = join(root, "dist")
+
+/** Modules that are named by address and not imported, which the compiler leaves as they are. */
+const byAddress = /new URL\((["'])(\.{1,2}\/[^"']*)\.ts\1, import\.meta\.url\)/g
+
+/** Imports in declarations, likewise. */
+const imported = /(\bfrom |\bimport\()(["'])(\.{1,2}\/[^"']*)\.ts\2/g
+
+/** What is imported of Effect by the name of a module. */
+const ofEffect = /^import (type )?\{([^}]*)\} from (["'])(effect(?:\/[a-z-]+)?)\3;$/gm
+
+/**
+ * The modules of Effect that an index of it names, by name.
+ * @type {Map<string, ReadonlyMap<string, string>>}
+ */
+const indices = new Map()
+
+/** @param {string} index `effect` or `effect/http` */
+const modulesOf = (index) => {
+  const known = indices.get(index)
+  if (known) return known
+  const text = readFileSync(
+    join(root, "node_modules", "effect", "dist", index.slice("effect".length), "index.js"),
+    "utf8"
+  )
+  const modules = new Map(
+    [...text.matchAll(/^export \* as (\w+) from "\.\/(\w+)\.js";?$/gm)].map(([, name = "", file]) => [
+      name,
+      `${index}/${file}`
+    ])
+  )
+  indices.set(index, modules)
+  return modules
+}
+
+/**
+ * The modules of Effect that are used, each by itself: its indices load all there are, which takes a program that starts
+ * twice as long, and one whose types are checked.
+ * @param {string} text
+ */
+const withoutIndices = (text) =>
+  text.replace(ofEffect, (whole, type = "", names, _, index) => {
+    const modules = modulesOf(index)
+    const imports = String(names)
+      .split(",")
+      .map((name) => name.trim().replace(/^type /, "").split(/ as /))
+      .map(([name = "", alias = name]) => [alias, modules.get(name)])
+    // Single functions are left to the index.
+    if (imports.some(([, module]) => module === undefined)) return whole
+    return imports.map(([alias, module]) => `import ${type}* as ${alias} from "${module}";`).join("\n")
+  })
+
+const compile = () => {
+  const { signal, status } = spawnSync(
+    nodeBinary,
+    [join(root, "node_modules", "typescript", "bin", "tsc"), "-p", join(root, "tsconfig.build.json")],
+    { stdio: "inherit" }
+  )
+  if (signal) process.kill(process.pid, signal)
+  if (status !== 0) throw new SetupError("the build failed; what the compiler said is above")
+}
+
+/** Names in what was built are those of files that were built. */
+const rename = () => {
+  for (const path of readdirSync(target, { recursive: true, encoding: "utf8" })) {
+    if (!/\.(?:js|d\.ts)$/.test(path)) continue
+    const file = join(target, path)
+    const text = readFileSync(file, "utf8")
+    const named = withoutIndices(
+      path.endsWith(".d.ts")
+        ? text.replace(imported, "$1$2$3.js$2")
+        : text.replace(byAddress, "new URL($1$2.js$1, import.meta.url)")
+    )
+    if (named !== text) writeFileSync(file, named)
+  }
+}
+
+/** The client as one file that imports nothing. */
+const bundleClient = async () => {
+  const { rolldown } = await import("rolldown")
+  const bundle = await rolldown({ input: join(target, "client", "index.js"), platform: "browser" })
+  await bundle.write({ file: join(target, "browser.js"), format: "esm", minify: true })
+  await bundle.close()
+}
+
+await main(async () => {
+  await ensureInstalled()
+  rmSync(target, { recursive: true, force: true })
+  compile()
+  rename()
+  await bundleClient()
+})

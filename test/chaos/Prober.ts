@@ -1,0 +1,92 @@
+/**
+ * Asks every partition again and again to write a record, through each gateway in turn, and so knows when which did not answer.
+ * One request each, without trying again: what a client makes of it is measured by its calls.
+ */
+import type { ClusterNode } from "./Nodes.ts"
+
+export interface Probe {
+  readonly partition: number
+  readonly gateway: string
+  readonly invoked: number
+  /** `undefined`: not answered, or refused. */
+  completed: number | undefined
+}
+
+export interface ProberOptions {
+  readonly gateways: ReadonlyArray<ClusterNode>
+  readonly collection: string
+  /** An id of each partition. */
+  readonly ids: ReadonlyArray<string>
+  readonly dimensions: number
+  readonly everyMillis: number
+  readonly now: () => number
+}
+
+/** After which a probe counts as not answered. */
+const lateMillis = 1_000
+
+export class Prober {
+  readonly probes: Array<Probe> = []
+  readonly #options: ProberOptions
+  readonly #timer: ReturnType<typeof setInterval>
+  #round = 0
+
+  constructor(options: ProberOptions) {
+    this.#options = options
+    this.#timer = setInterval(() => this.#ask(), options.everyMillis)
+  }
+
+  /**
+   * Milliseconds from `begin` until every partition answered again for good, as seen before `until` through gateways that are not
+   * `exempt`; 0 where none failed to, `undefined` where one does not yet.
+   */
+  recovered(begin: number, until: number, exempt: ReadonlyArray<string>): number | undefined {
+    let latest = 0
+    for (let partition = 0; partition < this.#options.ids.length; partition++) {
+      const seen = this.probes.filter(
+        (probe) =>
+          probe.partition === partition &&
+          probe.invoked >= begin - lateMillis &&
+          probe.invoked < until &&
+          !exempt.includes(probe.gateway)
+      )
+      const failed = seen.findLast(
+        ({ completed, invoked }) => completed === undefined || completed - invoked > lateMillis
+      )
+      if (failed === undefined) continue
+      const answered = seen.filter(({ completed, invoked }) => completed !== undefined && invoked > failed.invoked)
+      if (answered.length === 0) return undefined
+      const first = Math.min(...answered.map(({ completed }) => completed as number))
+      latest = Math.max(latest, first - begin)
+    }
+    return latest
+  }
+
+  close(): void {
+    clearInterval(this.#timer)
+  }
+
+  #ask(): void {
+    const { collection, dimensions, gateways, ids, now } = this.#options
+    this.#round += 1
+    ids.forEach((id, partition) => {
+      const gateway = gateways[(this.#round + partition) % gateways.length] as ClusterNode
+      const probe: Probe = { partition, gateway: gateway.name, invoked: now(), completed: undefined }
+      this.probes.push(probe)
+      const vector = Array.from({ length: dimensions }, (_, i) => (i === partition % dimensions ? 1 : -0.5))
+      const body = JSON.stringify({ collection, vectors: [{ id, vector }] })
+      fetch(`${gateway.base}/api/v1/insert`, {
+        method: "POST",
+        headers: { "content-type": "application/json" },
+        body,
+        signal: AbortSignal.timeout(2 * lateMillis)
+      }).then(
+        async (response) => {
+          await response.arrayBuffer()
+          if (response.ok) probe.completed = now()
+        },
+        () => {}
+      )
+    })
+  }
+}
