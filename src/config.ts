@@ -376,6 +376,16 @@ export const settings = {
 
   // Actors
   partitionIdleMillis: integer("quiet time after which a partition is passivated; 0: never", "ms", 0, 0, 86_400_000),
+  quarantineFailures: integer(
+    "failures in a row, by its own fault, after which a partition is not opened for a while",
+    "failures",
+    3,
+    1,
+    1_000
+  ),
+  quarantineMillis: integer("that it is not; twice as long after each failure more", "ms", 10_000, 100, 3_600_000),
+  quarantineMillisMax: integer("and at most", "ms", 600_000, 100, 86_400_000),
+  quarantineCalmMillis: integer("without a failure after which it has none", "ms", 60_000, 100, 86_400_000),
   sessionIdleMillis: integer("quiet time after which a session is passivated", "ms", 30_000, 5_000, 86_400_000),
   sessionSearchesMax: integer("searches under way in one session", "searches", 256, 1, 10_000),
   sessionAnswersKept: integer("newest answers a session keeps for resuming", "answers", 2, 0, 64),

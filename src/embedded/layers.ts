@@ -59,9 +59,14 @@ const budgetedCaches = Layer.effectDiscard(
   })
 )
 
-/** A gateway owns no partition, and so has no thread for one. */
+/** A gateway owns no partition, and so has no thread for one. A program may bring threads of its own. */
 const vectorThreads = Layer.unwrap(
-  Effect.map(Settings, ({ role }) => (role === "gateway" ? VectorIndex.layerNone : VectorIndex.layer))
+  Effect.gen(function* () {
+    const own = yield* Effect.serviceOption(VectorIndex)
+    if (Option.isSome(own)) return Layer.succeed(VectorIndex, own.value)
+    const { role } = yield* Settings
+    return role === "gateway" ? VectorIndex.layerNone : VectorIndex.layer
+  })
 )
 
 /** The actors of every process, whatever it does besides. */
