@@ -85,7 +85,7 @@ export class Router extends Context.Service<
       request: CollectionRequest
     ) => Effect.Effect<
       { readonly collection: Collection; readonly created: boolean },
-      CollectionConflict | StorageUnavailable | Overloaded | InvalidInput
+      CollectionConflict | CollectionNotFound | StorageUnavailable | Overloaded | InvalidInput
     >
     readonly collection: (name: string) => Effect.Effect<Collection, CollectionNotFound | StorageUnavailable>
     /** The same, past what is remembered of it. */
