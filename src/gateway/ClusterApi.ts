@@ -29,9 +29,6 @@ export const releasePath = "/api/v1/cluster/release"
 
 const decodeRelease = decoderOf(ReleaseRequest)
 
-const quarantinedGauge = Metric.gauge("ruvector_partitions_quarantined", {
-  description: "Partitions that this node does not open for a while, since they kept failing"
-})
 const shardsGauge = Metric.gauge("ruvector_cluster_shards", { description: "Shards that this node owns" })
 
 /** What this node says of itself from now on; `url` is where it listens. */
@@ -53,7 +50,6 @@ export const reporting = Effect.fnUntraced(function* (url: string) {
   nodes.reportWith(() => {
     const quarantined = local.quarantined()
     const shards = role === "gateway" ? 0 : shardsOwned()
-    quarantinedGauge.updateUnsafe(quarantined.length, Context.empty())
     shardsGauge.updateUnsafe(shards, Context.empty())
     return {
       url,
