@@ -116,6 +116,18 @@ export const settings = {
   ),
   databaseWaitMillis: integer("that it may take until it is there, at start", "ms", 60_000, 0, 3_600_000),
   cell: text("cluster that this node belongs to, within the region", "main", "1-32 of a-z 0-9 -", regionPattern),
+  directoryUrl: text(
+    "Postgres in which the cells of the region say which collections each has; empty: it has one cell",
+    "",
+    "postgres://.. or empty",
+    /^(?:|postgres(?:ql)?:\/\/\S{1,2000})$/
+  ),
+  cellUrl: text(
+    "where clients reach this cell's gateways, told those who ask another cell",
+    "",
+    "http(s)://.. or empty",
+    /^(?:|https?:\/\/\S{1,2000})$/
+  ),
   clusterHost: text(
     "address at which the others reach this runner",
     "127.0.0.1",
@@ -376,6 +388,16 @@ export const settings = {
 
   // Actors
   partitionIdleMillis: integer("quiet time after which a partition is passivated; 0: never", "ms", 0, 0, 86_400_000),
+  quarantineFailures: integer(
+    "failures in a row, by its own fault, after which a partition is not opened for a while",
+    "failures",
+    3,
+    1,
+    1_000
+  ),
+  quarantineMillis: integer("that it is not; twice as long after each failure more", "ms", 10_000, 100, 3_600_000),
+  quarantineMillisMax: integer("and at most", "ms", 600_000, 100, 86_400_000),
+  quarantineCalmMillis: integer("without a failure after which it has none", "ms", 60_000, 100, 86_400_000),
   sessionIdleMillis: integer("quiet time after which a session is passivated", "ms", 30_000, 5_000, 86_400_000),
   sessionSearchesMax: integer("searches under way in one session", "searches", 256, 1, 10_000),
   sessionAnswersKept: integer("newest answers a session keeps for resuming", "answers", 2, 0, 64),
@@ -697,6 +719,9 @@ export const readSettings = (
   }
   if (read.databaseUrl === "" && read.role !== "all") {
     throw new SettingError(`--${flagOf("databaseUrl")}: expected the cluster's Postgres, for the role ${read.role}`)
+  }
+  if ((read.directoryUrl === "") !== (read.cellUrl === "")) {
+    throw new SettingError(`--${flagOf("directoryUrl")}, --${flagOf("cellUrl")}: expected both of them, or none`)
   }
   if (read.runnerHeartbeatMillis * 3 > read.shardLockMillis) {
     const expected = `at most a third of ${flagOf("shardLockMillis")} (${read.shardLockMillis})`

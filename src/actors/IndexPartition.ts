@@ -3,7 +3,7 @@
  * opens the newest good snapshot in a vector thread, replays what follows, and then serves. When its thread dies or
  * another owner appears it lets go, and the next message makes it resident again.
  */
-import { Deferred, Duration, Effect, Exit, Fiber, Layer, Metric, Option, Scope, Stream } from "effect"
+import { Cause, Context, Deferred, Duration, Effect, Exit, Fiber, Layer, Metric, Option, Scope, Stream } from "effect"
 import * as Entity from "effect/cluster/Entity"
 import { Settings } from "../config.ts"
 import { Catalog, catalogId } from "../protocol/Catalog.ts"
@@ -34,10 +34,15 @@ import { type OpenPartition, PartitionOpener } from "./OpenPartition.ts"
 import { changesAfter } from "./PartitionChanges.ts"
 import { watchStream } from "./PartitionWatches.ts"
 import type * as PartitionWriter from "./PartitionWriter.ts"
+import { Quarantine } from "./Quarantine.ts"
 
 const activations = Metric.counter("ruvector_partition_activations", { description: "Partitions made resident" })
 const activationFailures = Metric.counter("ruvector_partition_activation_failures", {
   description: "Attempts to make a partition resident that failed"
+})
+
+const faults = Metric.counter("ruvector_partition_faults", {
+  description: "Failures of a partition by its own fault: damage, a defect, its vector thread dead at work on it"
 })
 
 const yields = Metric.counter("ruvector_partitions_yielded", {
@@ -93,6 +98,17 @@ const makePartition = Effect.gen(function* () {
   /** What was read of a snapshot was not what it should be: the next opening reads all of it first. */
   let suspect = false
 
+  const quarantine = new Quarantine({ collection: name, partition }, settings)
+  yield* local.registerQuarantine(entityId, () => quarantine.state(Date.now()))
+  const fault = (detail: string) => {
+    quarantine.failed(detail, Date.now())
+    faults.updateUnsafe(1, Context.empty())
+    if (quarantine.until(Date.now()) === 0) return
+    Effect.runForkWith(services)(
+      annotate(Effect.logError("The partition is in quarantine", quarantine.state(Date.now())))
+    )
+  }
+
   const unavailable = (detail: string, retryAfterMillis = 500) =>
     new PartitionUnavailable({ collection: name, partition, detail, retryAfterMillis })
 
@@ -136,6 +152,8 @@ const makePartition = Effect.gen(function* () {
     const opened = yield* opener
       .open(address, collection, {
         verify,
+        isolated: quarantine.isSuspect(Date.now()),
+        onFault: fault,
         letGo: (why) =>
           Effect.suspend(() => {
             suspect ||= why.verify
@@ -160,7 +178,10 @@ const makePartition = Effect.gen(function* () {
     if (resident !== undefined) return Effect.succeed(resident)
     if (yielded && membership.outage() !== undefined) return Effect.fail(unavailable("Another node owns it now."))
     yielded = false
-    if (failure !== undefined && Date.now() < failure.until) return Effect.fail(failure.error)
+    const now = Date.now()
+    const quarantinedUntil = quarantine.until(now)
+    if (quarantinedUntil > 0) return Effect.fail(quarantined(quarantinedUntil - now))
+    if (failure !== undefined && now < failure.until) return Effect.fail(failure.error)
     if (activating === undefined) {
       const started = Deferred.makeUnsafe<Resident, PartitionError>()
       activating = started
@@ -177,6 +198,7 @@ const makePartition = Effect.gen(function* () {
         if (Exit.isSuccess(exit)) {
           resident = exit.value
           failure = undefined
+          quarantine.opened(Date.now())
           const of = exit.value
           const here = {
             search: (query: PartitionQuery) => again(of, of.search(query), (next) => next.search(query)),
@@ -197,6 +219,10 @@ const makePartition = Effect.gen(function* () {
             ? found.value
             : unavailable("It could not be opened; the logs say why.", 5_000)
           const retryMillis = error._tag === "Overloaded" ? retryMemoryMillis : retryActivationMillis
+          // What its thread had to say of it has been counted.
+          if (Option.isNone(found) && !Cause.hasInterruptsOnly(exit.cause))
+            fault(Cause.pretty(exit.cause).slice(0, 500))
+          else if (error._tag === "PartitionCorrupt") fault(`${error.object}: ${error.detail}`)
           failure = { error, until: Date.now() + retryMillis }
           if (error._tag !== "CollectionNotFound") {
             yield* Metric.update(activationFailures, 1)
@@ -214,6 +240,12 @@ const makePartition = Effect.gen(function* () {
       orElse: () => Effect.fail(unavailable("It is being opened.", 2_000))
     })
   })
+
+  const quarantined = (leftMillis: number): PartitionError => {
+    if (failure?.error._tag === "PartitionCorrupt") return failure.error
+    const state = quarantine.state(Date.now())
+    return unavailable(`It is in quarantine after ${state?.failures} failures (${state?.detail}).`, leftMillis)
+  }
 
   /** Lets go of it where it is another's by now. What cannot be asked is asked again. */
   const confirm = (of: Resident): Effect.Effect<void> =>
@@ -319,6 +351,13 @@ const makePartition = Effect.gen(function* () {
         ({ changes }): Effect.Effect<ChangePage, PartitionError | Compacted> =>
           limit === 0 ? Effect.succeed({ changes: [], newest: changes.newest() }) : changes.read(position, limit)
       ),
+    Release: () =>
+      Effect.sync(() => {
+        const was = quarantine.state(Date.now()) !== undefined
+        quarantine.release()
+        failure = undefined
+        return was
+      }),
     Remove: () => remove
   })
 })

@@ -82,6 +82,10 @@ export interface OpenPartition {
 export interface OpenOptions {
   /** Reads the snapshot's files whole and compares their checksums before anything is opened. */
   readonly verify: boolean
+  /** In a vector thread of its own, where there is room for one. */
+  readonly isolated: boolean
+  /** Told where a vector thread dies, or has to give the partition up, at work on it. */
+  readonly onFault: (detail: string) => void
   /** Called when the partition cannot go on, or has to make room; closes the scope. `verify`: the next opening should. */
   readonly letGo: (why: { readonly verify: boolean }) => Effect.Effect<void>
 }
@@ -194,14 +198,14 @@ const open = Effect.fnUntraced(function* (
     form: IndexForm
   ): Effect.Effect<PartitionIndex, OpenFault, Scope.Scope> =>
     Effect.gen(function* () {
-      if (snapshot === undefined) return yield* vectors.open(spec, undefined)
+      if (snapshot === undefined) return yield* vectors.open(spec, undefined, options)
       const { sketch } = snapshot
       const formScope = yield* Effect.scope
       if (form === "mapped" && sketch !== undefined) {
         return yield* Effect.scoped(
           Effect.flatMap(
             Effect.all([store.localPath(snapshot.records.key), store.localPath(sketch.key)], { concurrency: 2 }),
-            ([records, file]) => Scope.provide(vectors.openMapped(spec, { records, sketch: file }), formScope)
+            ([records, file]) => Scope.provide(vectors.openMapped(spec, { records, sketch: file }, options), formScope)
           )
         )
       }
@@ -210,7 +214,7 @@ const open = Effect.fnUntraced(function* (
       return yield* Effect.scoped(
         Effect.flatMap(
           Effect.all([store.localPath(snapshot.records.key), store.localPath(snapshot.graph.key)], { concurrency: 2 }),
-          ([records, graph]) => Scope.provide(vectors.open(spec, { records, graph }), formScope)
+          ([records, graph]) => Scope.provide(vectors.open(spec, { records, graph }, options), formScope)
         )
       )
     })

@@ -3,6 +3,7 @@
  * with promises.
  */
 import { Context, Effect, Layer, type Scope, Stream } from "effect"
+import { makeCellEngine } from "./CellEngine.ts"
 import { ownError, type VectorDBError } from "./ClientError.ts"
 import { type ClientOptions, resolveOptions } from "./ClientOptions.ts"
 import type {
@@ -20,7 +21,6 @@ import type {
   StoredVector,
   Vector
 } from "./Engine.ts"
-import { makeRemoteEngine } from "./RemoteEngine.ts"
 import { pathOf, type StandardSchema } from "./StandardSchema.ts"
 
 /** Which collection, and for how long to try; what is left out is the client's. */
@@ -199,7 +199,7 @@ export class VectorClient extends Context.Service<VectorClient, TypedClient<Meta
     Effect.gen(function* () {
       const resolved = resolveOptions(options)
       const engine = yield* Effect.acquireRelease(
-        Effect.sync(() => makeRemoteEngine(resolved)),
+        Effect.sync(() => makeCellEngine(resolved)),
         ({ close }) => Effect.sync(close)
       )
       return clientOf<M>(engine, { ...resolved, metadata: options.metadata })

@@ -1,5 +1,6 @@
 /** `VectorDB`: the calls of `TypedClient` with promises. Works in Node and in a browser. */
 import { Effect, Exit, Stream } from "effect"
+import { makeCellEngine } from "./CellEngine.ts"
 import type { ClientOptions } from "./ClientOptions.ts"
 import { resolveOptions } from "./ClientOptions.ts"
 import type {
@@ -11,7 +12,6 @@ import type {
   Query,
   Vector
 } from "./Engine.ts"
-import { makeRemoteEngine } from "./RemoteEngine.ts"
 import type { StandardSchema } from "./StandardSchema.ts"
 import {
   type Call,
@@ -61,7 +61,7 @@ export class VectorDB<M = Metadata> {
   /** Throws where an option is out of its bound. Connects with the first call. */
   constructor(options: VectorDBOptions<M> | EngineOptions<M>) {
     const resolved = resolveOptions("engine" in options ? { ...options, endpoint: "http://embedded" } : options)
-    const engine = "engine" in options ? options.engine : makeRemoteEngine(resolved)
+    const engine = "engine" in options ? options.engine : makeCellEngine(resolved)
     this.#client = clientOf(engine, { ...resolved, metadata: options.metadata })
     this.#close = engine.close
   }

@@ -191,6 +191,8 @@ export const IndexPartition = Entity.make("IndexPartition", [
     error: PartitionError,
     stream: true
   }),
+  /** Ends its quarantine: it is opened when it is next asked for something. Answers whether it was in one. */
+  Rpc.make("Release", { success: Schema.Boolean }),
   /** Deactivates the partition and deletes its objects. Only the Catalog asks this. */
   Rpc.make("Remove", { payload: { collection: Collection }, success: Schema.Void, error: PartitionError })
 ]).annotate(ClusterSchema.ShardGroup, () => partitionsGroup)

@@ -85,7 +85,7 @@ export class Router extends Context.Service<
       request: CollectionRequest
     ) => Effect.Effect<
       { readonly collection: Collection; readonly created: boolean },
-      CollectionConflict | StorageUnavailable | Overloaded | InvalidInput
+      CollectionConflict | CollectionNotFound | StorageUnavailable | Overloaded | InvalidInput
     >
     readonly collection: (name: string) => Effect.Effect<Collection, CollectionNotFound | StorageUnavailable>
     /** The same, past what is remembered of it. */
@@ -107,6 +107,8 @@ export class Router extends Context.Service<
       patch: string
     ) => Effect.Effect<{ readonly metadata: string; readonly version: string }, ApiError>
     readonly remove: (name: string, ids: ReadonlyArray<string>) => Effect.Effect<number, ApiError>
+    /** Ends the quarantine of a partition; answers whether it was in one. */
+    readonly release: (name: string, partition: number) => Effect.Effect<boolean, ApiError>
     readonly search: (query: SessionQuery) => Effect.Effect<SearchAnswer, ApiError>
     /** The same for a query that a URL names: kept from its first time on, and with what its cache headers need. */
     readonly searchByUrl: (query: SessionQuery) => Effect.Effect<UrlAnswer, ApiError>
@@ -291,6 +293,15 @@ export class Router extends Context.Service<
           Effect.asVoid(
             eachPartition(of, (partition) => delivered(of, partition, partitionClient(idOf(of, partition)).Activate()))
           )
+
+        const release = (name: string, partition: number): Effect.Effect<boolean, ApiError> =>
+          withCollection(name, (of): Effect.Effect<boolean, ApiError> => {
+            if (partition < 0 || partition >= of.partitions) {
+              const expected = `0 to ${of.partitions - 1}`
+              return Effect.fail(new InvalidInput({ field: "partition", expected, got: String(partition) }))
+            }
+            return delivered(of, partition, partitionClient(idOf(of, partition)).Release())
+          })
 
         const checkVector = (of: Collection, vector: Float32Array, field: string): InvalidInput | undefined => {
           if (vector.length !== of.dimensions) {
@@ -756,6 +767,7 @@ export class Router extends Context.Service<
           get,
           updateMetadata,
           remove,
+          release,
           search,
           searchByUrl,
           revision,
