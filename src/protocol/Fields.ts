@@ -156,7 +156,7 @@ export type Metric = typeof Metric.Type
 export const Quantization = Schema.Literals(["none", "bf16", "i8", "pq"])
 export type Quantization = typeof Quantization.Type
 
-const integer = (minimum: number, maximum: number) =>
+export const integer = (minimum: number, maximum: number) =>
   Schema.Number.check(
     Schema.makeFilter((n: number) => Number.isInteger(n) && n >= minimum && n <= maximum, {
       expected: `an integer from ${minimum} to ${maximum}`
@@ -217,6 +217,27 @@ export const MetadataObject = Schema.Unknown.pipe(
     })
   )
 )
+
+/** A JSON value of at most so many bytes and `nestingMax` levels. */
+export const Json = (bytesMax: number): Schema.Codec<Json, unknown> =>
+  Schema.Unknown.pipe(
+    Schema.decodeTo(
+      Schema.declare((u): u is Json => u !== undefined),
+      SchemaTransformation.transformEffect({
+        decode: (input: unknown) => {
+          if (depthOver(input, Limits.nestingMax)) {
+            return Effect.fail(invalid(`at most ${Limits.nestingMax} levels of nesting`, input))
+          }
+          const text = JSON.stringify(input) as string | undefined
+          if (text === undefined) return Effect.fail(invalid("a JSON value", input))
+          return text.length > bytesMax || (text.length * 3 > bytesMax && utf8Bytes(text) > bytesMax)
+            ? Effect.fail(invalid(`at most ${bytesMax} bytes of JSON`, input))
+            : Effect.succeed(input as Json)
+        },
+        encode: (value) => Effect.succeed<unknown>(value)
+      })
+    )
+  )
 
 /** A filter in the contract's JSON form (see `Filter.ts`). */
 export const FilterObject = Schema.Unknown.pipe(
