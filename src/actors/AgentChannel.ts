@@ -82,16 +82,19 @@ const makeChannel = Effect.gen(function* () {
     const { log } = of.channel
     const old = (yield* Clock.currentTimeMillis) - of.retentionMillis
     const newest: MessagePosition = { seq: log.lastSeq(), index: endOfObject }
-    // Of a log that was put back to an earlier state: what comes is new to whoever asks.
-    const after = isBefore(newest, asked) && asked.seq > newest.seq ? newest : asked
-    const recent = of.machine.newest(after, limit)
+    const recent = of.machine.newest(asked, limit)
     if (recent !== undefined) {
       const last = recent.at(-1)
-      return pageOf(recent, old, last ?? after, recent.length === limit)
+      return pageOf(
+        recent,
+        old,
+        last === undefined ? asked : { seq: last.seq, index: last.index },
+        recent.length === limit
+      )
     }
     const oldest: MessagePosition = { seq: log.oldestSeq() - 1, index: endOfObject }
-    const isPruned = isBefore(after, oldest)
-    const from = isPruned ? oldest : after
+    const isPruned = isBefore(asked, oldest)
+    const from = isPruned ? oldest : asked
     const found = yield* log.read(from.index === endOfObject ? from.seq + 1 : Math.max(from.seq, 1)).pipe(
       Stream.map(({ seq, bytes }) => messagesOf(seq, bytes).filter((message) => isBefore(from, message))),
       Stream.flattenIterable,

@@ -12,6 +12,7 @@ import type { SessionLink } from "../../src/gateway/Sessions.ts"
 import { Sessions } from "../../src/gateway/Sessions.ts"
 import { TenantRouter } from "../../src/gateway/TenantRouter.ts"
 import { ClientSocket, type Hub, WebSocketConnection } from "../../src/gateway/WebSocketConnection.ts"
+import { Topics } from "../../src/gateway/Topics.ts"
 import { WebSocketGateway } from "../../src/gateway/WebSocketGateway.ts"
 import type { ApiError } from "../../src/protocol/Errors.ts"
 import { anonymous, type Principal } from "../../src/protocol/Principal.ts"
@@ -79,6 +80,8 @@ export const startSocketServer = async (
     Layer.succeed(Router, { search } as unknown as Router["Service"]),
     Layer.succeed(Sessions, sessions),
     Layer.mergeAll(Logger.layer([]), Layer.succeed(References.MinimumLogLevel, "Fatal")),
+    // Topics have tests of their own.
+    Layer.succeed(Topics, {} as unknown as Topics["Service"]),
     Layer.succeed(SubscriptionFrames, { connect: subscriptions }),
     Layer.succeed(Admission, unpressed)
   )
