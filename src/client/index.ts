@@ -1,4 +1,5 @@
 /** The client, for browsers too: nothing of Node is imported here. */
+export { Channel, Tasks, type WorkOptions } from "./Channel.ts"
 export { type ClientErrorCode, type ErrorCode, hasCode, VectorDBError } from "./ClientError.ts"
 export type { ClientOptions, Credential, WebSocketLike } from "./ClientOptions.ts"
 export type {
@@ -12,6 +13,20 @@ export type {
   Vector
 } from "./Engine.ts"
 export type { StandardSchema } from "./StandardSchema.ts"
+export type {
+  FailOptions,
+  LeasedTask,
+  ListenOptions,
+  NewMessage,
+  NewTask,
+  TakeOptions,
+  TaskInfo,
+  TaskState,
+  TopicClient,
+  TopicInfo,
+  TopicMessage,
+  TopicParameters
+} from "./Topics.ts"
 export {
   type Call,
   type Change,
@@ -30,4 +45,5 @@ export {
   VectorClient,
   type VectorDBOptions
 } from "./VectorClient.ts"
-export { type Aborts, type EngineOptions, VectorDB } from "./VectorDB.ts"
+export type { Aborts } from "./Promises.ts"
+export { type EngineOptions, VectorDB } from "./VectorDB.ts"

@@ -12,6 +12,7 @@ import { type ApiError, InvalidCursor, InvalidInput, Overloaded, TopicNotFound }
 import { decoderOf } from "../protocol/Fields.ts"
 import { isBefore } from "../protocol/IndexPartition.ts"
 import type { Principal, Scope } from "../protocol/Principal.ts"
+import type { SlowPolicy } from "../protocol/Subscription.ts"
 import { shownCollection, storedName, tenantOf } from "../protocol/Tenant.ts"
 import {
   builtInTopics,
@@ -21,7 +22,6 @@ import {
   type TopicOperation,
   type TopicRequests
 } from "../protocol/Topic.ts"
-import type { SlowPolicy } from "../protocol/Subscription.ts"
 import { TopicFeeds, type TopicFollower } from "../shards/TopicFeeds.ts"
 import { TopicRouter } from "../shards/TopicRouter.ts"
 import { Access } from "./Access.ts"
@@ -439,4 +439,3 @@ class ListenDelivery implements Delivery {
     return this.#cursors.ofFeed(this.#binding, positions)
   }
 }
-

@@ -7,7 +7,7 @@ import { HttpApiBuilder } from "effect/http-api"
 import { Settings } from "../config.ts"
 import { type ApiError, InvalidInput } from "../protocol/Errors.ts"
 import { describe } from "../protocol/Fields.ts"
-import { postedTopicOperations, RoutedApi } from "../protocol/HttpApi.ts"
+import { type postedTopicOperations, RoutedApi } from "../protocol/HttpApi.ts"
 import type { TopicOperation } from "../protocol/Topic.ts"
 import * as Bodies from "./Bodies.ts"
 import { callerOf } from "./Callers.ts"
@@ -37,18 +37,20 @@ export const group = HttpApiBuilder.group(
           : Effect.succeed(body)
       })
 
-    const posted = (operation: (typeof postedTopicOperations)[number]) => ({
-      params,
-      request
-    }: {
-      readonly params: { readonly topic: string }
-      readonly request: HttpServerRequest.HttpServerRequest
-    }) =>
-      bodyOf(request).pipe(
-        Effect.flatMap((body) => call(request, operation, { ...body, topic: params.topic })),
-        Effect.map((answer) => json(answer)),
-        failed
-      )
+    const posted =
+      (operation: (typeof postedTopicOperations)[number]) =>
+      ({
+        params,
+        request
+      }: {
+        readonly params: { readonly topic: string }
+        readonly request: HttpServerRequest.HttpServerRequest
+      }) =>
+        bodyOf(request).pipe(
+          Effect.flatMap((body) => call(request, operation, { ...body, topic: params.topic })),
+          Effect.map((answer) => json(answer)),
+          failed
+        )
 
     return handlers
       .handleRaw("putTopic", ({ params, request }) =>
@@ -77,7 +79,9 @@ export const group = HttpApiBuilder.group(
         )
       )
       .handleRaw("listTasks", ({ params, request }) =>
-        Effect.fromResult(objectOfParameters(parametersOf(request), { state: "text", after: "text", limit: "integer" })).pipe(
+        Effect.fromResult(
+          objectOfParameters(parametersOf(request), { state: "text", after: "text", limit: "integer" })
+        ).pipe(
           Effect.flatMap((asked) => call(request, "tasks", { ...(asked as object), topic: params.topic })),
           Effect.map((answer) => json(answer)),
           failed

@@ -263,7 +263,10 @@ const bodyOf = ({ fields }: { readonly fields: Schema.Struct.Fields }): Schema.C
   const { topic: _, ...rest } = fields
   return Schema.Struct(rest) as unknown as Schema.Codec<object>
 }
-const onTopic = <Name extends string, const Operation extends keyof typeof requests>(name: Name, operation: Operation) =>
+const onTopic = <Name extends string, const Operation extends keyof typeof requests>(
+  name: Name,
+  operation: Operation
+) =>
   HttpApiEndpoint.post(name, `/api/v1/topics/:topic/${operation}`, {
     params: topic,
     payload: bodyOf(requests[operation]),
