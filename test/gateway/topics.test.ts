@@ -149,7 +149,9 @@ describe("WebSocket frames", () => {
     const enqueue = { type: "topic.enqueue", id: "e", topic: "vector-updates", tasks: [{ id: "job", task: "x" }] }
     client.send(enqueue)
     const both = [await client.next(), await client.next()]
-    const taken = both.find(({ id }) => id === "t") as unknown as { tasks: Array<{ token: number }> }
+    const taken = both.find(({ id }) => id === "t") as unknown as {
+      tasks: Array<{ token: number; [member: string]: unknown }>
+    }
     assert.deepInclude(taken.tasks[0], { task_id: "job", task: "x", attempt: 1 })
     const complete = { type: "topic.complete", id: "c", topic: "vector-updates", task_id: "job" }
     assert.deepInclude(await client.ask({ ...complete, token: taken.tasks[0]?.token }), { event: "topic.complete" })
