@@ -84,16 +84,24 @@ export class MessageChannel implements ChannelMachine {
     else this.apply(record, 0, 0)
   }
 
-  publish(messages: ReadonlyArray<NewMessage>, atMillis: number): Decision<{ readonly duplicates: number }, never> {
+  publish(
+    messages: ReadonlyArray<NewMessage>,
+    atMillis: number
+  ): Decision<{ readonly duplicates: ReadonlyArray<number> }, never> {
     const records: Array<ChannelRecord> = []
+    const duplicates: Array<number> = []
     const here = new Set<string>()
-    for (const { id, key, body } of messages) {
+    for (let i = 0; i < messages.length; i++) {
+      const { id, key, body } = messages[i] as NewMessage
       const before = this.#published.get(id)
-      if (here.has(id) || (before !== undefined && atMillis - before < this.#settings.topicDedupeMillis)) continue
+      if (here.has(id) || (before !== undefined && atMillis - before < this.#settings.topicDedupeMillis)) {
+        duplicates.push(i)
+        continue
+      }
       here.add(id)
       records.push({ key, atMillis, head: JSON.stringify(["m", id]), body })
     }
-    return { records, answer: Result.succeed({ duplicates: messages.length - records.length }) }
+    return { records, answer: Result.succeed({ duplicates }) }
   }
 
   /** The subscriber's position, which from now on it has. */

@@ -62,10 +62,10 @@ export const NewMessage = Schema.Struct({ key: Schema.String, id: Schema.String,
 export type NewMessage = typeof NewMessage.Type
 
 export const AgentChannel = Entity.make("AgentChannel", [
-  /** All or nothing, in the order given; answers how many were there already. */
+  /** All or nothing, in the order given; answers which were there already, by their place in what was given. */
   Rpc.make("Publish", {
     payload: { messages: Schema.Array(NewMessage) },
-    success: Schema.Struct({ duplicates: Schema.Int }),
+    success: Schema.Struct({ duplicates: Schema.Array(Schema.Int) }),
     error: ChannelError
   }),
   /** What follows a position; waits for it so long. */

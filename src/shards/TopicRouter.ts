@@ -2,7 +2,7 @@
  * The way from a topic's name to its channels and its queue of tasks, wherever their owners are. Names are those inside
  * (`Tenant.ts`); errors name topics as clients do.
  */
-import { Context, Effect, Layer } from "effect"
+import { Context, Effect, Exit, type Fiber, Layer } from "effect"
 import { Settings } from "../config.ts"
 import {
   AgentChannel,
@@ -17,7 +17,7 @@ import { type ApiError, TopicNotFound, TopicUnavailable } from "../protocol/Erro
 import { shownName } from "../protocol/Tenant.ts"
 import type { Topic, TopicRequest } from "../protocol/Topic.ts"
 import { TopicCatalog, topicCatalogId } from "../protocol/TopicCatalog.ts"
-import { groupByPartition } from "./PartitionMap.ts"
+import { groupByPartition, partitionOf } from "./PartitionMap.ts"
 
 type Channel = ReturnType<Effect.Success<typeof AgentChannel.client>>
 type Queue = ReturnType<Effect.Success<typeof TaskQueue.client>>
@@ -73,6 +73,7 @@ export class TopicRouter extends Context.Service<
       const queues = yield* TaskQueue.client
       // Bounded by the list's own bound; those that were deleted are dropped when that is found out.
       const known = new Map<string, Topic>()
+      const run = Effect.runForkWith(yield* Effect.context<never>())
 
       const delivered = <A, E extends { readonly _tag: string }>(name: string, call: Effect.Effect<A, E>) =>
         Effect.mapError(call, (error): Exclude<E, DeliveryError> | TopicUnavailable =>
@@ -124,17 +125,33 @@ export class TopicRouter extends Context.Service<
           delivered(name, use(queues(channelId({ topic: name, uid, channel: queueChannel }))))
         )
 
+      const publishers = new Map<string, Publisher>()
+      const publisherOf = (of: Topic, number: number): Publisher => {
+        const key = channelId({ topic: of.name, uid: of.uid, channel: number })
+        let publisher = publishers.get(key)
+        if (publisher === undefined) {
+          const send = (messages: ReadonlyArray<NewMessage>) =>
+            channel(of, number, (client) => client.Publish({ messages }))
+          publisher = new Publisher(send, run, () => void publishers.delete(key))
+          publishers.set(key, publisher)
+        }
+        return publisher
+      }
+
       const publish = (name: string, messages: ReadonlyArray<NewMessage>) =>
-        withTopic(name, (of) => {
+        withTopic(name, (of): Effect.Effect<number, ApiError> => {
+          const [only, more] = messages
           // One without a key goes where its id says, so that sent again it meets itself.
-          const groups = groupByPartition(messages, ({ id, key }) => (key === "" ? id : key), of.channels)
+          const placeOf = ({ id, key }: NewMessage) => (key === "" ? id : key)
+          if (only !== undefined && more === undefined) {
+            return publisherOf(of, partitionOf(placeOf(only), of.channels)).publish(messages)
+          }
+          const groups = groupByPartition(messages, placeOf, of.channels)
           return Effect.map(
-            Effect.forEach(
-              groups,
-              ([number, group]) => channel(of, number, (client) => client.Publish({ messages: group })),
-              { concurrency: "unbounded" }
-            ),
-            (answers) => answers.reduce((sum, { duplicates }) => sum + duplicates, 0)
+            Effect.forEach(groups, ([number, group]) => publisherOf(of, number).publish(group), {
+              concurrency: "unbounded"
+            }),
+            (duplicates) => duplicates.reduce((sum, count) => sum + count, 0)
           )
         })
 
@@ -187,6 +204,93 @@ export class TopicRouter extends Context.Service<
       })
     })
   )
+}
+
+/** Messages of one call to a channel, at most, and their bytes. */
+const callMessagesMax = 1_000
+const callBytesMax = 1_048_576
+
+interface Publishing {
+  readonly messages: ReadonlyArray<NewMessage>
+  readonly done: (answer: Effect.Effect<number, ChannelError>) => void
+}
+
+/** What is published to a channel in one turn of the event loop goes to its owner in one call. */
+class Publisher {
+  readonly #send: (
+    messages: ReadonlyArray<NewMessage>
+  ) => Effect.Effect<{ readonly duplicates: ReadonlyArray<number> }, ChannelError>
+  readonly #run: <A, E>(effect: Effect.Effect<A, E>) => Fiber.Fiber<A, E>
+  readonly #onIdle: () => void
+  #gathered: Array<Publishing> = []
+  readonly #flush: () => void
+
+  constructor(
+    send: (
+      messages: ReadonlyArray<NewMessage>
+    ) => Effect.Effect<{ readonly duplicates: ReadonlyArray<number> }, ChannelError>,
+    run: <A, E>(effect: Effect.Effect<A, E>) => Fiber.Fiber<A, E>,
+    onIdle: () => void
+  ) {
+    this.#send = send
+    this.#run = run
+    this.#onIdle = onIdle
+    this.#flush = () => this.#sendAll()
+  }
+
+  /** How many were there already. */
+  publish(messages: ReadonlyArray<NewMessage>): Effect.Effect<number, ChannelError> {
+    // Not taken back where the caller goes away: it may be under way.
+    return Effect.callback((resume) => {
+      if (this.#gathered.push({ messages, done: resume }) === 1) setImmediate(this.#flush)
+    })
+  }
+
+  #sendAll(): void {
+    const all = this.#gathered
+    this.#gathered = []
+    this.#onIdle()
+    let part: Array<Publishing> = []
+    let messages: Array<NewMessage> = []
+    let bytes = 0
+    for (const publishing of all) {
+      let size = 0
+      for (const { body } of publishing.messages) size += body.length
+      const isFull = messages.length + publishing.messages.length > callMessagesMax || bytes + size > callBytesMax
+      if (part.length > 0 && isFull) {
+        this.#sendPart(part, messages)
+        part = []
+        messages = []
+        bytes = 0
+      }
+      part.push(publishing)
+      messages.push(...publishing.messages)
+      bytes += size
+    }
+    this.#sendPart(part, messages)
+  }
+
+  #sendPart(part: ReadonlyArray<Publishing>, messages: ReadonlyArray<NewMessage>): void {
+    this.#run(this.#send(messages)).addObserver((exit) => {
+      if (Exit.isFailure(exit)) {
+        for (const { done } of part) done(exit)
+        return
+      }
+      const { duplicates } = exit.value
+      let first = 0
+      let at = 0
+      for (const { done, messages } of part) {
+        const end = first + messages.length
+        let count = 0
+        while (at < duplicates.length && (duplicates[at] as number) < end) {
+          at += 1
+          count += 1
+        }
+        done(Effect.succeed(count))
+        first = end
+      }
+    })
+  }
 }
 
 /** Before a call that waits for news is made again. */
