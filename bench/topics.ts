@@ -10,7 +10,8 @@ import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { parseArgs } from "node:util"
 import { VectorDB } from "../src/client/index.ts"
-import { startOurs } from "./servers.ts"
+import { cpuMicros } from "./processTree.ts"
+import { type Server, startOurs } from "./servers.ts"
 
 const leaseMillis = 1_000
 /** Tasks of one taking. */
@@ -36,7 +37,7 @@ const main = async (): Promise<void> => {
   try {
     const seconds = Number(values.seconds)
     await latency(server.url, Number(values.rate), seconds)
-    await throughput(server.url, Number(values["in-flight"]), seconds)
+    await throughput(server, Number(values["in-flight"]), seconds)
     if (Number(values.tasks) > 0) {
       await distribution(server.url, Number(values.agents), Number(values.tasks), randomOf(Number(values.seed)))
     }
@@ -86,7 +87,7 @@ const latency = async (endpoint: string, rate: number, seconds: number): Promise
   await listener.close()
 }
 
-const throughput = async (endpoint: string, inFlight: number, seconds: number): Promise<void> => {
+const throughput = async ({ pid, url: endpoint }: Server, inFlight: number, seconds: number): Promise<void> => {
   const db = new VectorDB({ endpoint, inFlightMax: inFlight })
   const channel = db.channel<string>("agent-coordination")
   const until = performance.now() + seconds * 1_000
@@ -98,9 +99,15 @@ const throughput = async (endpoint: string, inFlight: number, seconds: number): 
     }
   }
   const started = performance.now()
+  const cpu = cpuMicros(pid)
+  const ownCpu = process.cpuUsage()
   await Promise.all(Array.from({ length: inFlight }, (_, n) => lane(`k${n}`)))
   const rate = published / ((performance.now() - started) / 1_000)
-  console.log(`acknowledged publishings, durable, one message each, ${inFlight} in flight: ${Math.round(rate)} /s`)
+  const { system, user } = process.cpuUsage(ownCpu)
+  console.log(
+    `acknowledged publishings, durable, one message each, ${inFlight} in flight: ${Math.round(rate)} /s; ` +
+      `CPU of the server ${Math.round((cpuMicros(pid) - cpu) / published)} us each, of the client ${Math.round((user + system) / published)} us`
+  )
   await db.close()
 }
 

@@ -219,25 +219,23 @@ export const MetadataObject = Schema.Unknown.pipe(
 )
 
 /** A JSON value of at most so many bytes and `nestingMax` levels. */
-export const Json = (bytesMax: number): Schema.Codec<Json, unknown> =>
-  Schema.Unknown.pipe(
-    Schema.decodeTo(
-      Schema.declare((u): u is Json => u !== undefined),
-      SchemaTransformation.transformEffect({
-        decode: (input: unknown) => {
-          if (depthOver(input, Limits.nestingMax)) {
-            return Effect.fail(invalid(`at most ${Limits.nestingMax} levels of nesting`, input))
-          }
-          const text = JSON.stringify(input) as string | undefined
-          if (text === undefined) return Effect.fail(invalid("a JSON value", input))
-          return text.length > bytesMax || (text.length * 3 > bytesMax && utf8Bytes(text) > bytesMax)
-            ? Effect.fail(invalid(`at most ${bytesMax} bytes of JSON`, input))
-            : Effect.succeed(input as Json)
-        },
-        encode: (value) => Effect.succeed<unknown>(value)
-      })
-    )
-  )
+export const Json = (bytesMax: number): Schema.Codec<Json> =>
+  Schema.Unknown.check(
+    Schema.makeFilter((value: unknown) => isJsonWithin(value, bytesMax), {
+      expected: `a JSON value of at most ${bytesMax} bytes and ${Limits.nestingMax} levels`
+    })
+  ) as unknown as Schema.Codec<Json>
+
+const isJsonWithin = (value: unknown, bytesMax: number): boolean => {
+  if (depthOver(value, Limits.nestingMax)) return false
+  // `undefined` where it is no value of JSON.
+  const text = JSON.stringify(value) as string | undefined
+  if (text === undefined || text.length > bytesMax) return false
+  return text.length * utf8BytesOfUnitMax <= bytesMax || utf8Bytes(text) <= bytesMax
+}
+
+/** Bytes of UTF-8 that one unit of UTF-16 takes at most. */
+const utf8BytesOfUnitMax = 3
 
 /** A filter in the contract's JSON form (see `Filter.ts`). */
 export const FilterObject = Schema.Unknown.pipe(

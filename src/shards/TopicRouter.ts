@@ -273,7 +273,8 @@ class Publisher {
   #sendPart(part: ReadonlyArray<Publishing>, messages: ReadonlyArray<NewMessage>): void {
     this.#run(this.#send(messages)).addObserver((exit) => {
       if (Exit.isFailure(exit)) {
-        for (const { done } of part) done(exit)
+        const failed = Effect.failCause(exit.cause)
+        for (const { done } of part) done(failed)
         return
       }
       const { duplicates } = exit.value
