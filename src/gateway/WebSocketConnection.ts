@@ -29,8 +29,8 @@ import {
   topicFrameTypes
 } from "../protocol/Frames.ts"
 import type { Principal } from "../protocol/Principal.ts"
-import type { TopicOperation } from "../protocol/Topic.ts"
 import { shownError } from "../protocol/Tenant.ts"
+import type { TopicOperation } from "../protocol/Topic.ts"
 import type { Admission } from "../shards/Admission.ts"
 import type { Asker } from "../shards/Shedding.ts"
 import type { Access } from "./Access.ts"

@@ -11,7 +11,6 @@ import { type ConnectionSubscriptions, SubscriptionFrames } from "../../src/gate
 import type { SessionLink } from "../../src/gateway/Sessions.ts"
 import { Sessions } from "../../src/gateway/Sessions.ts"
 import { TenantRouter } from "../../src/gateway/TenantRouter.ts"
-import { ClientSocket, type Hub, WebSocketConnection } from "../../src/gateway/WebSocketConnection.ts"
 import { Topics } from "../../src/gateway/Topics.ts"
 import { ClientSocket, type Hub, WebSocketConnection } from "../../src/gateway/WebSocketConnection.ts"
 import { WebSocketGateway } from "../../src/gateway/WebSocketGateway.ts"
