@@ -72,6 +72,9 @@ export const makeCellEngine = (options: ResolvedOptions): RemoteEngine => {
     collection: (name, millis) => ask(name, (engine) => engine.collection(name, millis)),
     collections: home.collections,
     deleteCollection: (name, millis) => ask(name, (engine) => engine.deleteCollection(name, millis)),
+    // Topics are of the cell that is asked.
+    topic: home.topic,
+    listen: home.listen,
     close: () => {
       home.close()
       for (const other of others.values()) other.close()
