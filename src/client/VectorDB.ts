@@ -28,7 +28,8 @@ import {
   type Stored,
   type SubscribeCall,
   type TypedClient,
-  type VectorDBOptions
+  type VectorDBOptions,
+  type WriteCall
 } from "./VectorClient.ts"
 
 /** What ends a call early. */
@@ -92,7 +93,7 @@ export class VectorDB<M = Metadata> {
   }
 
   /** Resolves with how many there were. */
-  delete(ids: string | ReadonlyArray<string>, options: Call & Aborts = {}): Promise<number> {
+  delete(ids: string | ReadonlyArray<string>, options: WriteCall & Aborts = {}): Promise<number> {
     return run(this.#client.delete(ids, options), options.signal)
   }
 

@@ -31,6 +31,7 @@ export {
   type SubscribeCall,
   type TypedClient,
   VectorClient,
-  type VectorDBOptions
+  type VectorDBOptions,
+  type WriteCall
 } from "./VectorClient.ts"
 export { type Aborts, type EngineOptions, VectorDB } from "./VectorDB.ts"

@@ -6,6 +6,7 @@
 import { Schema } from "effect"
 import { Ack, ClientId, CollectionName, Credits, MetadataObject, VectorFromNumbers, VectorId } from "./Fields.ts"
 import * as Limits from "./Limits.ts"
+import { IdempotencyKey } from "./RequestId.ts"
 import { SearchFrame } from "./Search.ts"
 
 const addressed = { id: Schema.optionalKey(ClientId), session: Schema.optionalKey(ClientId) }
@@ -24,7 +25,9 @@ export const InsertFrame = Schema.Struct({
       }
     )
   ),
-  ack: Schema.optionalKey(Ack)
+  ack: Schema.optionalKey(Ack),
+  /** Under which it is done once. */
+  idempotency_key: Schema.optionalKey(IdempotencyKey)
 })
 export type InsertFrame = typeof InsertFrame.Type
 

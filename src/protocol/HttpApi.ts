@@ -130,8 +130,12 @@ const CollectionsGroup = HttpApiGroup.make("collections").add(
   })
 )
 
+/** A key under which a write is done once. */
+const keyed = { headers: { "idempotency-key": Schema.optionalKey(Schema.String) } }
+
 const VectorsGroup = HttpApiGroup.make("vectors").add(
   HttpApiEndpoint.post("insert", "/api/v1/insert", {
+    ...keyed,
     payload: documented.insert,
     success: Schema.Struct({ inserted: Schema.Int }),
     error: notFound
@@ -151,6 +155,7 @@ const VectorsGroup = HttpApiGroup.make("vectors").add(
     error: notFound
   }),
   HttpApiEndpoint.patch("updateMetadata", "/api/v1/vectors/:id", {
+    ...keyed,
     params: id,
     query: collection,
     payload: documented.patch,
@@ -158,12 +163,14 @@ const VectorsGroup = HttpApiGroup.make("vectors").add(
     error: notFound
   }),
   HttpApiEndpoint.delete("deleteVector", "/api/v1/vectors/:id", {
+    ...keyed,
     params: id,
     query: collection,
     success: HttpApiSchema.NoContent,
     error: notFound
   }),
   HttpApiEndpoint.post("deleteVectors", "/api/v1/delete", {
+    ...keyed,
     payload: DeleteRequest,
     success: Schema.Struct({ deleted: Schema.Int }),
     error: notFound
