@@ -3,6 +3,9 @@
  * ids out of clients' keys, in turn, into partitions of their own in one process.
  *
  *   npm run bench:requests -- [--rounds 5] [--seconds 2] [--in-flight 64] [--dimensions 128] [--batch 1]
+ *                             [--store memory]
+ *
+ * In files (the default) the disk sets the pace; in memory the main thread does, and what is left is its work.
  */
 import { mkdirSync, mkdtempSync, rmSync } from "node:fs"
 import { join } from "node:path"
@@ -23,7 +26,8 @@ const { values } = parseArgs({
     seconds: { type: "string", default: "2" },
     "in-flight": { type: "string", default: "64" },
     dimensions: { type: "string", default: "128" },
-    batch: { type: "string", default: "1" }
+    batch: { type: "string", default: "1" },
+    store: { type: "string", default: "files" }
   }
 })
 const rounds = Number(values.rounds)
@@ -58,7 +62,11 @@ const main = async (): Promise<void> => {
   const start = async () => {
     const scope = await Effect.runPromise(Scope.make())
     const layer = actors.pipe(
-      Layer.provideMerge(FileObjectStore.layer({ directory: join(path, "objects") })),
+      Layer.provideMerge(
+        values.store === "memory"
+          ? ObjectStore.layerMemory
+          : FileObjectStore.layer({ directory: join(path, "objects") })
+      ),
       Layer.provideMerge(DataDirectory.layer({ path })),
       Layer.provideMerge(Layer.succeed(Settings, settings)),
       Layer.provideMerge(
