@@ -265,6 +265,20 @@ export const settings = {
     mebibyte,
     4_096 * mebibyte
   ),
+  requestWindowMillis: integer(
+    "within which a write that is made again under the same key is not done again",
+    "ms",
+    900_000,
+    1_000,
+    86_400_000
+  ),
+  requestWindowMax: integer(
+    "writes with keys that are remembered for that, a partition",
+    "writes",
+    65_536,
+    64,
+    16_777_216
+  ),
   snapshotOps: integer("operations after which a snapshot is taken", "operations", 10_000, 100, 10_000_000),
   snapshotSharePercent: integer("and this share of the partition's records", "%", 50, 1, 1_000),
   snapshotIdleMillis: integer(

@@ -3,6 +3,7 @@
  * opens the newest good snapshot in a vector thread, replays what follows, and then serves. When its thread dies or
  * another owner appears it lets go, and the next message makes it resident again.
  */
+import { crc32 } from "node:zlib"
 import { Cause, Context, Deferred, Duration, Effect, Exit, Fiber, Layer, Metric, Option, Scope, Stream } from "effect"
 import * as Entity from "effect/cluster/Entity"
 import { Settings } from "../config.ts"
@@ -15,6 +16,7 @@ import {
   toProblem,
   VectorNotFound
 } from "../protocol/Errors.ts"
+import { vectorToBytes } from "../protocol/Fields.ts"
 import {
   type ChangePage,
   type Compacted,
@@ -29,6 +31,7 @@ import { Membership } from "../shards/Membership.ts"
 import { partitionPrefix } from "../tiers/CatalogueObject.ts"
 import { ObjectStore } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
+import { isGiven } from "../tiers/RequestWindow.ts"
 import { IndexLost } from "../tiers/VectorIndex.ts"
 import { type OpenPartition, PartitionOpener } from "./OpenPartition.ts"
 import { changesAfter } from "./PartitionChanges.ts"
@@ -282,7 +285,11 @@ const makePartition = Effect.gen(function* () {
     use: (of: Resident) => Effect.Effect<A, PartitionError | IndexLost>
   ): Effect.Effect<A, PartitionError> => Effect.flatMap(activate, (of) => again(of, use(of), use))
 
-  const write = (drafts: ReadonlyArray<PartitionWriter.Draft>, ack: PartitionWriter.AckLevel = "cold") =>
+  const write = (
+    drafts: ReadonlyArray<PartitionWriter.Draft>,
+    requestId: string | undefined,
+    ack: PartitionWriter.AckLevel = "cold"
+  ) =>
     Effect.flatMap(activate, (of) => {
       const { dimensions } = of.collection
       // Looked at before anything of the batch is queued: a batch is written whole or not at all.
@@ -292,7 +299,8 @@ const makePartition = Effect.gen(function* () {
           return Effect.fail(new InvalidInput({ field: "vector", expected: `${dimensions} numbers`, got }))
         }
       }
-      return Effect.mapError(of.writer.write(drafts, ack), writeError)
+      const request = requestOf(requestId, (hash) => digestOf(drafts, hash))
+      return Effect.mapError(of.writer.write(drafts, ack, request), writeError)
     })
 
   const writeError = (error: PartitionWriter.WriteError): PartitionError => {
@@ -316,24 +324,30 @@ const makePartition = Effect.gen(function* () {
   return IndexPartition.of({
     Activate: () => read((of) => of.stats),
     Upsert: ({ payload }) =>
-      Effect.as(
+      Effect.map(
         write(
           payload.records.map((record) => ({ kind: "upsert" as const, ...record })),
+          payload.requestId,
           payload.ack
         ),
-        { inserted: payload.records.length }
+        (inserted) => ({ inserted })
       ),
     UpdateMetadata: ({ payload }) =>
       Effect.gen(function* () {
         const of = yield* activate
         const fields = JSON.parse(payload.patch) as Record<string, unknown>
-        const patched = yield* Effect.mapError(of.writer.patch(payload.id, fields), writeError)
+        const request = requestOf(payload.requestId, (hash) => crc32(`${payload.id}\0${payload.patch}`, hash))
+        const patched = yield* Effect.mapError(of.writer.patch(payload.id, fields, request), writeError)
         return patched ?? (yield* new VectorNotFound({ collection: name, id: payload.id }))
       }),
     Delete: ({ payload }) =>
-      Effect.map(write(payload.ids.map((id) => ({ kind: "delete" as const, id }))), ({ effects }) => ({
-        deleted: effects.reduce((sum, effect) => sum + Number(effect === deletedVisible), 0)
-      })),
+      Effect.map(
+        write(
+          payload.ids.map((id) => ({ kind: "delete" as const, id })),
+          payload.requestId
+        ),
+        (deleted) => ({ deleted })
+      ),
     Get: ({ payload }) => read((of) => of.get(payload.ids)),
     Search: ({ payload }) => read((of) => of.search(payload)),
     Stats: () => read((of) => of.stats),
@@ -362,5 +376,19 @@ const makePartition = Effect.gen(function* () {
   })
 })
 
-/** `Applied.effects` of a delete that found a visible record. */
-const deletedVisible = 3
+/** What is compared of requests under one id; ids that were given name one request alone. */
+const requestOf = (
+  id: string | undefined,
+  digest: (hash: number) => number
+): PartitionWriter.WriteRequest | undefined =>
+  id === undefined ? undefined : { id, digest: isGiven(id) ? 0 : digest(0) }
+
+const digestOf = (drafts: ReadonlyArray<PartitionWriter.Draft>, from: number): number => {
+  let hash = from
+  for (const draft of drafts) {
+    hash = crc32(`${draft.kind}\0${draft.id}\0`, hash)
+    if (draft.kind === "delete") continue
+    hash = crc32(draft.metadata, crc32(vectorToBytes(draft.vector), hash))
+  }
+  return hash
+}

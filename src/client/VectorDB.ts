@@ -31,7 +31,8 @@ import {
   type Stored,
   type SubscribeCall,
   type TypedClient,
-  type VectorDBOptions
+  type VectorDBOptions,
+  type WriteCall
 } from "./VectorClient.ts"
 
 /** On an engine that is there already, in place of a service. */
@@ -89,7 +90,7 @@ export class VectorDB<M = Metadata> {
   }
 
   /** Resolves with how many there were. */
-  delete(ids: string | ReadonlyArray<string>, options: Call & Aborts = {}): Promise<number> {
+  delete(ids: string | ReadonlyArray<string>, options: WriteCall & Aborts = {}): Promise<number> {
     return run(this.#client.delete(ids, options), options.signal)
   }
 

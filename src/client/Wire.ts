@@ -1,7 +1,7 @@
 /**
  * One WebSocket to the service, made when it is first needed and made anew whenever it is lost. Calls are frames with an id
- * of their own; every call of ours may be repeated (upserts set, deletes remove, subscriptions go on from their cursor), so
- * what was not answered when a connection is lost is sent again on the next, until its deadline.
+ * of their own; every call of ours may be repeated (a write has a key under which it is done once, subscriptions go on from
+ * their cursor), so what was not answered when a connection is lost is sent again on the next, until its deadline.
  *
  * A Node process lives for as long as the connection is open or a call is under way, whatever that waits for; no timer keeps
  * it beyond.
