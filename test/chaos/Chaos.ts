@@ -153,10 +153,12 @@ export const runChaos = async (options: ChaosOptions): Promise<Verdict> => {
     note("no more writes")
     prober.close()
     await clients.quiet()
+    note("reading every key")
     await clients.readAll()
     const violations: Array<Violation> = [...history.violations, ...checkRegisters(history.writes, history.reads)]
     const db = new VectorDB({ endpoint: bases, collection })
     const { uid } = (await db.collections.get(collection, { deadlineMillis: 60_000 })) ?? { uid: "" }
+    note("reading the logs")
     const logs = await readLogs(join(nodes.data, "objects"), uid, partitions)
     violations.push(...(await checkLogs(logs, history, clients, db)))
     await db.close()
