@@ -17,7 +17,7 @@ import { Prober } from "./Prober.ts"
 import { changesOf, checkEffects, checkOwners, type PartitionHistory } from "./partitionHistory.ts"
 import { readLogs } from "./readLogs.ts"
 import { checkRegisters } from "./registers.ts"
-import { type Fault, type FaultKind, networkFaults, scheduleOf, settleMillis } from "./Schedule.ts"
+import { type Fault, type FaultKind, networkFaults, scheduleOf } from "./Schedule.ts"
 
 export interface ChaosOptions {
   readonly seed: number
@@ -34,6 +34,8 @@ export interface ChaosOptions {
   readonly quietMillis?: number
   readonly pausesMillis?: readonly [number, number]
   readonly postgresDownMillis?: number
+  /** In place of a schedule by the seed; each begins when it is its time and the one before has ended. */
+  readonly faults?: ReadonlyArray<Fault>
   readonly shardLockMillis?: number
   readonly flags?: ReadonlyArray<string>
   readonly namespaces?: boolean
@@ -47,6 +49,8 @@ export interface Injected extends Fault {
   readonly end: number
   /** From the beginning until every partition answered again; `undefined`: it did not, before the next fault. */
   readonly recoveredMillis: number | undefined
+  /** The longest time in which one partition did not answer. */
+  readonly pauseMillis: number
   /** What went wrong in doing it. */
   readonly failed: string | undefined
 }
@@ -72,6 +76,9 @@ export interface Verdict {
 
 /** A window of a fault ends so long after the fault. */
 export const windowMillis = 10_000
+
+/** After a fault's end it is waited so long, at most, for every partition to answer. */
+const settleMillis = 10_000
 
 /** Followers and subscribers may take so long to have everything, once nothing is written. */
 const catchUpMillis = 60_000
@@ -132,7 +139,7 @@ export const runChaos = async (options: ChaosOptions): Promise<Verdict> => {
       now
     })
 
-    const schedule = scheduleOf({
+    const planned = scheduleOf({
       source: random(seed),
       durationMillis: options.durationMillis,
       kinds: kinds.filter((kind) => !skipped.includes(kind)),
@@ -141,10 +148,10 @@ export const runChaos = async (options: ChaosOptions): Promise<Verdict> => {
       shardLockMillis,
       quietMillis: options.quietMillis ?? 10_000,
       postgresDownMillis: options.postgresDownMillis ?? 60_000,
-      pauseMillis: options.pausesMillis ?? [10_000, 20_000]
+      pauseMillis: options.pausesMillis ?? [20_000, 30_000]
     })
     const faults: Array<Injected> = []
-    for (const fault of schedule) {
+    for (const fault of options.faults ?? planned) {
       await until(() => now() >= fault.beginMillis)
       faults.push(await inject(fault, nodes, prober, now, note))
     }
@@ -210,6 +217,7 @@ const inject = async (
   await pause(2_500)
   await until(() => recovered() !== undefined, settleMillis - 2_500)
   const recoveredMillis = recovered()
+  const pauseMillis = prober.pause(begin, now() - 1_500, exempt)
   note(
     `${name} has ended after ${((end - begin) / 1_000).toFixed(1)} s; ` +
       (recoveredMillis === undefined
@@ -217,9 +225,10 @@ const inject = async (
         : recoveredMillis === 0
           ? "every partition answered all the time"
           : `every partition answered again ${(recoveredMillis / 1_000).toFixed(1)} s after it began`) +
+      `, the longest wait was ${(pauseMillis / 1_000).toFixed(1)} s` +
       (failed === undefined ? "" : `; ${failed}`)
   )
-  return { ...fault, begin, end, recoveredMillis, failed }
+  return { ...fault, begin, end, recoveredMillis, pauseMillis, failed }
 }
 
 /** What is in the logs, against what was acknowledged and what followers and subscribers were told. */
