@@ -65,7 +65,7 @@ export interface Verdict {
   readonly operations: number
   readonly readsChecked: number
   readonly changesChecked: number
-  /** Of calls that began outside of the windows of faults. */
+  /** Of calls no part of which was in the window of a fault. */
   readonly callsOutside: number
   readonly failedOutside: number
   /** Of all calls. */
@@ -281,8 +281,9 @@ const verdictOf = (
   history: History,
   logs: ReadonlyArray<PartitionHistory>
 ): Verdict => {
-  const isWithin = (at: number) => faults.some(({ begin, end }) => at >= begin && at <= end + windowMillis)
-  const outside = history.calls.filter(({ invoked }) => !isWithin(invoked))
+  const outside = history.calls.filter(({ completed, invoked }) =>
+    faults.every(({ begin, end }) => completed < begin || invoked > end + windowMillis)
+  )
   const failed = history.calls.filter((call) => call.failed !== undefined)
   const failures: Record<string, number> = {}
   for (const { failed: code } of failed) failures[code as string] = (failures[code as string] ?? 0) + 1
