@@ -170,10 +170,11 @@ export const runChaos = async (options: ChaosOptions): Promise<Verdict> => {
     violations.push(...(await checkLogs(logs, history, clients, db)))
     await db.close()
     note("stopping")
-    for (const node of nodes.all) {
-      const code = await node.end("SIGTERM")
-      if (code !== 0) violations.push({ kind: "ownership", what: `${node.name} ended with ${code} by SIGTERM` })
-    }
+    const codes = await Promise.all(nodes.all.map((node) => node.end("SIGTERM")))
+    codes.forEach((code, n) => {
+      const what = `${nodes.all[n]?.name} ended by ${code === "SIGKILL" ? "nothing but SIGKILL" : code} when it was told to stop`
+      if (code !== 0) violations.push({ kind: "stop", what })
+    })
 
     const verdict = verdictOf(options, nodes, faults, skipped, violations, history, logs)
     writeFileSync(join(directory, "violations.txt"), violations.map(({ kind, what }) => `${kind}: ${what}\n`).join(""))
