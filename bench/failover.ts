@@ -19,6 +19,8 @@ const { values } = parseArgs({
     seed: { type: "string", default: "1" }
   }
 })
+for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => process.exit(1))
+
 const times = Number(values.times)
 const runners = ["runner-1", "runner-2", "runner-3"]
 const gateways = ["gateway-1", "gateway-2"]

@@ -77,7 +77,14 @@ export const startNodes = async (options: NodesOptions): Promise<Nodes> => {
   const postgres = await startPostgres({ host: network.addressOf("postgres") })
   const redis = await startRedis([], network.addressOf("redis"))
   const all: Array<ClusterNode> = []
+  // Where this process is told to end, what it started ends with it.
+  const abandon = () => {
+    void postgres.kill()
+    void redis.kill()
+  }
+  process.once("exit", abandon)
   const stop = async () => {
+    process.removeListener("exit", abandon)
     for (const node of all) node.thaw()
     await Promise.all(all.map((node) => node.end("SIGKILL")))
     await redis.stop()

@@ -42,6 +42,8 @@ const minutes = Number(values.minutes)
 if (values.help || !kinds.every((kind) => faultKinds.includes(kind as FaultKind))) usage()
 if (!Number.isSafeInteger(seed) || !(minutes > 0) || !(Number(values.clients) > 0)) usage()
 
+for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => process.exit(1))
+
 const directory = mkdtempSync(join(tmpdir(), "ruvector-chaos-"))
 process.stdout.write(`chaos: seed ${seed}, ${minutes} min, logs in ${directory}\n`)
 const verdict = await runChaos({
