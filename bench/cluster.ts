@@ -98,6 +98,7 @@ const startCluster = async (postgres: Postgres, count: number, more: ReadonlyArr
   }
 }
 
+// biome-ignore lint/suspicious/noExplicitAny: what it answers is JSON that is looked at in one place
 const call = async (server: Server, method: string, path: string, body?: unknown): Promise<any> => {
   const response = await fetch(`${server.url}${path}`, {
     method,

@@ -12,6 +12,8 @@ import { Membership } from "./Membership.ts"
 export class Placement extends Context.Service<
   Placement,
   {
+    /** Whether this process is a runner of a cluster. */
+    readonly hosts: boolean
     /** Of its group's shards the one that the actor is in, counted from 0. */
     readonly shardOf: (group: string, entityId: string) => number
     /** Whether this process holds the shard of the actor. */
@@ -38,6 +40,7 @@ export class Placement extends Context.Service<
       const membership = yield* Membership
       const shardOf = (group: string, entityId: string) => sharding.getShardId(entityId as EntityId.EntityId, group)
       return Placement.of({
+        hosts: membership.own !== undefined,
         shardOf: (group, entityId) => shardOf(group, entityId).id - 1,
         isHere: (group, entityId) => sharding.hasShardId(shardOf(group, entityId)),
         ownerOf: (group, entityId) => membership.owners(group)[shardOf(group, entityId).id - 1],
