@@ -6,6 +6,7 @@ import { Effect, type Stream } from "effect"
 import type { VectorDBError } from "./ClientError.ts"
 import type { Engine, Heard } from "./Engine.ts"
 
+/** What a topic is made with; what is left out takes the server's defaults. */
 export interface TopicParameters {
   /** How long messages and tasks are kept. */
   readonly retentionMillis?: number
@@ -16,6 +17,7 @@ export interface TopicParameters {
   readonly attemptsMax?: number
 }
 
+/** A topic as it is. */
 export interface TopicInfo extends Required<TopicParameters> {
   readonly name: string
   readonly uid: string
@@ -23,8 +25,10 @@ export interface TopicInfo extends Required<TopicParameters> {
   readonly tasks?: Readonly<Record<TaskState, number>>
 }
 
+/** `leased`: somebody has it; `dead`: it has failed too often, or nobody did it in time. */
 export type TaskState = "waiting" | "leased" | "done" | "dead"
 
+/** A message to be published. */
 export interface NewMessage<T = unknown> {
   /** JSON. */
   readonly message: T
@@ -34,6 +38,7 @@ export interface NewMessage<T = unknown> {
   readonly id?: string
 }
 
+/** A message as who listens is given it. */
 export interface TopicMessage<T = unknown> {
   readonly id: string
   readonly key: string
@@ -44,6 +49,7 @@ export interface TopicMessage<T = unknown> {
   readonly cursor: string
 }
 
+/** Where to begin, and what to be told. */
 export interface ListenOptions {
   /** Where there is no cursor, and no position of the subscriber. By default `newest`. */
   readonly from?: "newest" | "oldest"
@@ -55,6 +61,7 @@ export interface ListenOptions {
   readonly onGap?: () => void
 }
 
+/** A task to be enqueued. */
 export interface NewTask<T = unknown> {
   readonly task: T
   /** A task of an id that is there, or was done lately, is not enqueued again. */
@@ -65,6 +72,7 @@ export interface NewTask<T = unknown> {
   readonly delayMillis?: number
 }
 
+/** A task that was taken, and its lease. */
 export interface LeasedTask<T = unknown> {
   readonly id: string
   /** Of this lease: greater than any before it, so that what it writes elsewhere can be told from what an older one does. */
@@ -76,6 +84,7 @@ export interface LeasedTask<T = unknown> {
   readonly leaseMillis: number
 }
 
+/** How many tasks, for how long, and how long to wait for one. */
 export interface TakeOptions {
   /** Tasks at most, 1 to 100; 1 where left out. */
   readonly max?: number
@@ -86,11 +95,13 @@ export interface TakeOptions {
   readonly agent?: string
 }
 
+/** What becomes of a task that failed. */
 export interface FailOptions {
   /** Before it is handed out again. */
   readonly delayMillis?: number
 }
 
+/** A task as it is now. */
 export interface TaskInfo<T = unknown> {
   readonly id: string
   readonly state: TaskState
@@ -103,13 +114,17 @@ export interface TaskInfo<T = unknown> {
   readonly result?: unknown
 }
 
+/** Topics, as effects and streams. */
 export interface TopicClient {
+  /** Finds the one that is there with the same parameters. */
   readonly create: (
     topic: string,
     parameters: TopicParameters,
     call?: TopicCall
   ) => Effect.Effect<TopicInfo, VectorDBError>
+  /** `undefined` where there is none. */
   readonly get: (topic: string, call?: TopicCall) => Effect.Effect<TopicInfo | undefined, VectorDBError>
+  /** The topics that there are. */
   readonly list: (call?: TopicCall) => Effect.Effect<ReadonlyArray<TopicInfo>, VectorDBError>
   /** Whether there was one. */
   readonly delete: (topic: string, call?: TopicCall) => Effect.Effect<boolean, VectorDBError>
@@ -121,12 +136,14 @@ export interface TopicClient {
   ) => Effect.Effect<{ readonly duplicates: number }, VectorDBError>
   /** In order for each key, at least once; goes on by itself after cuts. */
   readonly listen: (topic: string, options?: ListenOptions) => Stream.Stream<Heard, VectorDBError>
+  /** The subscriber has dealt with the message of the cursor, and all before it. */
   readonly acknowledge: (
     topic: string,
     subscriber: string,
     cursor: string,
     call?: TopicCall
   ) => Effect.Effect<void, VectorDBError>
+  /** The subscriber's position is forgotten. */
   readonly forget: (topic: string, subscriber: string, call?: TopicCall) => Effect.Effect<void, VectorDBError>
   /** The tasks' ids. */
   readonly enqueue: (
@@ -134,6 +151,7 @@ export interface TopicClient {
     tasks: ReadonlyArray<NewTask>,
     call?: TopicCall
   ) => Effect.Effect<ReadonlyArray<string>, VectorDBError>
+  /** The first that wait, each with a lease; none where there are none in time. */
   readonly take: (
     topic: string,
     options?: TakeOptions,
@@ -146,6 +164,7 @@ export interface TopicClient {
     leaseMillis?: number,
     call?: TopicCall
   ) => Effect.Effect<number, VectorDBError>
+  /** The task is done. Fails with `lease_lost` where its lease has ended. */
   readonly complete: (
     topic: string,
     lease: Lease,
@@ -162,7 +181,9 @@ export interface TopicClient {
   ) => Effect.Effect<TaskState, VectorDBError>
   /** Given back untried. */
   readonly release: (topic: string, lease: Lease, call?: TopicCall) => Effect.Effect<void, VectorDBError>
+  /** `undefined` where it is not known, or no longer. */
   readonly task: (topic: string, id: string, call?: TopicCall) => Effect.Effect<TaskInfo | undefined, VectorDBError>
+  /** By the time they came in, those of one state or all. */
   readonly tasks: (
     topic: string,
     options?: { readonly state?: TaskState; readonly after?: string; readonly limit?: number },
@@ -178,6 +199,7 @@ export interface TopicClient {
   readonly cancel: (topic: string, ids: ReadonlyArray<string>, call?: TopicCall) => Effect.Effect<number, VectorDBError>
 }
 
+/** For how long to try; what is left out is the client's. */
 export interface TopicCall {
   readonly deadlineMillis?: number
 }
