@@ -10,7 +10,7 @@ import { startServer } from "../support/ServerProcess.ts"
 const settle = (millis: number) => new Promise((resolve) => setTimeout(resolve, millis))
 
 describe.skipIf(skipPostgres)("a gateway and two runners, one of which is killed", () => {
-  it("messages and tasks go on at the other one", { timeout: 120_000 }, async () => {
+  it("messages and tasks go on at the other one", { timeout: 240_000 }, async () => {
     const directory = await mkdtemp(join(tmpdir(), "ruvector-cluster-"))
     const postgres: Postgres = await startPostgres()
     const start = (role: string) =>
