@@ -17,6 +17,7 @@ import { type ApiError, TopicNotFound, TopicUnavailable } from "../protocol/Erro
 import { shownName } from "../protocol/Tenant.ts"
 import type { Topic, TopicRequest } from "../protocol/Topic.ts"
 import { TopicCatalog, topicCatalogId } from "../protocol/TopicCatalog.ts"
+import { Calls } from "./Calls.ts"
 import { groupByPartition, partitionOf } from "./PartitionMap.ts"
 
 type Channel = ReturnType<Effect.Success<typeof AgentChannel.client>>
@@ -68,6 +69,7 @@ export class TopicRouter extends Context.Service<
     TopicRouter,
     Effect.gen(function* () {
       const settings = yield* Settings
+      const calls = yield* Calls
       const catalog = (yield* TopicCatalog.client)(topicCatalogId)
       const channels = yield* AgentChannel.client
       const queues = yield* TaskQueue.client
@@ -75,21 +77,34 @@ export class TopicRouter extends Context.Service<
       const known = new Map<string, Topic>()
       const run = Effect.runForkWith(yield* Effect.context<never>())
 
-      const delivered = <A, E extends { readonly _tag: string }>(name: string, call: Effect.Effect<A, E>) =>
-        Effect.mapError(call, (error): Exclude<E, DeliveryError> | TopicUnavailable =>
-          isDelivery(error)
-            ? new TopicUnavailable({
-                topic: shownName(name),
-                detail: error._tag === "MailboxFull" ? "Too much waits for it." : "It cannot be reached now.",
-                retryAfterMillis: error._tag === "MailboxFull" ? 250 : 1_000
-              })
-            : (error as Exclude<E, DeliveryError>)
+      /** Calls that wait for news are answered later than others by as long as they wait. */
+      const deadlineMillis = settings.clusterCallMillis + settings.topicPollMillis
+
+      const delivered = <A, E extends { readonly _tag: string }>(
+        name: string,
+        id: string,
+        call: Effect.Effect<A, E>
+      ) => {
+        const unreached = (detail: string, retryAfterMillis: number) =>
+          new TopicUnavailable({ topic: shownName(name), detail, retryAfterMillis })
+        const late = () => unreached("It did not answer in time.", 1_000)
+        return Effect.mapError(
+          calls.to({ group: "default", id }, call, late, deadlineMillis),
+          (error): Exclude<E, DeliveryError> | TopicUnavailable => {
+            if (!isDelivery(error)) return error as Exclude<E, DeliveryError> | TopicUnavailable
+            return error._tag === "MailboxFull"
+              ? unreached("Too much waits for it.", 250)
+              : unreached("It cannot be reached now.", 1_000)
+          }
         )
+      }
 
       const topic = (name: string): Effect.Effect<Topic, ApiError> => {
         const found = known.get(name)
         if (found !== undefined) return Effect.succeed(found)
-        return Effect.tap(delivered(name, catalog.Read({ name })), (read) => Effect.sync(() => known.set(name, read)))
+        return Effect.tap(delivered(name, topicCatalogId, catalog.Read({ name })), (read) =>
+          Effect.sync(() => known.set(name, read))
+        )
       }
 
       const forget = (of: Topic): void => {
@@ -115,15 +130,19 @@ export class TopicRouter extends Context.Service<
         { name, uid }: Topic,
         number: number,
         use: (channel: Channel) => Effect.Effect<A, E>
-      ) => delivered(name, use(channels(channelId({ topic: name, uid, channel: number }))))
+      ) => {
+        const id = channelId({ topic: name, uid, channel: number })
+        return delivered(name, id, use(channels(id)))
+      }
 
       const queue = <A, E extends { readonly _tag: string }>(
         name: string,
         use: (queue: Queue) => Effect.Effect<A, E>
       ) =>
-        withTopic(name, ({ uid }) =>
-          delivered(name, use(queues(channelId({ topic: name, uid, channel: queueChannel }))))
-        )
+        withTopic(name, ({ uid }) => {
+          const id = channelId({ topic: name, uid, channel: queueChannel })
+          return delivered(name, id, use(queues(id)))
+        })
 
       const publishers = new Map<string, Publisher>()
       const publisherOf = (of: Topic, number: number): Publisher => {
@@ -186,14 +205,14 @@ export class TopicRouter extends Context.Service<
 
       return TopicRouter.of({
         topic,
-        topics: Effect.mapError(delivered("", catalog.List()), (error) => error as ApiError),
+        topics: Effect.mapError(delivered("", topicCatalogId, catalog.List()), (error) => error as ApiError),
         create: (name, request) =>
-          Effect.tap(delivered(name, catalog.Create({ name, request })), ({ topic }) =>
+          Effect.tap(delivered(name, topicCatalogId, catalog.Create({ name, request })), ({ topic }) =>
             Effect.sync(() => known.set(name, topic))
           ),
         remove: (name) =>
           Effect.ensuring(
-            delivered(name, catalog.Delete({ name })),
+            delivered(name, topicCatalogId, catalog.Delete({ name })),
             Effect.sync(() => known.delete(name))
           ),
         publish,
