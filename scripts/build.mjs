@@ -52,7 +52,12 @@ const withoutIndices = (text) =>
     const modules = modulesOf(index)
     const imports = String(names)
       .split(",")
-      .map((name) => name.trim().replace(/^type /, "").split(/ as /))
+      .map((name) =>
+        name
+          .trim()
+          .replace(/^type /, "")
+          .split(/ as /)
+      )
       .map(([name = "", alias = name]) => [alias, modules.get(name)])
     // Single functions are left to the index.
     if (imports.some(([, module]) => module === undefined)) return whole

@@ -122,6 +122,18 @@ export const settings = {
   ),
   databaseWaitMillis: integer("that it may take until it is there, at start", "ms", 60_000, 0, 3_600_000),
   cell: text("cluster that this node belongs to, within the region", "main", "1-32 of a-z 0-9 -", regionPattern),
+  directoryUrl: text(
+    "Postgres in which the cells of the region say which collections each has; empty: it has one cell",
+    "",
+    "postgres://.. or empty",
+    /^(?:|postgres(?:ql)?:\/\/\S{1,2000})$/
+  ),
+  cellUrl: text(
+    "where clients reach this cell's gateways, told those who ask another cell",
+    "",
+    "http(s)://.. or empty",
+    /^(?:|https?:\/\/\S{1,2000})$/
+  ),
   clusterHost: text(
     "address at which the others reach this runner",
     "127.0.0.1",
@@ -267,6 +279,20 @@ export const settings = {
     mebibyte,
     4_096 * mebibyte
   ),
+  requestWindowMillis: integer(
+    "within which a write that is made again under the same key is not done again",
+    "ms",
+    900_000,
+    1_000,
+    86_400_000
+  ),
+  requestWindowMax: integer(
+    "writes with keys that are remembered for that, a partition",
+    "writes",
+    65_536,
+    64,
+    16_777_216
+  ),
   snapshotOps: integer("operations after which a snapshot is taken", "operations", 10_000, 100, 10_000_000),
   snapshotSharePercent: integer("and this share of the partition's records", "%", 50, 1, 1_000),
   snapshotIdleMillis: integer(
@@ -285,6 +311,73 @@ export const settings = {
   ),
   changeReadsMax: integer("followers of changes that read the log at once", "followers", 16, 1, 4_096),
   changeBufferMax: integer("newest changes kept in memory for followers, a partition", "changes", 1_024, 16, 1_000_000),
+
+  // Topics
+  topicRetentionMillis: integer(
+    "that messages and tasks are kept of a topic that names no other time",
+    "ms",
+    86_400_000,
+    1_000,
+    2_592_000_000
+  ),
+  topicChannels: integer("channels of a topic that names no other number", "channels", 1, 1, 64),
+  topicCommitMillis: integer("between two log objects of a channel at least, under load", "ms", 1, 0, 1_000),
+  topicQueueBytesMax: integer(
+    "of messages and tasks waiting to be committed, a channel",
+    "bytes",
+    16 * mebibyte,
+    65_536,
+    4_096 * mebibyte
+  ),
+  topicWindowBytes: integer(
+    "newest messages kept in memory for listeners, a channel",
+    "bytes",
+    4 * mebibyte,
+    65_536,
+    1_024 * mebibyte
+  ),
+  topicDedupeMillis: integer(
+    "within which a message of an id that was published before is not published again",
+    "ms",
+    600_000,
+    1_000,
+    86_400_000
+  ),
+  topicDedupeMax: integer("newest ids of messages that are known for that, a channel", "ids", 100_000, 100, 10_000_000),
+  topicSubscribersMax: integer("named subscribers of a channel", "subscribers", 10_000, 1, 1_000_000),
+  topicSubscriberMillis: integer(
+    "after which the position of a subscriber that never came back is forgotten",
+    "ms",
+    2_592_000_000,
+    60_000,
+    31_536_000_000
+  ),
+  topicSnapshotObjects: integer("log objects after which a channel is snapshotted", "objects", 5_000, 10, 1_000_000),
+  topicSnapshotBytes: integer("or bytes of them", "bytes", 32 * mebibyte, 65_536, 4_096 * mebibyte),
+  topicIdleMillis: integer("quiet time after which a channel is passivated", "ms", 300_000, 5_000, 86_400_000),
+  topicPollMillis: integer(
+    "longest wait of one call to a channel's owner; a longer one is made of several",
+    "ms",
+    5_000,
+    10,
+    60_000
+  ),
+  topicWaitersMax: integer("calls that wait for news of a channel", "calls", 10_000, 1, 1_000_000),
+  topicTailMessages: integer(
+    "newest messages of a channel that a node keeps for its listeners",
+    "messages",
+    1_024,
+    16,
+    1e6
+  ),
+  topicReadsMax: integer("listeners on a node that catch up at once", "listeners", 16, 1, 4_096),
+  taskLeaseMillis: integer("lease of a task, where neither topic nor agent names one", "ms", 30_000, 10, 86_400_000),
+  taskGraceMillis: integer("that a lease runs longer than was told, for the way there and back", "ms", 500, 0, 60_000),
+  taskAttemptsMax: integer("times that a task is handed out before it is a dead letter", "attempts", 5, 1, 1_000),
+  tasksMax: integer("tasks of a topic that are not done", "tasks", 200_000, 1, 10_000_000),
+  taskBytesMax: integer("and their bytes", "bytes", 128 * mebibyte, 65_536, 16_384 * mebibyte),
+  tasksDeadMax: integer("dead letters of a topic; then the oldest goes", "tasks", 10_000, 1, 1_000_000),
+  tasksDoneMax: integer("tasks done that a topic remembers; then the oldest goes", "tasks", 100_000, 1, 10_000_000),
 
   // Backups
   backupTo: text(
@@ -390,6 +483,16 @@ export const settings = {
 
   // Actors
   partitionIdleMillis: integer("quiet time after which a partition is passivated; 0: never", "ms", 0, 0, 86_400_000),
+  quarantineFailures: integer(
+    "failures in a row, by its own fault, after which a partition is not opened for a while",
+    "failures",
+    3,
+    1,
+    1_000
+  ),
+  quarantineMillis: integer("that it is not; twice as long after each failure more", "ms", 10_000, 100, 3_600_000),
+  quarantineMillisMax: integer("and at most", "ms", 600_000, 100, 86_400_000),
+  quarantineCalmMillis: integer("without a failure after which it has none", "ms", 60_000, 100, 86_400_000),
   sessionIdleMillis: integer("quiet time after which a session is passivated", "ms", 30_000, 5_000, 86_400_000),
   sessionSearchesMax: integer("searches under way in one session", "searches", 256, 1, 10_000),
   sessionAnswersKept: integer("newest answers a session keeps for resuming", "answers", 2, 0, 64),
@@ -711,6 +814,9 @@ export const readSettings = (
   }
   if (read.databaseUrl === "" && read.role !== "all") {
     throw new SettingError(`--${flagOf("databaseUrl")}: expected the cluster's Postgres, for the role ${read.role}`)
+  }
+  if ((read.directoryUrl === "") !== (read.cellUrl === "")) {
+    throw new SettingError(`--${flagOf("directoryUrl")}, --${flagOf("cellUrl")}: expected both of them, or none`)
   }
   if (read.runnerHeartbeatMillis * 3 > read.shardLockMillis) {
     const expected = `at most a third of ${flagOf("shardLockMillis")} (${read.shardLockMillis})`

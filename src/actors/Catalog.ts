@@ -6,7 +6,7 @@
  * crash in between is made good when the catalogue is next opened.
  */
 import { randomBytes } from "node:crypto"
-import { Duration, Effect, Schema, Semaphore } from "effect"
+import { Duration, Effect, Schedule, Schema, Semaphore } from "effect"
 import { Settings } from "../config.ts"
 import { Catalog } from "../protocol/Catalog.ts"
 import { type Collection, type CollectionRequest, cacheStateAt } from "../protocol/Collection.ts"
@@ -20,6 +20,7 @@ import {
 import { IndexPartition, partitionId, partitionsGroup } from "../protocol/IndexPartition.ts"
 import { collectionsMax, invalidationsPendingMax } from "../protocol/Limits.ts"
 import { Calls } from "../shards/Calls.ts"
+import { CellDirectory } from "../shards/CellDirectory.ts"
 import { Placement } from "../shards/Placement.ts"
 import { type Catalogue, CatalogueText, catalogueFormat, catalogueKey, removedKept } from "../tiers/CatalogueObject.ts"
 import { ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
@@ -30,6 +31,7 @@ export const layer = Catalog.toLayer(
     const store = yield* ObjectStore
     const partitions = yield* IndexPartition.client
     const placement = yield* Placement
+    const directory = yield* CellDirectory
     const calls = yield* Calls
     const scope = yield* Effect.scope
     const gate = yield* Semaphore.make(1)
@@ -59,10 +61,23 @@ export const layer = Catalog.toLayer(
           )
         )
         current = { catalogue, etag: object.etag }
+        // Those that were here before there was a directory, or were restored.
+        yield* Effect.forkIn(claimNames(catalogue.collections.map(({ name }) => name)), scope)
         if (catalogue.removing.length > 0) yield* Effect.forkIn(gate.withPermit(finishRemovals), scope)
       }
       return current
     })
+
+    /** Not waited for: what is here is served without the directory. */
+    const claimNames = (names: ReadonlyArray<string>) =>
+      directory.claimAll(names).pipe(
+        Effect.retry(Schedule.spaced(claimPauseMillis)),
+        Effect.flatMap((lost) =>
+          lost.length === 0
+            ? Effect.void
+            : Effect.logWarning("Collections of this cell are another's by the directory of cells", lost.slice(0, 10))
+        )
+      )
 
     /** Writes a changed catalogue; on any doubt about what is stored, what is in memory is forgotten and read anew. */
     const write = (catalogue: Catalogue, etag: string | undefined) =>
@@ -104,6 +119,8 @@ export const layer = Catalog.toLayer(
         if (conflict !== undefined) return yield* conflict
         return { collection: there, created: false }
       }
+      const elsewhere = yield* directory.claim(name)
+      if (elsewhere !== undefined) return yield* new CollectionNotFound({ collection: name, elsewhere })
       if (catalogue.collections.length >= collectionsMax) {
         return yield* new Overloaded({ bound: "collectionsMax", retryAfterMillis: 60_000 })
       }
@@ -140,11 +157,14 @@ export const layer = Catalog.toLayer(
       )
 
     const find = (name: string) =>
-      Effect.flatMap(read, ({ catalogue }) => {
+      Effect.flatMap(read, ({ catalogue }): Effect.Effect<Collection, CollectionNotFound | StorageUnavailable> => {
         const collection = catalogue.collections.find((candidate) => candidate.name === name)
-        return collection === undefined
-          ? Effect.fail(new CollectionNotFound({ collection: name }))
-          : Effect.succeed(collection)
+        if (collection !== undefined) return Effect.succeed(collection)
+        return Effect.flatMap(directory.find(name), (elsewhere) =>
+          Effect.fail(
+            new CollectionNotFound(elsewhere === undefined ? { collection: name } : { collection: name, elsewhere })
+          )
+        )
       })
 
     const invalidate = Effect.fn("Catalog.invalidate")(function* (name: string, noticeMillis: number) {
@@ -182,6 +202,7 @@ export const layer = Catalog.toLayer(
         },
         etag
       )
+      yield* directory.release(name)
       yield* finishRemovals
     })
 
@@ -203,6 +224,9 @@ export const layer = Catalog.toLayer(
 
 const notRemoved = () =>
   new StorageUnavailable({ detail: "A partition could not be removed; it will be.", retryAfterMillis: 1_000 })
+
+/** Between two tries to tell the directory of cells what is here. */
+const claimPauseMillis = 5_000
 
 /** Partitions of uids that are looked at to choose one, all together; and uids at the least. */
 const partitionsLookedAt = 2_000

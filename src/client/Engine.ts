@@ -4,6 +4,7 @@
  */
 import type { Effect, Stream } from "effect"
 import type { VectorDBError } from "./ClientError.ts"
+import type { ListenOptions, TopicMessage } from "./Topics.ts"
 
 /** What a vector is stored with: any JSON object. */
 export type Metadata = Readonly<Record<string, unknown>>
@@ -117,6 +118,14 @@ export interface CallOptions {
   readonly deadlineMillis: number
 }
 
+/** A message of a topic; or that messages are past their retention which were not handed on. */
+export type Heard = TopicMessage | { readonly gap: true }
+
+export interface WriteOptions extends CallOptions {
+  /** The write is done once under it, however often it is asked for; where there is none each call is a write of its own. */
+  readonly idempotencyKey?: string
+}
+
 /** Vector, or id of a vector of the collection. */
 export type Query = Vector | { readonly id: string }
 
@@ -124,15 +133,15 @@ export interface Engine {
   /** Upserts, in the order given. */
   readonly insert: (
     items: ReadonlyArray<Item>,
-    options: CallOptions & { readonly ack?: Ack }
+    options: WriteOptions & { readonly ack?: Ack }
   ) => Effect.Effect<number, VectorDBError>
   /** Sets the metadata's fields; `null` removes one. */
   readonly patch: (
     id: string,
     metadata: Metadata,
-    options: CallOptions
+    options: WriteOptions
   ) => Effect.Effect<{ readonly metadata: Metadata; readonly version: string }, VectorDBError>
-  readonly remove: (ids: ReadonlyArray<string>, options: CallOptions) => Effect.Effect<number, VectorDBError>
+  readonly remove: (ids: ReadonlyArray<string>, options: WriteOptions) => Effect.Effect<number, VectorDBError>
   readonly get: (id: string, options: CallOptions) => Effect.Effect<StoredVector | undefined, VectorDBError>
   readonly search: (query: Query, options: SearchOptions) => Effect.Effect<SearchAnswer, VectorDBError>
   /** Hits as they arrive, nearest first. */
@@ -149,4 +158,11 @@ export interface Engine {
   readonly collection: (name: string, deadlineMillis: number) => Effect.Effect<CollectionInfo, VectorDBError>
   readonly collections: (deadlineMillis: number) => Effect.Effect<ReadonlyArray<CollectionInfo>, VectorDBError>
   readonly deleteCollection: (name: string, deadlineMillis: number) => Effect.Effect<void, VectorDBError>
+  /** Asks something of topics; what, and what is answered, is in `docs/protocol.md`. */
+  readonly topic: (
+    operation: string,
+    request: Readonly<Record<string, unknown>>,
+    deadlineMillis: number
+  ) => Effect.Effect<Readonly<Record<string, unknown>>, VectorDBError>
+  readonly listen: (topic: string, options: Omit<ListenOptions, "onGap">) => Stream.Stream<Heard, VectorDBError>
 }

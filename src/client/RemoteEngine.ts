@@ -1,6 +1,7 @@
 /**
  * The engine of a service: searches, inserts and subscriptions on one WebSocket (`Wire`), everything else, and all where
- * `streaming` is off, as requests of HTTP. All of it is safe to repeat, and is repeated within the deadline.
+ * `streaming` is off, as requests of HTTP. All of it is safe to repeat, and is repeated within the deadline: all attempts at
+ * one write have the same key, under which the server does it once.
  */
 import { Cause, Effect, Queue, Stream } from "effect"
 import { Backoff } from "./Backoff.ts"
@@ -10,6 +11,7 @@ import type {
   CollectionChange,
   CollectionInfo,
   Engine,
+  Heard,
   Item,
   MemberChange,
   Metadata,
@@ -18,7 +20,8 @@ import type {
   SearchHit,
   SearchOptions,
   StoredVector,
-  Vector
+  Vector,
+  WriteOptions
 } from "./Engine.ts"
 import { type Entering, Members } from "./Members.ts"
 import { Wire, type WireEvent } from "./Wire.ts"
@@ -32,7 +35,8 @@ export const makeRemoteEngine = (options: ResolvedOptions): RemoteEngine => {
   const wire = new Wire(options)
   const http = new Http(options, wire)
 
-  const insertOverWire = (items: ReadonlyArray<Item>, { collection, ack, deadlineMillis }: InsertOptions) => {
+  const insertOverWire = (items: ReadonlyArray<Item>, options: InsertOptions) => {
+    const { collection, ack, deadlineMillis } = options
     const first = items[0]
     if (first === undefined) return Effect.succeed(0)
     const floats = joined(items)
@@ -43,23 +47,19 @@ export const makeRemoteEngine = (options: ResolvedOptions): RemoteEngine => {
       ...(floats === undefined ? { vector: [...vector] } : {})
     }))
     const frame = { type: "insert", collection, vectors, ...(ack === undefined ? {} : { ack }) }
-    return once(wire, frame, floats, deadlineMillis, (event) => Number(event["inserted"]))
+    return keyed(options, (idempotency_key) =>
+      once(wire, { ...frame, idempotency_key }, floats, deadlineMillis, (event) => Number(event["inserted"]))
+    )
   }
 
-  const insertOverHttp = (items: ReadonlyArray<Item>, { collection, ack, deadlineMillis }: InsertOptions) =>
-    Effect.map(
-      http.call(
-        "POST",
-        "/insert",
-        {
-          collection,
-          vectors: items.map((item) => ({ ...item, vector: [...item.vector] })),
-          ...(ack === undefined ? {} : { ack })
-        },
-        deadlineMillis
-      ),
-      (body) => Number(body["inserted"])
+  const insertOverHttp = (items: ReadonlyArray<Item>, options: InsertOptions) => {
+    const { collection, ack, deadlineMillis } = options
+    const vectors = items.map((item) => ({ ...item, vector: [...item.vector] }))
+    const body = { collection, vectors, ...(ack === undefined ? {} : { ack }) }
+    return keyed(options, (key) =>
+      Effect.map(http.call("POST", "/insert", body, deadlineMillis, key), (answer) => Number(answer["inserted"]))
     )
+  }
 
   const search = (query: Query, search: SearchOptions): Effect.Effect<SearchAnswer, VectorDBError> => {
     const { frame, floats } = searchFrame(query, search)
@@ -110,12 +110,13 @@ export const makeRemoteEngine = (options: ResolvedOptions): RemoteEngine => {
   const events = <A>(
     frame: Readonly<Record<string, unknown>>,
     floats: Float32Array | undefined,
-    read: (event: WireEvent) => ReadonlyArray<A>
+    read: (event: WireEvent) => ReadonlyArray<A>,
+    first?: string
   ): Stream.Stream<A, VectorDBError> =>
     Stream.callback<A, VectorDBError>((queue) =>
       Effect.acquireRelease(
         Effect.sync(() => {
-          let cursor: string | undefined
+          let cursor = first
           let timer: ReturnType<typeof setTimeout> | undefined
           let cancel = () => {}
           const later = (millis: number) => {
@@ -139,7 +140,7 @@ export const makeRemoteEngine = (options: ResolvedOptions): RemoteEngine => {
                 return false
               },
               onError: (error) => {
-                if (error.code !== "invalid_cursor" || cursor === undefined) {
+                if (error.code !== "invalid_cursor" || cursor === undefined || cursor === first) {
                   Queue.failCauseUnsafe(queue, Cause.fail(error))
                   return
                 }
@@ -197,19 +198,76 @@ export const makeRemoteEngine = (options: ResolvedOptions): RemoteEngine => {
         const kind = event["kind"] as "upsert" | "metadata" | "delete"
         return [{ kind, id: String(event["vector_id"]), version: String(event["version"]) }]
       }),
-    insert: options.streaming ? insertOverWire : insertOverHttp,
-    patch: (id, metadata, { collection, deadlineMillis }) =>
-      Effect.map(
-        http.call(
-          "PATCH",
-          `/vectors/${encodeURIComponent(id)}${inCollection(collection)}`,
-          { metadata },
-          deadlineMillis
-        ),
-        (body) => ({ metadata: body["metadata"] as Metadata, version: String(body["version"]) })
+    topic: (operation, request, deadlineMillis) => {
+      if (options.streaming) {
+        return once(wire, { type: `topic.${operation}`, ...request }, undefined, deadlineMillis, answerOfTopic)
+      }
+      const { topic, ...body } = request
+      const path = topic === undefined ? "/topics" : `/topics/${encodeURIComponent(String(topic))}`
+      switch (operation) {
+        case "create":
+          return http.call("PUT", path, body, deadlineMillis)
+        case "describe":
+        case "list":
+          return http.call("GET", path, undefined, deadlineMillis)
+        case "delete":
+          return http.call("DELETE", path, undefined, deadlineMillis)
+        case "task":
+          return http.call(
+            "GET",
+            `${path}/tasks/${encodeURIComponent(String(body["task_id"]))}`,
+            undefined,
+            deadlineMillis
+          )
+        case "tasks": {
+          const parameters = new URLSearchParams(body as Record<string, string>)
+          return http.call("GET", `${path}/tasks?${parameters}`, undefined, deadlineMillis)
+        }
+        default:
+          return http.call("POST", `${path}/${operation}`, body, deadlineMillis)
+      }
+    },
+    listen: (topic, { cursor, from, subscriber }) =>
+      events<Heard>(
+        {
+          type: "listen",
+          topic,
+          ...(from === undefined ? {} : { from }),
+          ...(subscriber === undefined ? {} : { subscriber })
+        },
+        undefined,
+        (event) => {
+          if (event.event === "gap") return [{ gap: true }]
+          if (event.event !== "message") return []
+          return [
+            {
+              id: String(event["message_id"]),
+              key: String(event["key"]),
+              message: event["message"],
+              atMillis: Number(event["at_ms"]),
+              cursor: String(event["cursor"])
+            }
+          ]
+        },
+        cursor
       ),
-    remove: (ids, { collection, deadlineMillis }) =>
-      Effect.map(http.call("POST", "/delete", { collection, ids }, deadlineMillis), (body) => Number(body["deleted"])),
+    insert: options.streaming ? insertOverWire : insertOverHttp,
+    patch: (id, metadata, options) => {
+      const path = `/vectors/${encodeURIComponent(id)}${inCollection(options.collection)}`
+      return keyed(options, (key) =>
+        Effect.map(http.call("PATCH", path, { metadata }, options.deadlineMillis, key), (body) => ({
+          metadata: body["metadata"] as Metadata,
+          version: String(body["version"])
+        }))
+      )
+    },
+    remove: (ids, options) =>
+      keyed(options, (key) =>
+        Effect.map(
+          http.call("POST", "/delete", { collection: options.collection, ids }, options.deadlineMillis, key),
+          (body) => Number(body["deleted"])
+        )
+      ),
     get: (id, { collection, deadlineMillis }) =>
       http.call("GET", `/embed/${encodeURIComponent(id)}${inCollection(collection)}`, undefined, deadlineMillis).pipe(
         Effect.map(storedOf),
@@ -240,6 +298,18 @@ export const makeRemoteEngine = (options: ResolvedOptions): RemoteEngine => {
 
 type InsertOptions = Parameters<Engine["insert"]>[1]
 type Json = Readonly<Record<string, unknown>>
+
+/** A write with its key: the caller's, or one of its own each time that it is run. */
+const keyed = <A, E>(
+  { idempotencyKey }: WriteOptions,
+  write: (key: string) => Effect.Effect<A, E>
+): Effect.Effect<A, E> => Effect.suspend(() => write(idempotencyKey ?? freshKey()))
+
+const freshKey = (): string => {
+  let key = ""
+  for (const byte of crypto.getRandomValues(new Uint8Array(16))) key += byte.toString(16).padStart(2, "0")
+  return key
+}
 
 /** A call with one answer. */
 const once = <A>(
@@ -322,6 +392,8 @@ const answerOf = (body: Json): SearchAnswer => ({
   missingPartitions: (body["missing_partitions"] ?? []) as ReadonlyArray<number>
 })
 
+const answerOfTopic = ({ event: _, id: __, ...answer }: WireEvent): Json => answer
+
 const storedOf = (body: Json): StoredVector => ({
   id: String(body["vector_id"]),
   vector: Float32Array.from(body["vector"] as Array<number>),
@@ -331,6 +403,13 @@ const storedOf = (body: Json): StoredVector => ({
 
 /** As the server has it: answers of the contract are not checked anew in a client of 40 KB. */
 const infoOf = (body: Json): CollectionInfo => body as unknown as CollectionInfo
+
+interface Request {
+  readonly method: string
+  readonly path: string
+  readonly body: unknown
+  readonly key: string | undefined
+}
 
 /** Requests of HTTP: tried again, within the deadline, where the server puts them off or cannot be reached. */
 class Http {
@@ -348,10 +427,18 @@ class Http {
     this.#closed.abort()
   }
 
-  call(method: string, path: string, body: unknown, deadlineMillis: number): Effect.Effect<Json, VectorDBError> {
+  /** `key`: of a write. */
+  call(
+    method: string,
+    path: string,
+    body: unknown,
+    deadlineMillis: number,
+    key?: string
+  ): Effect.Effect<Json, VectorDBError> {
     return Effect.callback((resume) => {
       const controller = new AbortController()
-      this.#attempts(method, path, body, Date.now() + deadlineMillis, controller.signal, deadlineMillis).then(
+      const request = { method, path, body, key }
+      this.#attempts(request, Date.now() + deadlineMillis, controller.signal, deadlineMillis).then(
         (answer) => resume(Effect.succeed(answer)),
         (error: unknown) => resume(error instanceof VectorDBError ? Effect.fail(error) : Effect.die(error))
       )
@@ -359,18 +446,11 @@ class Http {
     })
   }
 
-  async #attempts(
-    method: string,
-    path: string,
-    body: unknown,
-    deadlineAt: number,
-    signal: AbortSignal,
-    deadlineMillis: number
-  ): Promise<Json> {
+  async #attempts(request: Request, deadlineAt: number, signal: AbortSignal, deadlineMillis: number): Promise<Json> {
     const backoff = new Backoff(this.#options.reconnectBaseMillis, this.#options.reconnectCapMillis)
     for (;;) {
       const left = deadlineAt - Date.now()
-      const outcome = left <= 0 ? undefined : await this.#attempt(method, path, body, left, signal)
+      const outcome = left <= 0 ? undefined : await this.#attempt(request, left, signal)
       if (this.#closed.signal.aborted) throw ownError("closed", "The client was closed.")
       if (outcome === undefined) {
         throw ownError("disconnected", `${this.#options.endpoints.join(", ")}: no answer within ${deadlineMillis} ms.`)
@@ -400,9 +480,7 @@ class Http {
   }
 
   async #attempt(
-    method: string,
-    path: string,
-    body: unknown,
+    { method, path, body, key }: Request,
     leftMillis: number,
     signal: AbortSignal
   ): Promise<Json | VectorDBError | undefined> {
@@ -415,6 +493,7 @@ class Http {
         method,
         headers: {
           ...(body === undefined ? {} : { "content-type": "application/json" }),
+          ...(key === undefined ? {} : { "idempotency-key": key }),
           ...(token === undefined ? {} : { authorization: `Bearer ${token}` })
         },
         ...(body === undefined ? {} : { body: JSON.stringify(body) }),

@@ -1,5 +1,7 @@
 /** `VectorDB`: the calls of `TypedClient` with promises. Works in Node and in a browser. */
-import { Effect, Exit, Stream } from "effect"
+import { Stream } from "effect"
+import { makeCellEngine } from "./CellEngine.ts"
+import { Channel, Tasks } from "./Channel.ts"
 import type { ClientOptions } from "./ClientOptions.ts"
 import { resolveOptions } from "./ClientOptions.ts"
 import type {
@@ -11,8 +13,9 @@ import type {
   Query,
   Vector
 } from "./Engine.ts"
-import { makeRemoteEngine } from "./RemoteEngine.ts"
+import { type Aborts, iterate, run } from "./Promises.ts"
 import type { StandardSchema } from "./StandardSchema.ts"
+import type { TopicCall, TopicInfo, TopicParameters } from "./Topics.ts"
 import {
   type Call,
   type Change,
@@ -28,14 +31,9 @@ import {
   type Stored,
   type SubscribeCall,
   type TypedClient,
-  type VectorDBOptions
+  type VectorDBOptions,
+  type WriteCall
 } from "./VectorClient.ts"
-
-/** What ends a call early. */
-export interface Aborts {
-  /** Ends the call before its deadline: it then rejects with the signal's reason. */
-  readonly signal?: AbortSignal
-}
 
 /** On an engine that is there already, in place of a service. */
 export interface EngineOptions<M = Metadata> extends Pick<ClientOptions, "collection" | "deadlineMillis"> {
@@ -61,7 +59,7 @@ export class VectorDB<M = Metadata> {
   /** Throws where an option is out of its bound. Connects with the first call. */
   constructor(options: VectorDBOptions<M> | EngineOptions<M>) {
     const resolved = resolveOptions("engine" in options ? { ...options, endpoint: "http://embedded" } : options)
-    const engine = "engine" in options ? options.engine : makeRemoteEngine(resolved)
+    const engine = "engine" in options ? options.engine : makeCellEngine(resolved)
     this.#client = clientOf(engine, { ...resolved, metadata: options.metadata })
     this.#close = engine.close
   }
@@ -92,7 +90,7 @@ export class VectorDB<M = Metadata> {
   }
 
   /** Resolves with how many there were. */
-  delete(ids: string | ReadonlyArray<string>, options: Call & Aborts = {}): Promise<number> {
+  delete(ids: string | ReadonlyArray<string>, options: WriteCall & Aborts = {}): Promise<number> {
     return run(this.#client.delete(ids, options), options.signal)
   }
 
@@ -148,6 +146,32 @@ export class VectorDB<M = Metadata> {
       run(this.#client.collections.delete(name, options), options.signal)
   }
 
+  /** Topics: made, looked at, deleted. */
+  readonly topics = {
+    /** Creates a topic, or finds the one that is there with the same parameters. */
+    create: (topic: string, parameters: TopicParameters = {}, options: TopicCall & Aborts = {}): Promise<TopicInfo> =>
+      run(this.#client.topics.create(topic, parameters, options), options.signal),
+    /** `undefined` where there is none. */
+    get: (topic: string, options: TopicCall & Aborts = {}): Promise<TopicInfo | undefined> =>
+      run(this.#client.topics.get(topic, options), options.signal),
+    /** The topics that there are. */
+    list: (options: TopicCall & Aborts = {}): Promise<ReadonlyArray<TopicInfo>> =>
+      run(this.#client.topics.list(options), options.signal),
+    /** With its messages and tasks; whether there was one. */
+    delete: (topic: string, options: TopicCall & Aborts = {}): Promise<boolean> =>
+      run(this.#client.topics.delete(topic, options), options.signal)
+  }
+
+  /** Messages of a topic: `agent-coordination`, `task-distribution`, `vector-updates`, or one that was created. */
+  channel<T = unknown>(topic: string): Channel<T> {
+    return new Channel<T>(this.#client.topics, topic)
+  }
+
+  /** Tasks of a topic, for agents that compete for them. */
+  tasks<T = unknown>(topic = "task-distribution"): Tasks<T> {
+    return new Tasks<T>(this.#client.topics, topic)
+  }
+
   /** Ends the connection, or the embedded engine after what it holds is safe. Calls under way reject with `closed`. */
   async close(): Promise<void> {
     await this.#close()
@@ -157,24 +181,4 @@ export class VectorDB<M = Metadata> {
   [Symbol.asyncDispose](): Promise<void> {
     return this.close()
   }
-}
-
-const run = async <A, E>(effect: Effect.Effect<A, E>, signal: AbortSignal | undefined): Promise<A> => {
-  if (signal === undefined) return Effect.runPromise(effect)
-  signal.throwIfAborted()
-  const exit = await Effect.runPromiseExit(effect, { signal })
-  if (Exit.isSuccess(exit)) return exit.value
-  signal.throwIfAborted()
-  return Effect.runPromise(exit)
-}
-
-const iterate = <A, E>(stream: Stream.Stream<A, E>, signal: AbortSignal | undefined): AsyncIterable<A> => {
-  if (signal === undefined) return Stream.toAsyncIterable(stream)
-  const aborted = Effect.callback<never>((resume) => {
-    const abort = () => resume(Effect.die(signal.reason))
-    if (signal.aborted) return abort()
-    signal.addEventListener("abort", abort, { once: true })
-    return Effect.sync(() => signal.removeEventListener("abort", abort))
-  })
-  return Stream.toAsyncIterable(Stream.interruptWhen(stream, aborted))
 }

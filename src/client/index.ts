@@ -1,5 +1,6 @@
 /** The client, for browsers too: nothing of Node is imported here. */
 export type { ProblemCode } from "../protocol/Errors.ts"
+export { Channel, Tasks, type TopicOptions, type WorkOptions } from "./Channel.ts"
 export { type ClientErrorCode, type ErrorCode, hasCode, VectorDBError } from "./ClientError.ts"
 export type { ClientOptions, Credential, WebSocketLike } from "./ClientOptions.ts"
 export type {
@@ -8,13 +9,31 @@ export type {
   CollectionInfo,
   CollectionParameters,
   Filter,
+  Heard,
   MemberChange,
   Metadata,
   Query,
   SearchHit,
   Vector
 } from "./Engine.ts"
+export type { Aborts } from "./Promises.ts"
 export type { StandardIssue, StandardResult, StandardSchema } from "./StandardSchema.ts"
+export type {
+  FailOptions,
+  Lease,
+  LeasedTask,
+  ListenOptions,
+  NewMessage,
+  NewTask,
+  TakeOptions,
+  TaskInfo,
+  TaskState,
+  TopicCall,
+  TopicClient,
+  TopicInfo,
+  TopicMessage,
+  TopicParameters
+} from "./Topics.ts"
 export {
   type Call,
   type Change,
@@ -31,6 +50,7 @@ export {
   type SubscribeCall,
   type TypedClient,
   VectorClient,
-  type VectorDBOptions
+  type VectorDBOptions,
+  type WriteCall
 } from "./VectorClient.ts"
-export { type Aborts, type EngineOptions, VectorDB } from "./VectorDB.ts"
+export { type EngineOptions, VectorDB } from "./VectorDB.ts"

@@ -7,6 +7,7 @@ import { errorOfProblem, ownError, type VectorDBError } from "../client/ClientEr
 import type {
   CollectionChange,
   Engine,
+  Heard,
   Item,
   MemberChange,
   Metadata,
@@ -18,15 +19,19 @@ import type {
 import { nextQueryId, toQuery } from "../gateway/Queries.ts"
 import type { StreamEvent } from "../gateway/StreamEvents.ts"
 import type { Delivery, DeliveryListener, Subscriptions } from "../gateway/Subscriptions.ts"
+import type { Topics } from "../gateway/Topics.ts"
 import { CollectionRequest } from "../protocol/Collection.ts"
 import { type ApiError, type InvalidInput, toProblem } from "../protocol/Errors.ts"
 import { CollectionName, decoderOf, MetadataObject, VectorId } from "../protocol/Fields.ts"
 import * as Limits from "../protocol/Limits.ts"
 import { anonymous } from "../protocol/Principal.ts"
+import { IdempotencyKey } from "../protocol/RequestId.ts"
 import { SearchRequest } from "../protocol/Search.ts"
 import type { SearchAnswer as RouterAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import { FollowRequest, SubscribeRequest } from "../protocol/Subscription.ts"
+import { ListenRequest, requests, type TopicOperation } from "../protocol/Topic.ts"
 import { DeleteRequest, InsertRequest } from "../protocol/Writes.ts"
+import { requestIdOf } from "../shards/RequestIds.ts"
 import type { Router } from "../shards/Router.ts"
 import type { StandingMember } from "../shards/StandingQueries.ts"
 
@@ -34,6 +39,7 @@ import type { StandingMember } from "../shards/StandingQueries.ts"
 export const makeEmbeddedEngine = (
   router: Context.Service.Shape<typeof Router>,
   subscriptions: Context.Service.Shape<typeof Subscriptions>,
+  topics: Context.Service.Shape<typeof Topics>,
   release: () => Promise<void>
 ): Engine & { readonly close: () => Promise<void> } => {
   let underWay = 0
@@ -114,12 +120,13 @@ export const makeEmbeddedEngine = (
     )
 
   return {
-    insert: (items, { collection, ack, deadlineMillis }) =>
+    insert: (items, { collection, ack, deadlineMillis, idempotencyKey }) =>
       items.length === 0
         ? Effect.succeed(0)
         : Effect.suspend(() => {
             const request = { collection, vectors: items.map(plain), ...(ack === undefined ? {} : { ack }) }
-            return Effect.flatMap(decoded(decodeInsert(request)), ({ vectors }) =>
+            const both = Effect.all([decoded(decodeInsert(request)), requestIdOfKey(idempotencyKey)])
+            return Effect.flatMap(both, ([{ vectors }, requestId]) =>
               router.upsert(
                 collection,
                 vectors.map(({ id, vector, metadata }) => ({
@@ -127,19 +134,24 @@ export const makeEmbeddedEngine = (
                   vector,
                   metadata: metadata === undefined ? "" : JSON.stringify(metadata)
                 })),
-                ack
+                ack,
+                requestId
               )
             )
           }).pipe(call, within(deadlineMillis)),
-    patch: (id, metadata, { collection, deadlineMillis }) =>
+    patch: (id, metadata, { collection, deadlineMillis, idempotencyKey }) =>
       Effect.gen(function* () {
         const checked = yield* decoded(decodeMetadata(metadata))
         const name = yield* decoded(decodeName(collection))
-        const updated = yield* router.updateMetadata(name, yield* decoded(decodeId(id)), JSON.stringify(checked))
+        const requestId = yield* requestIdOfKey(idempotencyKey)
+        const vectorId = yield* decoded(decodeId(id))
+        const updated = yield* router.updateMetadata(name, vectorId, JSON.stringify(checked), requestId)
         return { metadata: parsed(updated.metadata), version: updated.version }
       }).pipe(call, within(deadlineMillis)),
-    remove: (ids, { collection, deadlineMillis }) =>
-      Effect.flatMap(decoded(decodeDelete({ collection, ids })), () => router.remove(collection, ids)).pipe(
+    remove: (ids, { collection, deadlineMillis, idempotencyKey }) =>
+      decoded(decodeDelete({ collection, ids })).pipe(
+        Effect.andThen(requestIdOfKey(idempotencyKey)),
+        Effect.flatMap((requestId) => router.remove(collection, ids, requestId)),
         call,
         within(deadlineMillis)
       ),
@@ -196,6 +208,31 @@ export const makeEmbeddedEngine = (
           return [{ kind, id, version }]
         }
       ),
+    topic: (operation, request, deadlineMillis) =>
+      Object.hasOwn(requests, operation)
+        ? topics.call(anonymous, operation as TopicOperation, request).pipe(call, within(deadlineMillis))
+        : Effect.die(new RangeError(`Topics know no ${operation}.`)),
+    listen: (topic, { cursor, from, subscriber }) =>
+      delivered(
+        (listener) =>
+          Effect.flatMap(
+            decoded(
+              decodeListen({
+                topic,
+                ...(cursor === undefined ? {} : { cursor }),
+                ...(from === undefined ? {} : { from }),
+                ...(subscriber === undefined ? {} : { subscriber })
+              })
+            ),
+            (request) => topics.listen(anonymous, request, listener)
+          ),
+        (event): ReadonlyArray<Heard> => {
+          if (event.event === "gap") return [{ gap: true }]
+          if (event.event !== "message") return []
+          const { atMillis, body, id, key } = event.message
+          return [{ id, key, message: JSON.parse(body), atMillis: Math.trunc(atMillis), cursor: event.cursor }]
+        }
+      ),
     createCollection: (name, parameters, deadlineMillis) =>
       Effect.gen(function* () {
         const request = yield* decoded(decodeCollection(parameters))
@@ -212,11 +249,13 @@ export const makeEmbeddedEngine = (
 const decodeSearch = decoderOf(SearchRequest)
 const decodeSubscribe = decoderOf(SubscribeRequest)
 const decodeFollow = decoderOf(FollowRequest)
+const decodeListen = decoderOf(ListenRequest)
 const decodeInsert = decoderOf(InsertRequest)
 const decodeDelete = decoderOf(DeleteRequest)
 const decodeCollection = decoderOf(CollectionRequest)
 const decodeName = decoderOf(CollectionName, "collection")
 const decodeId = decoderOf(VectorId, "id")
+const decodeKey = decoderOf(IdempotencyKey, "idempotencyKey")
 const decodeMetadata = decoderOf(MetadataObject, "metadata")
 
 const decoded = <A>(result: Result.Result<A, InvalidInput>): Effect.Effect<A, InvalidInput> =>
@@ -272,6 +311,11 @@ const deadlineOf = (millis: number): number => Math.max(1, Math.min(Limits.deadl
 
 /** Vectors are copied: the caller may change its own while they are under way. */
 const kept = (vector: Item["vector"]) => (vector instanceof Float32Array ? vector.slice() : vector)
+
+const requestIdOfKey = (key: string | undefined): Effect.Effect<string | undefined, InvalidInput> =>
+  key === undefined
+    ? Effect.undefined
+    : Effect.map(decoded(decodeKey(key)), (checked) => requestIdOf(anonymous.id, checked))
 
 const plain = ({ id, vector, metadata }: Item) => ({
   id,

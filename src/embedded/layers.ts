@@ -1,6 +1,7 @@
 /** The engine of a node as layers: its actors and what they rest on, without the wires. */
 import { join } from "node:path"
 import { Effect, Layer, Option } from "effect"
+import * as AgentChannelActor from "../actors/AgentChannel.ts"
 import * as CatalogActor from "../actors/Catalog.ts"
 import * as Handover from "../actors/Handover.ts"
 import * as IndexPartitionActor from "../actors/IndexPartition.ts"
@@ -8,14 +9,18 @@ import * as LoadShedderActor from "../actors/LoadShedder.ts"
 import { PartitionOpener } from "../actors/OpenPartition.ts"
 import { PartitionReads } from "../actors/PartitionReads.ts"
 import * as StreamSessionActor from "../actors/StreamSession.ts"
+import * as TaskQueueActor from "../actors/TaskQueue.ts"
 import * as TierPromoterActor from "../actors/TierPromoter.ts"
+import * as TopicCatalogActor from "../actors/TopicCatalog.ts"
 import { Settings, type SettingValues } from "../config.ts"
 import * as Access from "../gateway/Access.ts"
 import { Cursors } from "../gateway/Cursors.ts"
 import { Subscriptions } from "../gateway/Subscriptions.ts"
+import { Topics } from "../gateway/Topics.ts"
 import { defaultCollection } from "../protocol/Fields.ts"
 import { Admission } from "../shards/Admission.ts"
 import { CacheEvents } from "../shards/CacheEvents.ts"
+import { CellDirectory } from "../shards/CellDirectory.ts"
 import { ChangeFeeds } from "../shards/ChangeFeeds.ts"
 import * as Cluster from "../shards/Cluster.ts"
 import { LoadMeter } from "../shards/LoadMeter.ts"
@@ -25,6 +30,8 @@ import { ResultStore } from "../shards/ResultStore.ts"
 import { Router } from "../shards/Router.ts"
 import { Shedding } from "../shards/Shedding.ts"
 import { StandingQueries } from "../shards/StandingQueries.ts"
+import { TopicFeeds } from "../shards/TopicFeeds.ts"
+import { TopicRouter } from "../shards/TopicRouter.ts"
 import { AccessLog } from "../tiers/AccessLog.ts"
 import * as Bucket from "../tiers/Bucket.ts"
 import * as Caches from "../tiers/Caches.ts"
@@ -61,16 +68,28 @@ const budgetedCaches = Layer.effectDiscard(
   })
 )
 
-/** A gateway owns no partition, and so has no thread for one. */
+/** A gateway owns no partition, and so has no thread for one. A program may bring threads of its own. */
 const vectorThreads = Layer.unwrap(
-  Effect.map(Settings, ({ role }) => (role === "gateway" ? VectorIndex.layerNone : VectorIndex.layer))
+  Effect.gen(function* () {
+    const own = yield* Effect.serviceOption(VectorIndex)
+    if (Option.isSome(own)) return Layer.succeed(VectorIndex, own.value)
+    const { role } = yield* Settings
+    return role === "gateway" ? VectorIndex.layerNone : VectorIndex.layer
+  })
 )
 
 /** The actors of every process, whatever it does besides. */
 const ownActors = Layer.mergeAll(TierPromoterActor.layer, LoadShedderActor.layer)
 
 /** Those of a process that owns shards. */
-const shardActors = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.layer, StreamSessionActor.layer)
+const shardActors = Layer.mergeAll(
+  IndexPartitionActor.layer,
+  CatalogActor.layer,
+  StreamSessionActor.layer,
+  TopicCatalogActor.layer,
+  AgentChannelActor.layer,
+  TaskQueueActor.layer
+)
 
 /** What is handed over is handed over before any of them stops: not beside them, since they all stop at once. */
 const runnerActors = Handover.layer.pipe(
@@ -83,12 +102,13 @@ export const actors = Layer.unwrap(
   Effect.map(Settings, ({ role }) => (role === "gateway" ? ownActors : runnerActors))
 ).pipe(
   Layer.provideMerge(Layer.mergeAll(StandingQueries.layer, PartitionReads.layer)),
-  Layer.provideMerge(ChangeFeeds.layer),
+  Layer.provideMerge(Layer.mergeAll(ChangeFeeds.layer, TopicFeeds.layer)),
+  Layer.provideMerge(TopicRouter.layer),
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
   Layer.provideMerge(LoadMeter.layer),
   Layer.provideMerge(Admission.layer),
   Layer.provideMerge(Layer.mergeAll(CacheEvents.layer, Shedding.layer)),
-  Layer.provideMerge(Cluster.layer),
+  Layer.provideMerge(Layer.merge(Cluster.layer, CellDirectory.layer)),
   Layer.provideMerge(LocalActors.layer),
   Layer.provideMerge(PartitionForms.layer),
   Layer.provideMerge(resultStore),
@@ -122,7 +142,7 @@ export const localDirectory = (settings: SettingValues): string =>
 
 /** The engine of a node, without its wires: what `VectorDB.open` opens. */
 export const engine = (settings: SettingValues) =>
-  Subscriptions.layer.pipe(
+  Layer.merge(Subscriptions.layer, Topics.layer).pipe(
     Layer.provide(Access.layerEmbedded),
     Layer.provideMerge(Cursors.layer),
     Layer.provide(Access.layerEmbedded),

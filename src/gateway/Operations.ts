@@ -27,6 +27,7 @@ const gauge = (name: string, description: string) => Metric.gauge(name, { descri
 
 const gauges = {
   residentPartitions: gauge("ruvector_partitions_resident", "Partitions resident in this process"),
+  quarantined: gauge("ruvector_partitions_quarantined", "Partitions not opened for a while, since they kept failing"),
   sessions: gauge("ruvector_sessions", "Open stream sessions of this process"),
   sessionsResident: gauge("ruvector_sessions_resident", "Stream sessions resident in this process"),
   ready: gauge("ruvector_ready", "1 when this node is ready for requests"),
@@ -119,6 +120,7 @@ export const layer = HttpRouter.use(
         recordCacheMetrics(cache)
         warmMetrics(yield* warm.state)
         set(gauges.residentPartitions, local.partitions.size)
+        set(gauges.quarantined, local.quarantined().length)
         set(gauges.sessions, sessions.count())
         set(gauges.sessionsResident, local.sessions.size)
         set(gauges.ready, readiness.get().state === "ready" ? 1 : 0)

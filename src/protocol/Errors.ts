@@ -40,14 +40,25 @@ export class AuthenticationUnavailable extends Schema.TaggedError<Authentication
 /** 404: no API key of that id, of those that the caller may see. */
 export class KeyNotFound extends Schema.TaggedError<KeyNotFound>()("KeyNotFound", { id: Schema.String }) {}
 
-/** 404: no collection of that name. */
+/** 404: no collection of that name; or 421, where it lives in another cell. */
 export class CollectionNotFound extends Schema.TaggedError<CollectionNotFound>()("CollectionNotFound", {
-  collection: Schema.String
+  collection: Schema.String,
+  /** That cell, and the address of its gateways. */
+  elsewhere: Schema.optionalKey(Schema.Struct({ cell: Schema.String, url: Schema.String }))
 }) {}
 
 /** 404: no vector of that id in the collection. */
 export class VectorNotFound extends Schema.TaggedError<VectorNotFound>()("VectorNotFound", {
   collection: Schema.String,
+  id: Schema.String
+}) {}
+
+/** 404: no topic of that name. */
+export class TopicNotFound extends Schema.TaggedError<TopicNotFound>()("TopicNotFound", { topic: Schema.String }) {}
+
+/** 404: no task of that id in the topic, or no longer. */
+export class TaskNotFound extends Schema.TaggedError<TaskNotFound>()("TaskNotFound", {
+  topic: Schema.String,
   id: Schema.String
 }) {}
 
@@ -66,6 +77,21 @@ export class CollectionConflict extends Schema.TaggedError<CollectionConflict>()
   field: Schema.String,
   expected: Schema.String,
   got: Schema.String
+}) {}
+
+/** 409: a topic of that name exists with other parameters, or is one that every tenant has. */
+export class TopicConflict extends Schema.TaggedError<TopicConflict>()("TopicConflict", {
+  topic: Schema.String,
+  field: Schema.String,
+  expected: Schema.String,
+  got: Schema.String
+}) {}
+
+/** 409: the token is not that of the task's lease: it has ended, and another may have the task by now. */
+export class LeaseLost extends Schema.TaggedError<LeaseLost>()("LeaseLost", {
+  topic: Schema.String,
+  id: Schema.String,
+  token: Schema.Int
 }) {}
 
 /** 413: body, frame or batch over its bound. */
@@ -118,6 +144,13 @@ export class PartitionCorrupt extends Schema.TaggedError<PartitionCorrupt>()("Pa
   detail: Schema.String
 }) {}
 
+/** 503: a channel of a topic cannot answer now (starting, moved, failed, damaged); `detail` says why. */
+export class TopicUnavailable extends Schema.TaggedError<TopicUnavailable>()("TopicUnavailable", {
+  topic: Schema.String,
+  detail: Schema.String,
+  retryAfterMillis: Schema.Int
+}) {}
+
 /** 504: the caller's deadline passed before any partition had answered. */
 export class DeadlineExceeded extends Schema.TaggedError<DeadlineExceeded>()("DeadlineExceeded", {
   deadlineMillis: Schema.Int
@@ -144,15 +177,20 @@ export const ApiError = Schema.Union([
   KeyNotFound,
   CollectionNotFound,
   VectorNotFound,
+  TopicNotFound,
+  TaskNotFound,
   RouteNotFound,
   MethodNotAllowed,
   CollectionConflict,
+  TopicConflict,
+  LeaseLost,
   TooLarge,
   UnsupportedMediaType,
   Overloaded,
   StorageUnavailable,
   PartitionUnavailable,
   PartitionCorrupt,
+  TopicUnavailable,
   DeadlineExceeded,
   ShuttingDown,
   InternalError
@@ -170,6 +208,9 @@ export const Problem = Schema.Struct({
   field: Schema.optionalKey(Schema.String),
   expected: Schema.optionalKey(Schema.String),
   got: Schema.optionalKey(Schema.String),
+  /** With 421: the cell that has it, and the address to ask instead. */
+  cell: Schema.optionalKey(Schema.String),
+  location: Schema.optionalKey(Schema.String),
   /** With 429 and 503, beside the `Retry-After` header. */
   retry_after_ms: Schema.optionalKey(Schema.Int),
   request_id: Schema.optionalKey(Schema.String)
@@ -180,6 +221,7 @@ export type Problem = typeof Problem.Type
 export type ProblemCode =
   | "authentication_unavailable"
   | "collection_conflict"
+  | "collection_elsewhere"
   | "collection_not_found"
   | "deadline_exceeded"
   | "forbidden"
@@ -188,6 +230,7 @@ export type ProblemCode =
   | "invalid_cursor"
   | "invalid_input"
   | "key_not_found"
+  | "lease_lost"
   | "method_not_allowed"
   | "overloaded"
   | "partition_corrupt"
@@ -197,8 +240,12 @@ export type ProblemCode =
   | "route_not_found"
   | "shutting_down"
   | "storage_unavailable"
+  | "task_not_found"
   | "tls_required"
   | "too_large"
+  | "topic_conflict"
+  | "topic_not_found"
+  | "topic_unavailable"
   | "unauthenticated"
   | "unsupported_media_type"
   | "vector_not_found"
@@ -267,6 +314,15 @@ export const toProblem = (error: ApiError): Problem => {
         { field: error.by, expected: `at most ${error.limit} a second`, retry_after_ms: error.retryAfterMillis }
       )
     case "CollectionNotFound":
+      if (error.elsewhere !== undefined) {
+        const { cell, url } = error.elsewhere
+        const detail = `Collection ${JSON.stringify(error.collection)} lives in cell ${cell}: ask ${url}.`
+        return problem(421, "collection_elsewhere", "Collection elsewhere", detail, {
+          field: "collection",
+          cell,
+          location: url
+        })
+      }
       return problem(
         404,
         "collection_not_found",
@@ -286,6 +342,20 @@ export const toProblem = (error: ApiError): Problem => {
         `There is no vector ${JSON.stringify(error.id)} in collection ${JSON.stringify(error.collection)}.`,
         { field: "id", expected: "the id of a vector", got: error.id }
       )
+    case "TopicNotFound":
+      return problem(404, "topic_not_found", "Not found", `There is no topic ${JSON.stringify(error.topic)}.`, {
+        field: "topic",
+        expected: "the name of a topic",
+        got: error.topic
+      })
+    case "TaskNotFound":
+      return problem(
+        404,
+        "task_not_found",
+        "Not found",
+        `There is no task ${JSON.stringify(error.id)} in topic ${JSON.stringify(error.topic)}.`,
+        { field: "task_id", expected: "the id of a task", got: error.id }
+      )
     case "RouteNotFound":
       return problem(404, "route_not_found", "Not found", `Nothing is served at ${error.path}.`, {
         field: "path",
@@ -303,6 +373,19 @@ export const toProblem = (error: ApiError): Problem => {
       const detail = `Collection ${JSON.stringify(collection)} exists with ${field} ${expected}, not ${got}.`
       return problem(409, "collection_conflict", "Conflict", detail, { field, expected, got })
     }
+    case "TopicConflict": {
+      const { topic, field, expected, got } = error
+      const detail = `Topic ${JSON.stringify(topic)} exists with ${field} ${expected}, not ${got}.`
+      return problem(409, "topic_conflict", "Conflict", detail, { field, expected, got })
+    }
+    case "LeaseLost":
+      return problem(
+        409,
+        "lease_lost",
+        "Lease lost",
+        `The lease ${error.token} of task ${JSON.stringify(error.id)} has ended; another may have the task.`,
+        { field: "token", expected: "the token of the task's lease", got: String(error.token) }
+      )
     case "TooLarge":
       return problem(
         413,
@@ -350,6 +433,14 @@ export const toProblem = (error: ApiError): Problem => {
         "partition_corrupt",
         "Partition damaged",
         `Partition ${error.partition} of ${JSON.stringify(error.collection)} does not serve: ${error.object}: ${error.detail}`
+      )
+    case "TopicUnavailable":
+      return problem(
+        503,
+        "topic_unavailable",
+        "Topic unavailable",
+        `Topic ${JSON.stringify(error.topic)}: ${error.detail}`,
+        { retry_after_ms: error.retryAfterMillis }
       )
     case "DeadlineExceeded":
       return problem(504, "deadline_exceeded", "Deadline exceeded", `No answer within ${error.deadlineMillis} ms.`)

@@ -24,6 +24,7 @@ import { SearchDesk } from "./SearchDesk.ts"
 import { forEachChange } from "./StandingMatches.ts"
 import {
   type Answer,
+  atWork,
   type Command,
   type FromThread,
   type Hits,
@@ -32,6 +33,7 @@ import {
   type Matches,
   mustStop,
   type OpenFiles,
+  sharedWords,
   type ThreadOptions,
   type ToThread,
   withMetadata,
@@ -67,6 +69,8 @@ interface Seat {
   readonly spec: IndexSpec
   form: IndexForm
   lost: IndexLost | undefined
+  /** Told once where the thread dies, or gives the partition up, at work on it. */
+  onFault: ((detail: string) => void) | undefined
   /** Standing queries by their number. */
   readonly watches: Map<number, StandingListener>
 }
@@ -82,7 +86,7 @@ export class ThreadClient {
   readonly #waiting = new Map<number, Waiting>()
   readonly #seats = new Map<number, Seat>()
   #worker: Worker | undefined
-  #shared = new Int32Array(new SharedArrayBuffer(8))
+  #shared = newShared()
   #desk: SearchDesk | undefined
   #stopped = false
   #restartTimer: NodeJS.Timeout | undefined
@@ -130,11 +134,12 @@ export class ThreadClient {
 
   open(
     spec: IndexSpec,
-    snapshot: OpenFiles | undefined
+    snapshot: OpenFiles | undefined,
+    onFault?: (detail: string) => void
   ): Effect.Effect<PartitionIndex, IndexLost | SnapshotUnreadable, Scope.Scope> {
     return Effect.flatMap(
       Effect.acquireRelease(
-        Effect.sync(() => this.#takeSeat(spec)),
+        Effect.sync(() => this.#takeSeat(spec, onFault)),
         (seat) => Effect.sync(() => this.#leaveSeat(seat))
       ),
       (seat) =>
@@ -314,12 +319,13 @@ export class ThreadClient {
     this.#schedule()
   }
 
-  #takeSeat(spec: IndexSpec): Seat {
+  #takeSeat(spec: IndexSpec, onFault: ((detail: string) => void) | undefined): Seat {
     const seat: Seat = {
       number: this.#nextSeat++,
       spec,
       form: "full",
       lost: this.#stopped ? new IndexLost({ detail: "the vector threads are stopped" }) : undefined,
+      onFault,
       watches: new Map()
     }
     if (!this.#stopped) this.#seats.set(seat.number, seat)
@@ -374,7 +380,7 @@ export class ThreadClient {
       maxYoungGenerationSizeMb: youngGenerationMegabytes,
       ...(heapMegabytes === undefined ? {} : { maxOldGenerationSizeMb: heapMegabytes })
     }
-    this.#shared = new Int32Array(new SharedArrayBuffer(8))
+    this.#shared = newShared()
     this.#desk = this.#options.patience === undefined ? undefined : new SearchDesk()
     const workerData: ThreadOptions = { ...thread, shared: this.#shared, desk: this.#desk?.memory }
     // Flags of a program that embeds the engine (`--input-type`, loaders) are not for its threads.
@@ -397,6 +403,8 @@ export class ThreadClient {
   #died(detail: string): void {
     this.#worker = undefined
     if (this.#stopped) return
+    const worked = this.#seats.get(Atomics.load(this.#shared, atWork))
+    if (worked !== undefined) blame(worked, `its vector thread died at work on it: ${detail}`)
     if (performance.now() - this.#startedAt > calmMillis) this.#deathsInARow = 0
     this.#deathsInARow += 1
     this.#restarts += 1
@@ -532,7 +540,7 @@ export class ThreadClient {
 
   #gone(seat: Seat | undefined, detail: string): void {
     if (seat === undefined) return
-    this.#seats.delete(seat.number)
+    if (this.#seats.delete(seat.number)) blame(seat, detail)
     seat.lost ??= new IndexLost({ detail })
     tellLost(seat)
   }
@@ -544,6 +552,13 @@ const tellLost = ({ watches, lost }: Seat): void => {
   watches.clear()
   if (lost !== undefined) for (const { onLost } of listeners) onLost(lost)
 }
+
+const blame = (seat: Seat, detail: string): void => {
+  seat.onFault?.(detail)
+  seat.onFault = undefined
+}
+
+const newShared = () => new Int32Array(new SharedArrayBuffer(sharedWords * Int32Array.BYTES_PER_ELEMENT))
 
 const stopMessage: ToThread = { stop: true }
 
