@@ -272,6 +272,73 @@ export const settings = {
   changeReadsMax: integer("followers of changes that read the log at once", "followers", 16, 1, 4_096),
   changeBufferMax: integer("newest changes kept in memory for followers, a partition", "changes", 1_024, 16, 1_000_000),
 
+  // Topics
+  topicRetentionMillis: integer(
+    "that messages and tasks are kept of a topic that names no other time",
+    "ms",
+    86_400_000,
+    1_000,
+    2_592_000_000
+  ),
+  topicChannels: integer("channels of a topic that names no other number", "channels", 1, 1, 64),
+  topicCommitMillis: integer("between two log objects of a channel at least, under load", "ms", 1, 0, 1_000),
+  topicQueueBytesMax: integer(
+    "of messages and tasks waiting to be committed, a channel",
+    "bytes",
+    16 * mebibyte,
+    65_536,
+    4_096 * mebibyte
+  ),
+  topicWindowBytes: integer(
+    "newest messages kept in memory for listeners, a channel",
+    "bytes",
+    4 * mebibyte,
+    65_536,
+    1_024 * mebibyte
+  ),
+  topicDedupeMillis: integer(
+    "within which a message of an id that was published before is not published again",
+    "ms",
+    600_000,
+    1_000,
+    86_400_000
+  ),
+  topicDedupeMax: integer("newest ids of messages that are known for that, a channel", "ids", 100_000, 100, 10_000_000),
+  topicSubscribersMax: integer("named subscribers of a channel", "subscribers", 10_000, 1, 1_000_000),
+  topicSubscriberMillis: integer(
+    "after which the position of a subscriber that never came back is forgotten",
+    "ms",
+    2_592_000_000,
+    60_000,
+    31_536_000_000
+  ),
+  topicSnapshotObjects: integer("log objects after which a channel is snapshotted", "objects", 5_000, 10, 1_000_000),
+  topicSnapshotBytes: integer("or bytes of them", "bytes", 32 * mebibyte, 65_536, 4_096 * mebibyte),
+  topicIdleMillis: integer("quiet time after which a channel is passivated", "ms", 300_000, 5_000, 86_400_000),
+  topicPollMillis: integer(
+    "longest wait of one call to a channel's owner; a longer one is made of several",
+    "ms",
+    5_000,
+    10,
+    60_000
+  ),
+  topicWaitersMax: integer("calls that wait for news of a channel", "calls", 10_000, 1, 1_000_000),
+  topicTailMessages: integer(
+    "newest messages of a channel that a node keeps for its listeners",
+    "messages",
+    1_024,
+    16,
+    1e6
+  ),
+  topicReadsMax: integer("listeners on a node that catch up at once", "listeners", 16, 1, 4_096),
+  taskLeaseMillis: integer("lease of a task, where neither topic nor agent names one", "ms", 30_000, 10, 86_400_000),
+  taskGraceMillis: integer("that a lease runs longer than was told, for the way there and back", "ms", 500, 0, 60_000),
+  taskAttemptsMax: integer("times that a task is handed out before it is a dead letter", "attempts", 5, 1, 1_000),
+  tasksMax: integer("tasks of a topic that are not done", "tasks", 200_000, 1, 10_000_000),
+  taskBytesMax: integer("and their bytes", "bytes", 128 * mebibyte, 65_536, 16_384 * mebibyte),
+  tasksDeadMax: integer("dead letters of a topic; then the oldest goes", "tasks", 10_000, 1, 1_000_000),
+  tasksDoneMax: integer("tasks done that a topic remembers; then the oldest goes", "tasks", 100_000, 1, 10_000_000),
+
   // Backups
   backupTo: text(
     "where the node backs itself up to; empty: nowhere",

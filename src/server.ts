@@ -17,6 +17,7 @@ import { Sessions } from "./gateway/Sessions.ts"
 import { Subscriptions } from "./gateway/Subscriptions.ts"
 import { TenantRouter } from "./gateway/TenantRouter.ts"
 import { TokenVerifier } from "./gateway/TokenVerifier.ts"
+import { Topics } from "./gateway/Topics.ts"
 import * as WebSocketSubscriptions from "./gateway/WebSocketSubscriptions.ts"
 import { toProblem } from "./protocol/Errors.ts"
 import * as BackupDuty from "./shards/BackupDuty.ts"
@@ -43,7 +44,7 @@ const access = Access.Access.layer.pipe(
 /** The wires over the actors, on one port. Closed first: it drains before the actors below it stop. */
 const wires = HttpGateway.layer.pipe(
   Layer.provideMerge(WebSocketSubscriptions.layer),
-  Layer.provideMerge(Subscriptions.layer),
+  Layer.provideMerge(Layer.merge(Subscriptions.layer, Topics.layer)),
   Layer.provideMerge(TenantRouter.layer),
   Layer.provideMerge(access),
   Layer.provideMerge(Cursors.layer),

@@ -93,5 +93,6 @@ const transient = new Set([
   "rate_limited",
   "storage_unavailable",
   "partition_unavailable",
+  "topic_unavailable",
   "shutting_down"
 ])

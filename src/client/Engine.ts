@@ -4,6 +4,7 @@
  */
 import type { Effect, Stream } from "effect"
 import type { VectorDBError } from "./ClientError.ts"
+import type { ListenOptions, TopicMessage } from "./Topics.ts"
 
 /** What a vector is stored with: any JSON object. */
 export type Metadata = Readonly<Record<string, unknown>>
@@ -117,6 +118,9 @@ export interface CallOptions {
   readonly deadlineMillis: number
 }
 
+/** A message of a topic; or that messages are past their retention which were not handed on. */
+export type Heard = TopicMessage | { readonly gap: true }
+
 /** Vector, or id of a vector of the collection. */
 export type Query = Vector | { readonly id: string }
 
@@ -149,4 +153,11 @@ export interface Engine {
   readonly collection: (name: string, deadlineMillis: number) => Effect.Effect<CollectionInfo, VectorDBError>
   readonly collections: (deadlineMillis: number) => Effect.Effect<ReadonlyArray<CollectionInfo>, VectorDBError>
   readonly deleteCollection: (name: string, deadlineMillis: number) => Effect.Effect<void, VectorDBError>
+  /** Asks something of topics; what, and what is answered, is in `docs/protocol.md`. */
+  readonly topic: (
+    operation: string,
+    request: Readonly<Record<string, unknown>>,
+    deadlineMillis: number
+  ) => Effect.Effect<Readonly<Record<string, unknown>>, VectorDBError>
+  readonly listen: (topic: string, options: Omit<ListenOptions, "onGap">) => Stream.Stream<Heard, VectorDBError>
 }

@@ -10,6 +10,7 @@ import type {
   CollectionChange,
   CollectionInfo,
   Engine,
+  Heard,
   Item,
   MemberChange,
   Metadata,
@@ -110,12 +111,13 @@ export const makeRemoteEngine = (options: ResolvedOptions): RemoteEngine => {
   const events = <A>(
     frame: Readonly<Record<string, unknown>>,
     floats: Float32Array | undefined,
-    read: (event: WireEvent) => ReadonlyArray<A>
+    read: (event: WireEvent) => ReadonlyArray<A>,
+    first?: string
   ): Stream.Stream<A, VectorDBError> =>
     Stream.callback<A, VectorDBError>((queue) =>
       Effect.acquireRelease(
         Effect.sync(() => {
-          let cursor: string | undefined
+          let cursor = first
           let timer: ReturnType<typeof setTimeout> | undefined
           let cancel = () => {}
           const later = (millis: number) => {
@@ -139,7 +141,7 @@ export const makeRemoteEngine = (options: ResolvedOptions): RemoteEngine => {
                 return false
               },
               onError: (error) => {
-                if (error.code !== "invalid_cursor" || cursor === undefined) {
+                if (error.code !== "invalid_cursor" || cursor === undefined || cursor === first) {
                   Queue.failCauseUnsafe(queue, Cause.fail(error))
                   return
                 }
@@ -197,6 +199,59 @@ export const makeRemoteEngine = (options: ResolvedOptions): RemoteEngine => {
         const kind = event["kind"] as "upsert" | "metadata" | "delete"
         return [{ kind, id: String(event["vector_id"]), version: String(event["version"]) }]
       }),
+    topic: (operation, request, deadlineMillis) => {
+      if (options.streaming) {
+        return once(wire, { type: `topic.${operation}`, ...request }, undefined, deadlineMillis, answerOfTopic)
+      }
+      const { topic, ...body } = request
+      const path = topic === undefined ? "/topics" : `/topics/${encodeURIComponent(String(topic))}`
+      switch (operation) {
+        case "create":
+          return http.call("PUT", path, body, deadlineMillis)
+        case "describe":
+        case "list":
+          return http.call("GET", path, undefined, deadlineMillis)
+        case "delete":
+          return http.call("DELETE", path, undefined, deadlineMillis)
+        case "task":
+          return http.call(
+            "GET",
+            `${path}/tasks/${encodeURIComponent(String(body["task_id"]))}`,
+            undefined,
+            deadlineMillis
+          )
+        case "tasks": {
+          const parameters = new URLSearchParams(body as Record<string, string>)
+          return http.call("GET", `${path}/tasks?${parameters}`, undefined, deadlineMillis)
+        }
+        default:
+          return http.call("POST", `${path}/${operation}`, body, deadlineMillis)
+      }
+    },
+    listen: (topic, { cursor, from, subscriber }) =>
+      events<Heard>(
+        {
+          type: "listen",
+          topic,
+          ...(from === undefined ? {} : { from }),
+          ...(subscriber === undefined ? {} : { subscriber })
+        },
+        undefined,
+        (event) => {
+          if (event.event === "gap") return [{ gap: true }]
+          if (event.event !== "message") return []
+          return [
+            {
+              id: String(event["message_id"]),
+              key: String(event["key"]),
+              message: event["message"],
+              atMillis: Number(event["at_ms"]),
+              cursor: String(event["cursor"])
+            }
+          ]
+        },
+        cursor
+      ),
     insert: options.streaming ? insertOverWire : insertOverHttp,
     patch: (id, metadata, { collection, deadlineMillis }) =>
       Effect.map(
@@ -321,6 +376,8 @@ const answerOf = (body: Json): SearchAnswer => ({
   hits: (body["results"] as ReadonlyArray<Json>).map(hitOf),
   missingPartitions: (body["missing_partitions"] ?? []) as ReadonlyArray<number>
 })
+
+const answerOfTopic = ({ event: _, id: __, ...answer }: WireEvent): Json => answer
 
 const storedOf = (body: Json): StoredVector => ({
   id: String(body["vector_id"]),

@@ -22,6 +22,7 @@ import type {
 } from "./Engine.ts"
 import { makeRemoteEngine } from "./RemoteEngine.ts"
 import { pathOf, type StandardSchema } from "./StandardSchema.ts"
+import { type TopicClient, topicClientOf } from "./Topics.ts"
 
 /** Which collection, and for how long to try; what is left out is the client's. */
 export interface Call {
@@ -155,6 +156,7 @@ export interface TypedClient<M> {
   /** Every change of a collection, each once, in order for each id; goes on by itself after cuts. */
   readonly follow: (call?: FollowCall) => Stream.Stream<CollectionChange, VectorDBError>
   readonly collections: Collections
+  readonly topics: TopicClient
 }
 
 /** What the calls that name none of their own are made with. */
@@ -278,6 +280,7 @@ export const clientOf = <M>(engine: Engine, defaults: Defaults<M>): TypedClient<
   const untilOf = (call: Pick<Call, "deadlineMillis"> | undefined) => call?.deadlineMillis ?? defaults.deadlineMillis
 
   const client: TypedClient<M> = {
+    topics: topicClientOf(engine, defaults.deadlineMillis),
     insert: (item, call) => Effect.asVoid(insertBatch([item], call)),
     insertMany: (items, call) =>
       (Stream.isStream(items) ? items : Stream.fromIterable(items)).pipe(

@@ -1,5 +1,6 @@
 /** `VectorDB`: the calls of `TypedClient` with promises. Works in Node and in a browser. */
-import { Effect, Exit, Stream } from "effect"
+import { Stream } from "effect"
+import { Channel, Tasks } from "./Channel.ts"
 import type { ClientOptions } from "./ClientOptions.ts"
 import { resolveOptions } from "./ClientOptions.ts"
 import type {
@@ -11,8 +12,10 @@ import type {
   Query,
   Vector
 } from "./Engine.ts"
+import { type Aborts, iterate, run } from "./Promises.ts"
 import { makeRemoteEngine } from "./RemoteEngine.ts"
 import type { StandardSchema } from "./StandardSchema.ts"
+import type { TopicCall, TopicInfo, TopicParameters } from "./Topics.ts"
 import {
   type Call,
   type Change,
@@ -30,12 +33,6 @@ import {
   type TypedClient,
   type VectorDBOptions
 } from "./VectorClient.ts"
-
-/** What ends a call early. */
-export interface Aborts {
-  /** Ends the call before its deadline: it then rejects with the signal's reason. */
-  readonly signal?: AbortSignal
-}
 
 /** On an engine that is there already, in place of a service. */
 export interface EngineOptions<M = Metadata> extends Pick<ClientOptions, "collection" | "deadlineMillis"> {
@@ -148,6 +145,28 @@ export class VectorDB<M = Metadata> {
       run(this.#client.collections.delete(name, options), options.signal)
   }
 
+  readonly topics = {
+    /** Creates a topic, or finds the one that is there with the same parameters. */
+    create: (topic: string, parameters: TopicParameters = {}, options: TopicCall & Aborts = {}): Promise<TopicInfo> =>
+      run(this.#client.topics.create(topic, parameters, options), options.signal),
+    get: (topic: string, options: TopicCall & Aborts = {}): Promise<TopicInfo | undefined> =>
+      run(this.#client.topics.get(topic, options), options.signal),
+    list: (options: TopicCall & Aborts = {}): Promise<ReadonlyArray<TopicInfo>> =>
+      run(this.#client.topics.list(options), options.signal),
+    delete: (topic: string, options: TopicCall & Aborts = {}): Promise<boolean> =>
+      run(this.#client.topics.delete(topic, options), options.signal)
+  }
+
+  /** Messages of a topic: `agent-coordination`, `task-distribution`, `vector-updates`, or one that was created. */
+  channel<T = unknown>(topic: string): Channel<T> {
+    return new Channel<T>(this.#client.topics, topic)
+  }
+
+  /** Tasks of a topic, for agents that compete for them. */
+  tasks<T = unknown>(topic = "task-distribution"): Tasks<T> {
+    return new Tasks<T>(this.#client.topics, topic)
+  }
+
   /** Ends the connection, or the embedded engine after what it holds is safe. Calls under way reject with `closed`. */
   async close(): Promise<void> {
     await this.#close()
@@ -157,24 +176,4 @@ export class VectorDB<M = Metadata> {
   [Symbol.asyncDispose](): Promise<void> {
     return this.close()
   }
-}
-
-const run = async <A, E>(effect: Effect.Effect<A, E>, signal: AbortSignal | undefined): Promise<A> => {
-  if (signal === undefined) return Effect.runPromise(effect)
-  signal.throwIfAborted()
-  const exit = await Effect.runPromiseExit(effect, { signal })
-  if (Exit.isSuccess(exit)) return exit.value
-  signal.throwIfAborted()
-  return Effect.runPromise(exit)
-}
-
-const iterate = <A, E>(stream: Stream.Stream<A, E>, signal: AbortSignal | undefined): AsyncIterable<A> => {
-  if (signal === undefined) return Stream.toAsyncIterable(stream)
-  const aborted = Effect.callback<never>((resume) => {
-    const abort = () => resume(Effect.die(signal.reason))
-    if (signal.aborted) return abort()
-    signal.addEventListener("abort", abort, { once: true })
-    return Effect.sync(() => signal.removeEventListener("abort", abort))
-  })
-  return Stream.toAsyncIterable(Stream.interruptWhen(stream, aborted))
 }

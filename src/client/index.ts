@@ -1,5 +1,6 @@
 /** The client, for browsers too: nothing of Node is imported here. */
 export type { ProblemCode } from "../protocol/Errors.ts"
+export { Channel, Tasks, type WorkOptions } from "./Channel.ts"
 export { type ClientErrorCode, type ErrorCode, hasCode, VectorDBError } from "./ClientError.ts"
 export type { ClientOptions, Credential, WebSocketLike } from "./ClientOptions.ts"
 export type {
@@ -14,7 +15,22 @@ export type {
   SearchHit,
   Vector
 } from "./Engine.ts"
+export type { Aborts } from "./Promises.ts"
 export type { StandardIssue, StandardResult, StandardSchema } from "./StandardSchema.ts"
+export type {
+  FailOptions,
+  LeasedTask,
+  ListenOptions,
+  NewMessage,
+  NewTask,
+  TakeOptions,
+  TaskInfo,
+  TaskState,
+  TopicClient,
+  TopicInfo,
+  TopicMessage,
+  TopicParameters
+} from "./Topics.ts"
 export {
   type Call,
   type Change,
@@ -33,4 +49,4 @@ export {
   VectorClient,
   type VectorDBOptions
 } from "./VectorClient.ts"
-export { type Aborts, type EngineOptions, VectorDB } from "./VectorDB.ts"
+export { type EngineOptions, VectorDB } from "./VectorDB.ts"

@@ -7,6 +7,7 @@ import { errorOfProblem, ownError, type VectorDBError } from "../client/ClientEr
 import type {
   CollectionChange,
   Engine,
+  Heard,
   Item,
   MemberChange,
   Metadata,
@@ -18,6 +19,7 @@ import type {
 import { nextQueryId, toQuery } from "../gateway/Queries.ts"
 import type { StreamEvent } from "../gateway/StreamEvents.ts"
 import type { Delivery, DeliveryListener, Subscriptions } from "../gateway/Subscriptions.ts"
+import type { Topics } from "../gateway/Topics.ts"
 import { CollectionRequest } from "../protocol/Collection.ts"
 import { type ApiError, type InvalidInput, toProblem } from "../protocol/Errors.ts"
 import { CollectionName, decoderOf, MetadataObject, VectorId } from "../protocol/Fields.ts"
@@ -26,6 +28,7 @@ import { anonymous } from "../protocol/Principal.ts"
 import { SearchRequest } from "../protocol/Search.ts"
 import type { SearchAnswer as RouterAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import { FollowRequest, SubscribeRequest } from "../protocol/Subscription.ts"
+import { ListenRequest, requests, type TopicOperation } from "../protocol/Topic.ts"
 import { DeleteRequest, InsertRequest } from "../protocol/Writes.ts"
 import type { Router } from "../shards/Router.ts"
 import type { StandingMember } from "../shards/StandingQueries.ts"
@@ -34,6 +37,7 @@ import type { StandingMember } from "../shards/StandingQueries.ts"
 export const makeEmbeddedEngine = (
   router: Context.Service.Shape<typeof Router>,
   subscriptions: Context.Service.Shape<typeof Subscriptions>,
+  topics: Context.Service.Shape<typeof Topics>,
   release: () => Promise<void>
 ): Engine & { readonly close: () => Promise<void> } => {
   let underWay = 0
@@ -196,6 +200,31 @@ export const makeEmbeddedEngine = (
           return [{ kind, id, version }]
         }
       ),
+    topic: (operation, request, deadlineMillis) =>
+      Object.hasOwn(requests, operation)
+        ? topics.call(anonymous, operation as TopicOperation, request).pipe(call, within(deadlineMillis))
+        : Effect.die(new RangeError(`Topics know no ${operation}.`)),
+    listen: (topic, { cursor, from, subscriber }) =>
+      delivered(
+        (listener) =>
+          Effect.flatMap(
+            decoded(
+              decodeListen({
+                topic,
+                ...(cursor === undefined ? {} : { cursor }),
+                ...(from === undefined ? {} : { from }),
+                ...(subscriber === undefined ? {} : { subscriber })
+              })
+            ),
+            (request) => topics.listen(anonymous, request, listener)
+          ),
+        (event): ReadonlyArray<Heard> => {
+          if (event.event === "gap") return [{ gap: true }]
+          if (event.event !== "message") return []
+          const { atMillis, body, id, key } = event.message
+          return [{ id, key, message: JSON.parse(body), atMillis: Math.trunc(atMillis), cursor: event.cursor }]
+        }
+      ),
     createCollection: (name, parameters, deadlineMillis) =>
       Effect.gen(function* () {
         const request = yield* decoded(decodeCollection(parameters))
@@ -212,6 +241,7 @@ export const makeEmbeddedEngine = (
 const decodeSearch = decoderOf(SearchRequest)
 const decodeSubscribe = decoderOf(SubscribeRequest)
 const decodeFollow = decoderOf(FollowRequest)
+const decodeListen = decoderOf(ListenRequest)
 const decodeInsert = decoderOf(InsertRequest)
 const decodeDelete = decoderOf(DeleteRequest)
 const decodeCollection = decoderOf(CollectionRequest)

@@ -6,6 +6,7 @@ import { clientOf, type TypedClient } from "../client/VectorClient.ts"
 import type { EngineOptions } from "../client/VectorDB.ts"
 import { defaultSettings } from "../config.ts"
 import { Subscriptions } from "../gateway/Subscriptions.ts"
+import { Topics } from "../gateway/Topics.ts"
 import { Router } from "../shards/Router.ts"
 import { makeEmbeddedEngine } from "./EmbeddedEngine.ts"
 import { engine } from "./layers.ts"
@@ -27,7 +28,12 @@ export const openEngine = <M>(options: OpenOptions<M>): Effect.Effect<EngineOpti
     }
     const { collection, deadlineMillis, metadata } = options
     return {
-      engine: makeEmbeddedEngine(Context.get(context, Router), Context.get(context, Subscriptions), close),
+      engine: makeEmbeddedEngine(
+        Context.get(context, Router),
+        Context.get(context, Subscriptions),
+        Context.get(context, Topics),
+        close
+      ),
       ...(collection === undefined ? {} : { collection }),
       ...(deadlineMillis === undefined ? {} : { deadlineMillis }),
       ...(metadata === undefined ? {} : { metadata })

@@ -1,16 +1,20 @@
 /** The engine of a node as layers: its actors and what they rest on, without the wires. */
 import { join } from "node:path"
 import { Effect, Layer, Option } from "effect"
+import * as AgentChannelActor from "../actors/AgentChannel.ts"
 import * as CatalogActor from "../actors/Catalog.ts"
 import * as IndexPartitionActor from "../actors/IndexPartition.ts"
 import * as LoadShedderActor from "../actors/LoadShedder.ts"
 import { PartitionReads } from "../actors/PartitionReads.ts"
 import * as StreamSessionActor from "../actors/StreamSession.ts"
+import * as TaskQueueActor from "../actors/TaskQueue.ts"
 import * as TierPromoterActor from "../actors/TierPromoter.ts"
+import * as TopicCatalogActor from "../actors/TopicCatalog.ts"
 import { Settings, type SettingValues } from "../config.ts"
 import * as Access from "../gateway/Access.ts"
 import { Cursors } from "../gateway/Cursors.ts"
 import { Subscriptions } from "../gateway/Subscriptions.ts"
+import { Topics } from "../gateway/Topics.ts"
 import { defaultCollection } from "../protocol/Fields.ts"
 import { Admission } from "../shards/Admission.ts"
 import { CacheEvents } from "../shards/CacheEvents.ts"
@@ -23,6 +27,8 @@ import { ResultStore } from "../shards/ResultStore.ts"
 import { Router } from "../shards/Router.ts"
 import { Shedding } from "../shards/Shedding.ts"
 import { StandingQueries } from "../shards/StandingQueries.ts"
+import { TopicFeeds } from "../shards/TopicFeeds.ts"
+import { TopicRouter } from "../shards/TopicRouter.ts"
 import { AccessLog } from "../tiers/AccessLog.ts"
 import * as Bucket from "../tiers/Bucket.ts"
 import * as Caches from "../tiers/Caches.ts"
@@ -68,14 +74,22 @@ const vectorThreads = Layer.unwrap(
 const ownActors = Layer.mergeAll(TierPromoterActor.layer, LoadShedderActor.layer)
 
 /** Those of a process that owns shards. */
-const shardActors = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.layer, StreamSessionActor.layer)
+const shardActors = Layer.mergeAll(
+  IndexPartitionActor.layer,
+  CatalogActor.layer,
+  StreamSessionActor.layer,
+  TopicCatalogActor.layer,
+  AgentChannelActor.layer,
+  TaskQueueActor.layer
+)
 
 /** The actors of one process. They stop, and snapshot what they hold, before the threads and the store they rest on. */
 export const actors = Layer.unwrap(
   Effect.map(Settings, ({ role }) => (role === "gateway" ? ownActors : Layer.mergeAll(shardActors, ownActors)))
 ).pipe(
   Layer.provideMerge(Layer.mergeAll(StandingQueries.layer, PartitionReads.layer)),
-  Layer.provideMerge(ChangeFeeds.layer),
+  Layer.provideMerge(Layer.mergeAll(ChangeFeeds.layer, TopicFeeds.layer)),
+  Layer.provideMerge(TopicRouter.layer),
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
   Layer.provideMerge(LoadMeter.layer),
   Layer.provideMerge(Admission.layer),
@@ -113,7 +127,7 @@ export const localDirectory = (settings: SettingValues): string =>
 
 /** The engine of a node, without its wires: what `VectorDB.open` opens. */
 export const engine = (settings: SettingValues) =>
-  Subscriptions.layer.pipe(
+  Layer.merge(Subscriptions.layer, Topics.layer).pipe(
     Layer.provide(Access.layerEmbedded),
     Layer.provideMerge(Cursors.layer),
     Layer.provide(Access.layerEmbedded),

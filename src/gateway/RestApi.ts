@@ -30,6 +30,7 @@ import { queryOfParameters } from "./Queries.ts"
 import { askedBy, sourceOfRequest } from "./Sources.ts"
 import { TenantRouter, type TenantView } from "./TenantRouter.ts"
 import * as TiersApi from "./TiersApi.ts"
+import * as TopicsApi from "./TopicsApi.ts"
 
 const decodeInsert = decoderOf(InsertRequest)
 const decodeDelete = decoderOf(DeleteRequest)
@@ -233,7 +234,7 @@ const CachedSearch = HttpApiBuilder.group(
 /** Routes of the REST wire, `/openapi.json` and `/docs`. */
 export const layer = Layer.mergeAll(
   HttpApiBuilder.layer(RoutedApi).pipe(
-    Layer.provide([Collections, Vectors, CachedSearch, TiersApi.group, KeysApi.group])
+    Layer.provide([Collections, Vectors, CachedSearch, TiersApi.group, TopicsApi.group, KeysApi.group])
   ),
   HttpRouter.add("GET", "/openapi.json", Effect.succeed(HttpServerResponse.jsonUnsafe(OpenApi.fromApi(RuvectorApi)))),
   HttpRouter.use(

@@ -21,6 +21,7 @@ import type { Principal } from "../protocol/Principal.ts"
 import {
   type RpcAnswerChange,
   type RpcFollowEvent,
+  type RpcListenEvent,
   type RpcMember,
   type RpcResult,
   type RpcSearchEvent,
@@ -34,6 +35,7 @@ import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import type { SubscribeRequest } from "../protocol/Subscription.ts"
 import { shownCollection, shownError } from "../protocol/Tenant.ts"
 import type { TierEvent } from "../protocol/TierPromoter.ts"
+import type { answers, TopicOperation } from "../protocol/Topic.ts"
 import { overloadedBy, Shedding } from "../shards/Shedding.ts"
 import type { StandingMember } from "../shards/StandingQueries.ts"
 import { Access } from "./Access.ts"
@@ -48,6 +50,7 @@ import { askedBy } from "./Sources.ts"
 import type { StreamEvent } from "./StreamEvents.ts"
 import { type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
 import { storedQuery, TenantRouter, type TenantView } from "./TenantRouter.ts"
+import { type TopicAnswer, Topics } from "./Topics.ts"
 
 export const layer = RuvectorRpcs.toLayer(
   Effect.gen(function* () {
@@ -58,6 +61,7 @@ export const layer = RuvectorRpcs.toLayer(
     const promoter = yield* Promoter
     const shedding = yield* Shedding
     const subscriptions = yield* Subscriptions
+    const topics = yield* Topics
 
     /** A call, counted; what goes wrong in us is logged under an id and answered with it. */
     const call = <A, R>(tag: string, effect: Effect.Effect<A, ApiError, R>): Effect.Effect<A, ApiError, R> =>
@@ -180,7 +184,72 @@ export const layer = RuvectorRpcs.toLayer(
       )
     }
 
+    /** A call about a topic, as it is on the other wires: there, messages and tasks are JSON and not texts of it. */
+    const onTopic = <P extends object, O extends TopicOperation, A = (typeof answers)[O]["Type"]>(
+      tag: string,
+      operation: O,
+      requestOf: (payload: P) => Effect.Effect<object, ApiError> = Effect.succeed,
+      answerOf: (answer: TopicAnswer) => A = (answer) => answer as unknown as A
+    ) =>
+      unary(tag, (payload: P, _, { principal }) =>
+        Effect.map(
+          Effect.flatMap(requestOf(payload), (request) => topics.call(principal, operation, request)),
+          answerOf
+        )
+      )
+
     return RuvectorRpcs.of({
+      CreateTopic: onTopic(
+        "CreateTopic",
+        "create",
+        undefined,
+        (answer) => answer as (typeof answers)["create"]["Type"] & { readonly created: boolean }
+      ),
+      ListTopics: unary("ListTopics", (_, __, { principal }) =>
+        Effect.map(
+          topics.call(principal, "list", {}),
+          (answer) => answer as unknown as (typeof answers)["list"]["Type"]
+        )
+      ),
+      GetTopic: onTopic("GetTopic", "describe"),
+      DeleteTopic: onTopic("DeleteTopic", "delete", undefined, nothing),
+      Publish: onTopic("Publish", "publish", (payload: { readonly messages: ReadonlyArray<WithJson<"message">> }) =>
+        Effect.map(jsonItems(payload.messages, "messages", "message"), (messages) => ({ ...payload, messages }))
+      ),
+      Listen: (payload, options) =>
+        delivered(
+          "Listen",
+          options,
+          payload,
+          (whose, listener) => topics.listen(whose, payload, listener),
+          listenEvent
+        ),
+      Acknowledge: onTopic("Acknowledge", "acknowledge", undefined, nothing),
+      Forget: onTopic("Forget", "forget", undefined, nothing),
+      Enqueue: onTopic("Enqueue", "enqueue", (payload: { readonly tasks: ReadonlyArray<WithJson<"task">> }) =>
+        Effect.map(jsonItems(payload.tasks, "tasks", "task"), (tasks) => ({ ...payload, tasks }))
+      ),
+      Take: onTopic("Take", "take", undefined, (answer) => {
+        const { tasks } = answer as unknown as (typeof answers)["take"]["Type"]
+        return { tasks: tasks.map((task) => ({ ...task, task: JSON.stringify(task.task) })) }
+      }),
+      Extend: onTopic("Extend", "extend"),
+      Complete: onTopic(
+        "Complete",
+        "complete",
+        (payload: { readonly result?: string }) =>
+          payload.result === undefined
+            ? Effect.succeed(payload)
+            : Effect.map(jsonValue(payload.result, "result"), (result) => ({ ...payload, result })),
+        nothing
+      ),
+      Fail: onTopic("Fail", "fail"),
+      Redrive: onTopic("Redrive", "redrive"),
+      Cancel: onTopic("Cancel", "cancel"),
+      GetTask: onTopic("GetTask", "task", undefined, rpcTask),
+      ListTasks: onTopic("ListTasks", "tasks", undefined, ({ tasks }) => ({
+        tasks: (tasks as ReadonlyArray<TopicAnswer>).map(rpcTask)
+      })),
       CreateCollection: unary("CreateCollection", ({ name, ...request }, router) =>
         Effect.map(router.createCollection(name, request), ({ collection, created }) => ({
           collection: shownCollection(collection),
@@ -317,6 +386,52 @@ class Bound {
         Effect.sync(() => this.#underWay.set(client, (this.#underWay.get(client) ?? 1) - 1))
       )
     })
+  }
+}
+
+type WithJson<Name extends string> = { readonly [Key in Name]: string }
+
+const nothing = (): void => {}
+
+const jsonValue = (text: string, field: string): Effect.Effect<unknown, InvalidInput> =>
+  Effect.suspend(() => {
+    const value = parseJson(text)
+    return value === undefined
+      ? Effect.fail(new InvalidInput({ field, expected: "a JSON text", got: describe(text) }))
+      : Effect.succeed(value)
+  })
+
+/** Items with the JSON text of one of their members as the value that it stands for. */
+const jsonItems = <Name extends string>(
+  items: ReadonlyArray<WithJson<Name>>,
+  field: string,
+  name: Name
+): Effect.Effect<ReadonlyArray<object>, InvalidInput> =>
+  Effect.forEach(items, (item, i) =>
+    Effect.map(jsonValue(item[name], `${field}[${i}].${name}`), (value) => ({ ...item, [name]: value }))
+  )
+
+const rpcTask = (answer: TopicAnswer) => {
+  const { result, task, ...info } = answer as unknown as (typeof answers)["task"]["Type"]
+  return {
+    ...info,
+    ...(task === undefined ? {} : { task: JSON.stringify(task) }),
+    ...(result === undefined ? {} : { result: JSON.stringify(result) })
+  }
+}
+
+const listenEvent = (event: StreamEvent): RpcListenEvent => {
+  const { cursor } = event
+  switch (event.event) {
+    case "listening":
+    case "gap":
+      return { event: event.event, cursor }
+    case "message": {
+      const { atMillis, body, id, key } = event.message
+      return { event: "message", key, message_id: id, message: body, at_ms: Math.trunc(atMillis), cursor }
+    }
+    default:
+      throw new Error(`${event.event} is no event of a topic`)
   }
 }
 

@@ -28,16 +28,18 @@ import { askerOf, refuseRequest } from "./Refusals.ts"
 import { type SessionLink, Sessions } from "./Sessions.ts"
 import { askedBy, sourceOfRequest } from "./Sources.ts"
 import { SseConnection } from "./SseConnection.ts"
-import { errorText, followRequestOf, pusherOf, subscribeRequestOf } from "./SseSubscriptions.ts"
+import { errorText, followRequestOf, listenRequestOf, pusherOf, subscribeRequestOf } from "./SseSubscriptions.ts"
 import { type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
 import { storedQuery } from "./TenantRouter.ts"
+import { Topics } from "./Topics.ts"
 
 export const path = "/api/v1/stream/search"
 export const subscribePath = "/api/v1/stream/subscribe"
 export const changesPath = "/api/v1/stream/changes"
+export const topicPath = "/api/v1/stream/topic"
 
 /** Whatever is served here. */
-export const paths: ReadonlySet<string> = new Set([path, subscribePath, changesPath])
+export const paths: ReadonlySet<string> = new Set([path, subscribePath, changesPath, topicPath])
 
 export class Sse extends Context.Service<
   Sse,
@@ -55,6 +57,7 @@ export class Sse extends Context.Service<
       const sessions = yield* Sessions
       const admission = yield* Admission
       const subscriptions = yield* Subscriptions
+      const topics = yield* Topics
       const cursors = yield* Cursors
       const context = yield* Effect.context<never>()
       const run = Effect.runForkWith(context)
@@ -103,6 +106,17 @@ export class Sse extends Context.Service<
           return deliver(
             (listener) => subscriptions.subscribe(caller, asked.success, listener),
             "stream/subscribe",
+            response,
+            requestId,
+            refused
+          )
+        }
+        if (route === topicPath) {
+          const asked = listenRequestOf(parameters, textOf(lastEventId))
+          if (Result.isFailure(asked)) return refused(asked.failure)
+          return deliver(
+            (listener) => topics.listen(caller, asked.success, listener),
+            "stream/topic",
             response,
             requestId,
             refused

@@ -1,12 +1,13 @@
 /**
- * `GET /api/v1/stream/subscribe` and `GET /api/v1/stream/changes`: a standing query, and a collection's changes, as
- * Server-Sent Events. Every event's id is its cursor; `Last-Event-ID`, or the parameter `cursor`, goes on after it. A
+ * `GET /api/v1/stream/subscribe`, `/stream/changes` and `/stream/topic`: a standing query, a collection's changes and a topic's
+ * messages as Server-Sent Events. Every event's id is its cursor; `Last-Event-ID`, or the parameter `cursor`, goes on after it. A
  * client's parameters have to be those that the cursor was given for.
  */
 import { Result } from "effect"
 import { type ApiError, type InvalidInput, toProblem } from "../protocol/Errors.ts"
 import { decoderOf } from "../protocol/Fields.ts"
 import { FollowRequest, SubscribeRequest } from "../protocol/Subscription.ts"
+import { ListenRequest } from "../protocol/Topic.ts"
 import { Pusher } from "./Pusher.ts"
 import { objectOfParameters, type ParameterForms } from "./Queries.ts"
 import type { SseConnection } from "./SseConnection.ts"
@@ -26,14 +27,26 @@ const standingParameters: ParameterForms = {
 
 const followParameters: ParameterForms = { collection: "text", from: "text", policy: "text", cursor: "text" }
 
+const listenParameters: ParameterForms = {
+  topic: "text",
+  from: "text",
+  subscriber: "text",
+  policy: "text",
+  cursor: "text"
+}
+
 const decodeSubscribe = decoderOf(SubscribeRequest)
 const decodeFollow = decoderOf(FollowRequest)
+const decodeListen = decoderOf(ListenRequest)
 
 export const subscribeRequestOf = (parameters: URLSearchParams, lastEventId: string | undefined) =>
   Result.flatMap(withCursor(parameters, standingParameters, lastEventId), decodeSubscribe)
 
 export const followRequestOf = (parameters: URLSearchParams, lastEventId: string | undefined) =>
   Result.flatMap(withCursor(parameters, followParameters, lastEventId), decodeFollow)
+
+export const listenRequestOf = (parameters: URLSearchParams, lastEventId: string | undefined) =>
+  Result.flatMap(withCursor(parameters, listenParameters, lastEventId), decodeListen)
 
 /** A client that comes back by itself has the cursor it began with in the URL, and its newest in the header. */
 const withCursor = (

@@ -2,6 +2,7 @@
  * Events of subscriptions, made once for all who are sent the same: as data, for wires that encode it themselves, and as
  * JSON, for those that send text.
  */
+import type { Message } from "../protocol/AgentChannel.ts"
 import type { Change } from "../protocol/IndexPartition.ts"
 import type { StandingMember } from "../shards/StandingQueries.ts"
 import type { AnswerDifference } from "./AnswerChanges.ts"
@@ -17,6 +18,8 @@ export type StreamEvent = { readonly cursor: string } & (
   | { readonly event: "changes"; readonly difference: AnswerDifference; readonly open: string }
   | { readonly event: "following" | "resync"; readonly open: string }
   | { readonly event: "change"; readonly change: Change; readonly open: string }
+  | { readonly event: "listening" | "gap"; readonly open: string }
+  | { readonly event: "message"; readonly message: Message; readonly open: string }
 )
 
 // An event's `open` is its JSON text without its cursor and the closing brace: a wire adds those, and members of its own.
@@ -54,6 +57,23 @@ export const change = (of: Change, cursor: string): StreamEvent => {
   const { kind, id, version } = of
   const open = `{"event":"change","kind":"${kind}","vector_id":${JSON.stringify(id)},"version":"${version}"`
   return { event: "change", change: of, cursor, open }
+}
+
+export const heard = (event: "listening" | "gap", cursor: string): StreamEvent => ({
+  event,
+  cursor,
+  open: `{"event":"${event}"`
+})
+
+export const message = (of: Message, cursor: string): StreamEvent => {
+  const { atMillis, body, id, key } = of
+  const named = `"key":${JSON.stringify(key)},"message_id":${JSON.stringify(id)}`
+  return {
+    event: "message",
+    message: of,
+    cursor,
+    open: `{"event":"message",${named},"message":${body},"at_ms":${Math.trunc(atMillis)}`
+  }
 }
 
 const differenceText = ({ leaves, enters, updates }: AnswerDifference): string => {

@@ -25,10 +25,12 @@ import {
   frameTypes,
   type InsertFrame,
   retryReason,
-  type SearchFrame
+  type SearchFrame,
+  topicFrameTypes
 } from "../protocol/Frames.ts"
 import type { Principal } from "../protocol/Principal.ts"
 import { shownError } from "../protocol/Tenant.ts"
+import type { TopicOperation } from "../protocol/Topic.ts"
 import type { Admission } from "../shards/Admission.ts"
 import type { Asker } from "../shards/Shedding.ts"
 import type { Access } from "./Access.ts"
@@ -49,6 +51,7 @@ import type { ConnectionSubscriptions, SubscriptionFrames } from "./SessionSink.
 import type { Sessions } from "./Sessions.ts"
 import { askedBy, sourceOf } from "./Sources.ts"
 import { storedQuery, type TenantRouter } from "./TenantRouter.ts"
+import type { Topics } from "./Topics.ts"
 import * as Frames from "./WebSocketFrames.ts"
 
 /** What all connections share. */
@@ -58,6 +61,7 @@ export interface Hub {
   readonly tenants: TenantRouter["Service"]
   readonly admission: Admission["Service"]
   readonly sessions: Sessions["Service"]
+  readonly topics: Topics["Service"]
   readonly subscriptions: SubscriptionFrames["Service"]
   readonly turns: FrameTurns
   readonly run: <A, E>(effect: Effect.Effect<A, E>) => Fiber.Fiber<A, E>
@@ -362,6 +366,8 @@ export class WebSocketConnection implements SessionOwner, FrameSource {
 
   #handle(frame: Frames.Frame, envelope: string): void {
     const type = frame["type"]
+    const operation = topicFrameTypes.get(type)
+    if (operation !== undefined) return this.#topic(operation, frame, envelope)
     if (!(frameTypes as ReadonlyArray<unknown>).includes(type)) {
       const got = type === undefined ? "nothing" : describe(type)
       return this.#fail(new InvalidInput({ field: "type", expected: `one of ${frameTypes.join(", ")}`, got }), envelope)
@@ -465,6 +471,27 @@ export class WebSocketConnection implements SessionOwner, FrameSource {
     this.#start("insert", frame.id, session, 0, insert, envelope, (inserted) =>
       this.write(`{"event":"inserted","inserted":${inserted}${envelope}}`)
     )
+  }
+
+  #topic(operation: TopicOperation, frame: Frames.Frame, envelope: string): void {
+    const label = Frames.decodeLabel(frame)
+    if (Result.isFailure(label)) return this.#fail(label.failure, envelope)
+    const limited = this.#tooOften()
+    if (limited !== undefined) return this.#fail(limited, envelope)
+    const session = this.#session(label.success.session)
+    if (session instanceof Overloaded) return this.#fail(session, envelope)
+    const { type, id, session: _, ...request } = frame
+    if (id !== undefined && envelope === "") {
+      return this.#fail(new InvalidInput({ field: "id", expected: "a short text", got: describe(id) }), envelope)
+    }
+    const key = id as string | undefined
+    const refused = this.#admit(key, session, 0)
+    if (refused !== undefined) return this.#fail(refused, envelope)
+    const called = this.#hub.topics.call(this.#caller, operation, request)
+    this.#start(`topic/${operation}`, key, session, 0, called, envelope, (answer) => {
+      const members = JSON.stringify(answer).slice(1, -1)
+      this.write(`{"event":"${type}"${members === "" ? "" : ","}${members}${envelope}}`)
+    })
   }
 
   /** Counts a request as under way, or says why it may not be. */

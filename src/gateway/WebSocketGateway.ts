@@ -19,6 +19,7 @@ import { rawProblems } from "./RawProblems.ts"
 import { SubscriptionFrames } from "./SessionSink.ts"
 import { Sessions } from "./Sessions.ts"
 import { TenantRouter } from "./TenantRouter.ts"
+import { Topics } from "./Topics.ts"
 import { ClientSocket, type Hub, WebSocketConnection } from "./WebSocketConnection.ts"
 
 export const path = "/api/v1/ws"
@@ -80,6 +81,7 @@ export class WebSocketGateway extends Context.Service<
         tenants: yield* TenantRouter,
         admission: yield* Admission,
         sessions: yield* Sessions,
+        topics: yield* Topics,
         subscriptions: yield* SubscriptionFrames,
         turns: new FrameTurns(settings.frameTurnMillis),
         run: Effect.runForkWith(yield* Effect.context<never>()),

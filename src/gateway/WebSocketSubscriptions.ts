@@ -1,5 +1,5 @@
 /**
- * Frames `subscribe`, `resume`, `follow` and `unsubscribe` of WebSockets: what each session of a connection is subscribed
+ * Frames `subscribe`, `resume`, `follow`, `listen` and `unsubscribe` of WebSockets: what each session of a connection is subscribed
  * to, by the ids that its frames gave. Events go to the session's sink when that has room, and are not made before.
  */
 import { Effect, Exit, type Fiber, Layer, Result } from "effect"
@@ -9,11 +9,13 @@ import { decoderOf } from "../protocol/Fields.ts"
 import { closeCodes } from "../protocol/Frames.ts"
 import type { Principal } from "../protocol/Principal.ts"
 import { FollowFrame, ResumeFrame, SubscribeFrame, UnsubscribeFrame } from "../protocol/Subscription.ts"
+import { ListenFrame } from "../protocol/Topic.ts"
 import { countDefect, countRequest } from "./Instruments.ts"
 import { Pusher } from "./Pusher.ts"
 import { instance } from "./Queries.ts"
 import { type ConnectionSubscriptions, type SessionSink, SubscriptionFrames } from "./SessionSink.ts"
 import { type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
+import { Topics } from "./Topics.ts"
 import type { Frame } from "./WebSocketFrames.ts"
 
 export const layer = Layer.effect(
@@ -21,8 +23,9 @@ export const layer = Layer.effect(
   Effect.gen(function* () {
     const { region, subscriptionsPerSession } = yield* Settings
     const subscriptions = yield* Subscriptions
+    const topics = yield* Topics
     const run = Effect.runForkWith(yield* Effect.context<never>())
-    const hub: Hub = { region, perSessionMax: subscriptionsPerSession, subscriptions, run }
+    const hub: Hub = { region, perSessionMax: subscriptionsPerSession, subscriptions, topics, run }
     return SubscriptionFrames.of({ connect: (caller) => new Connection(hub, caller) })
   })
 )
@@ -31,12 +34,14 @@ interface Hub {
   readonly region: string
   readonly perSessionMax: number
   readonly subscriptions: Subscriptions["Service"]
+  readonly topics: Topics["Service"]
   readonly run: <A, E>(effect: Effect.Effect<A, E>) => Fiber.Fiber<A, E>
 }
 
 const decodeSubscribe = decoderOf(SubscribeFrame)
 const decodeResume = decoderOf(ResumeFrame)
 const decodeFollow = decoderOf(FollowFrame)
+const decodeListen = decoderOf(ListenFrame)
 const decodeUnsubscribe = decoderOf(UnsubscribeFrame)
 
 type Begin = (listener: DeliveryListener) => Effect.Effect<Delivery, ApiError>
@@ -78,6 +83,14 @@ class Connection implements ConnectionSubscriptions {
         if (Result.isFailure(decoded)) return session.fail(decoded.failure, tail)
         const { type, id, session: _, ...request } = decoded.success
         return this.#begin(session, type, id, tail, (listener) => subscriptions.follow(this.#whose, request, listener))
+      }
+      case "listen": {
+        const decoded = decodeListen(frame)
+        if (Result.isFailure(decoded)) return session.fail(decoded.failure, tail)
+        const { type, id, session: _, ...request } = decoded.success
+        return this.#begin(session, type, id, tail, (listener) =>
+          this.#hub.topics.listen(this.#whose, request, listener)
+        )
       }
       default: {
         const decoded = decodeUnsubscribe(frame)

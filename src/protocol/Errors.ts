@@ -51,6 +51,15 @@ export class VectorNotFound extends Schema.TaggedError<VectorNotFound>()("Vector
   id: Schema.String
 }) {}
 
+/** 404: no topic of that name. */
+export class TopicNotFound extends Schema.TaggedError<TopicNotFound>()("TopicNotFound", { topic: Schema.String }) {}
+
+/** 404: no task of that id in the topic, or no longer. */
+export class TaskNotFound extends Schema.TaggedError<TaskNotFound>()("TaskNotFound", {
+  topic: Schema.String,
+  id: Schema.String
+}) {}
+
 /** 404: no such path. */
 export class RouteNotFound extends Schema.TaggedError<RouteNotFound>()("RouteNotFound", { path: Schema.String }) {}
 
@@ -66,6 +75,21 @@ export class CollectionConflict extends Schema.TaggedError<CollectionConflict>()
   field: Schema.String,
   expected: Schema.String,
   got: Schema.String
+}) {}
+
+/** 409: a topic of that name exists with other parameters, or is one that every tenant has. */
+export class TopicConflict extends Schema.TaggedError<TopicConflict>()("TopicConflict", {
+  topic: Schema.String,
+  field: Schema.String,
+  expected: Schema.String,
+  got: Schema.String
+}) {}
+
+/** 409: the token is not that of the task's lease: it has ended, and another may have the task by now. */
+export class LeaseLost extends Schema.TaggedError<LeaseLost>()("LeaseLost", {
+  topic: Schema.String,
+  id: Schema.String,
+  token: Schema.Int
 }) {}
 
 /** 413: body, frame or batch over its bound. */
@@ -118,6 +142,13 @@ export class PartitionCorrupt extends Schema.TaggedError<PartitionCorrupt>()("Pa
   detail: Schema.String
 }) {}
 
+/** 503: a channel of a topic cannot answer now (starting, moved, failed, damaged); `detail` says why. */
+export class TopicUnavailable extends Schema.TaggedError<TopicUnavailable>()("TopicUnavailable", {
+  topic: Schema.String,
+  detail: Schema.String,
+  retryAfterMillis: Schema.Int
+}) {}
+
 /** 504: the caller's deadline passed before any partition had answered. */
 export class DeadlineExceeded extends Schema.TaggedError<DeadlineExceeded>()("DeadlineExceeded", {
   deadlineMillis: Schema.Int
@@ -144,15 +175,20 @@ export const ApiError = Schema.Union([
   KeyNotFound,
   CollectionNotFound,
   VectorNotFound,
+  TopicNotFound,
+  TaskNotFound,
   RouteNotFound,
   MethodNotAllowed,
   CollectionConflict,
+  TopicConflict,
+  LeaseLost,
   TooLarge,
   UnsupportedMediaType,
   Overloaded,
   StorageUnavailable,
   PartitionUnavailable,
   PartitionCorrupt,
+  TopicUnavailable,
   DeadlineExceeded,
   ShuttingDown,
   InternalError
@@ -188,6 +224,7 @@ export type ProblemCode =
   | "invalid_cursor"
   | "invalid_input"
   | "key_not_found"
+  | "lease_lost"
   | "method_not_allowed"
   | "overloaded"
   | "partition_corrupt"
@@ -197,8 +234,12 @@ export type ProblemCode =
   | "route_not_found"
   | "shutting_down"
   | "storage_unavailable"
+  | "task_not_found"
   | "tls_required"
   | "too_large"
+  | "topic_conflict"
+  | "topic_not_found"
+  | "topic_unavailable"
   | "unauthenticated"
   | "unsupported_media_type"
   | "vector_not_found"
@@ -286,6 +327,20 @@ export const toProblem = (error: ApiError): Problem => {
         `There is no vector ${JSON.stringify(error.id)} in collection ${JSON.stringify(error.collection)}.`,
         { field: "id", expected: "the id of a vector", got: error.id }
       )
+    case "TopicNotFound":
+      return problem(404, "topic_not_found", "Not found", `There is no topic ${JSON.stringify(error.topic)}.`, {
+        field: "topic",
+        expected: "the name of a topic",
+        got: error.topic
+      })
+    case "TaskNotFound":
+      return problem(
+        404,
+        "task_not_found",
+        "Not found",
+        `There is no task ${JSON.stringify(error.id)} in topic ${JSON.stringify(error.topic)}.`,
+        { field: "task_id", expected: "the id of a task", got: error.id }
+      )
     case "RouteNotFound":
       return problem(404, "route_not_found", "Not found", `Nothing is served at ${error.path}.`, {
         field: "path",
@@ -303,6 +358,19 @@ export const toProblem = (error: ApiError): Problem => {
       const detail = `Collection ${JSON.stringify(collection)} exists with ${field} ${expected}, not ${got}.`
       return problem(409, "collection_conflict", "Conflict", detail, { field, expected, got })
     }
+    case "TopicConflict": {
+      const { topic, field, expected, got } = error
+      const detail = `Topic ${JSON.stringify(topic)} exists with ${field} ${expected}, not ${got}.`
+      return problem(409, "topic_conflict", "Conflict", detail, { field, expected, got })
+    }
+    case "LeaseLost":
+      return problem(
+        409,
+        "lease_lost",
+        "Lease lost",
+        `The lease ${error.token} of task ${JSON.stringify(error.id)} has ended; another may have the task.`,
+        { field: "token", expected: "the token of the task's lease", got: String(error.token) }
+      )
     case "TooLarge":
       return problem(
         413,
@@ -350,6 +418,14 @@ export const toProblem = (error: ApiError): Problem => {
         "partition_corrupt",
         "Partition damaged",
         `Partition ${error.partition} of ${JSON.stringify(error.collection)} does not serve: ${error.object}: ${error.detail}`
+      )
+    case "TopicUnavailable":
+      return problem(
+        503,
+        "topic_unavailable",
+        "Topic unavailable",
+        `Topic ${JSON.stringify(error.topic)}: ${error.detail}`,
+        { retry_after_ms: error.retryAfterMillis }
       )
     case "DeadlineExceeded":
       return problem(504, "deadline_exceeded", "Deadline exceeded", `No answer within ${error.deadlineMillis} ms.`)

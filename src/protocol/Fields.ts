@@ -156,7 +156,7 @@ export type Metric = typeof Metric.Type
 export const Quantization = Schema.Literals(["none", "bf16", "i8", "pq"])
 export type Quantization = typeof Quantization.Type
 
-const integer = (minimum: number, maximum: number) =>
+export const integer = (minimum: number, maximum: number) =>
   Schema.Number.check(
     Schema.makeFilter((n: number) => Number.isInteger(n) && n >= minimum && n <= maximum, {
       expected: `an integer from ${minimum} to ${maximum}`
@@ -217,6 +217,25 @@ export const MetadataObject = Schema.Unknown.pipe(
     })
   )
 )
+
+/** A JSON value of at most so many bytes and `nestingMax` levels. */
+export const Json = (bytesMax: number): Schema.Codec<Json> =>
+  Schema.Unknown.check(
+    Schema.makeFilter((value: unknown) => isJsonWithin(value, bytesMax), {
+      expected: `a JSON value of at most ${bytesMax} bytes and ${Limits.nestingMax} levels`
+    })
+  ) as unknown as Schema.Codec<Json>
+
+const isJsonWithin = (value: unknown, bytesMax: number): boolean => {
+  if (depthOver(value, Limits.nestingMax)) return false
+  // `undefined` where it is no value of JSON.
+  const text = JSON.stringify(value) as string | undefined
+  if (text === undefined || text.length > bytesMax) return false
+  return text.length * utf8BytesOfUnitMax <= bytesMax || utf8Bytes(text) <= bytesMax
+}
+
+/** Bytes of UTF-8 that one unit of UTF-16 takes at most. */
+const utf8BytesOfUnitMax = 3
 
 /** A filter in the contract's JSON form (see `Filter.ts`). */
 export const FilterObject = Schema.Unknown.pipe(

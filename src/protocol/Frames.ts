@@ -7,6 +7,7 @@ import { Schema } from "effect"
 import { Ack, ClientId, CollectionName, Credits, MetadataObject, VectorFromNumbers, VectorId } from "./Fields.ts"
 import * as Limits from "./Limits.ts"
 import { SearchFrame } from "./Search.ts"
+import { requests, type TopicOperation } from "./Topic.ts"
 
 const addressed = { id: Schema.optionalKey(ClientId), session: Schema.optionalKey(ClientId) }
 
@@ -49,7 +50,15 @@ export const CreditFrame = Schema.Struct({ type: Schema.Literal("credit"), ...ad
 export { SearchFrame }
 
 /** Frames about what a session is subscribed to. */
-export const subscriptionFrameTypes = ["subscribe", "resume", "follow", "unsubscribe"] as const
+export const subscriptionFrameTypes = ["subscribe", "resume", "follow", "listen", "unsubscribe"] as const
+
+/**
+ * Frames that ask something of topics: `topic.publish`, `topic.take`... Beside `type`, `id` and `session`, what `requests` in
+ * `Topic.ts` has; answered by an event of the frame's type.
+ */
+export const topicFrameTypes: ReadonlyMap<unknown, TopicOperation> = new Map(
+  (Object.keys(requests) as Array<TopicOperation>).map((operation) => [`topic.${operation}`, operation])
+)
 
 export const frameTypes = ["search", "insert", "cancel", "ping", "close", "credit", ...subscriptionFrameTypes] as const
 export type FrameType = (typeof frameTypes)[number]

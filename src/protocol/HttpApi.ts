@@ -12,6 +12,7 @@ import * as Fields from "./Fields.ts"
 import * as Limits from "./Limits.ts"
 import { FollowEvent, SubscriptionEvent } from "./Subscription.ts"
 import { TierEvent, TierState } from "./TierPromoter.ts"
+import { answers, ListenEvent, requests, Topic, TopicRequest } from "./Topic.ts"
 import { WarmReport, WarmRequest } from "./Warming.ts"
 import { DeleteRequest } from "./Writes.ts"
 
@@ -238,7 +239,98 @@ const StreamsGroup = HttpApiGroup.make("streams").add(
   }).annotate(
     OpenApi.Description,
     "Every change of a collection as Server-Sent Events, in log order per partition. An event's id is its cursor; `Last-Event-ID`, or `cursor`, goes on after it."
+  ),
+  HttpApiEndpoint.get("streamTopic", "/api/v1/stream/topic", {
+    query: {
+      topic: Schema.String,
+      from: Schema.optionalKey(Schema.String),
+      subscriber: Schema.optionalKey(Schema.String),
+      policy: Schema.optionalKey(Schema.String),
+      cursor: Schema.optionalKey(Schema.String)
+    },
+    ...lastEventId,
+    success: ListenEvent,
+    error: notFound
+  }).annotate(
+    OpenApi.Description,
+    "A topic's messages as Server-Sent Events, in order for each key. An event's id is its cursor; `Last-Event-ID`, or `cursor`, goes on after it; `subscriber` after what that one has acknowledged."
   )
+)
+
+const topic = { topic: Fields.CollectionName }
+/** A body: what is asked, without the topic, which is in the path. */
+const bodyOf = ({ fields }: { readonly fields: Schema.Struct.Fields }): Schema.Codec<object> => {
+  const { topic: _, ...rest } = fields
+  return Schema.Struct(rest) as unknown as Schema.Codec<object>
+}
+const onTopic = <Name extends string, const Operation extends keyof typeof requests>(
+  name: Name,
+  operation: Operation
+) =>
+  HttpApiEndpoint.post(name, `/api/v1/topics/:topic/${operation}`, {
+    params: topic,
+    payload: bodyOf(requests[operation]),
+    success: answers[operation],
+    error: [...notFound, problem(409)]
+  })
+
+/** Operations of `POST /topics/{topic}/...`. */
+export const postedTopicOperations = [
+  "publish",
+  "acknowledge",
+  "forget",
+  "enqueue",
+  "take",
+  "extend",
+  "complete",
+  "fail",
+  "redrive",
+  "cancel"
+] as const
+
+const TopicsGroup = HttpApiGroup.make("topics").add(
+  HttpApiEndpoint.put("putTopic", "/api/v1/topics/:topic", {
+    params: topic,
+    payload: TopicRequest,
+    success: [Topic, Topic.pipe(HttpApiSchema.status(201))],
+    error: [...badInput, problem(409)]
+  }),
+  HttpApiEndpoint.get("listTopics", "/api/v1/topics", { success: answers.list, error: badInput }),
+  HttpApiEndpoint.get("getTopic", "/api/v1/topics/:topic", {
+    params: topic,
+    success: answers.describe,
+    error: notFound
+  }),
+  HttpApiEndpoint.delete("deleteTopic", "/api/v1/topics/:topic", {
+    params: topic,
+    success: HttpApiSchema.NoContent,
+    error: notFound
+  }),
+  HttpApiEndpoint.get("listTasks", "/api/v1/topics/:topic/tasks", {
+    params: topic,
+    query: {
+      state: Schema.optionalKey(Schema.String),
+      after: Schema.optionalKey(Schema.String),
+      limit: Schema.optionalKey(Schema.String)
+    },
+    success: answers.tasks,
+    error: notFound
+  }),
+  HttpApiEndpoint.get("getTask", "/api/v1/topics/:topic/tasks/:id", {
+    params: { ...topic, id: Schema.String },
+    success: answers.task,
+    error: notFound
+  }),
+  onTopic("publish", "publish"),
+  onTopic("acknowledge", "acknowledge"),
+  onTopic("forget", "forget"),
+  onTopic("enqueue", "enqueue"),
+  onTopic("take", "take"),
+  onTopic("extend", "extend"),
+  onTopic("complete", "complete"),
+  onTopic("fail", "fail"),
+  onTopic("redrive", "redrive"),
+  onTopic("cancel", "cancel")
 )
 
 const KeysGroup = HttpApiGroup.make("keys").add(
@@ -264,6 +356,7 @@ export const RoutedApi = HttpApi.make("ruvector")
   .add(VectorsGroup)
   .add(CachedSearchGroup)
   .add(TiersGroup)
+  .add(TopicsGroup)
   .add(KeysGroup)
 
 /** The REST contract. `/api/v1/ws` is described in its text and in `docs/protocol.md`. */

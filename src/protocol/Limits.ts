@@ -80,3 +80,30 @@ export const noticeMillisMax = 300_000
 
 /** Records of one warming. */
 export const warmRecordsMax = 100_000
+
+/** Topics of all tenants on one node. */
+export const topicsMax = 10_000
+
+/** Channels of one topic. */
+export const channelsMax = 64
+
+/** Milliseconds that a topic's messages and tasks are kept. */
+export const retentionMillisMax = 2_592_000_000
+
+/** Bytes of one message or task, as JSON. */
+export const messageBytesMax = 262_144
+
+/** Messages of one publishing, tasks of one enqueueing, ids of one redriving or cancelling, tasks of one list. */
+export const publishMessagesMax = 1_000
+
+/** Tasks handed out by one taking. */
+export const takeTasksMax = 100
+
+/** Milliseconds of a task's lease. */
+export const leaseMillisMax = 86_400_000
+
+/** Greatest priority of a task; the least is its negative. */
+export const priorityMax = 1_000
+
+/** Characters of what is said about why a task failed. */
+export const taskErrorCharsMax = 1_024

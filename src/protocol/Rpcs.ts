@@ -13,6 +13,7 @@ import { ApiError } from "./Errors.ts"
 import * as Fields from "./Fields.ts"
 import { Cursor, FollowFrom } from "./Subscription.ts"
 import { TierEvent } from "./TierPromoter.ts"
+import * as Topic from "./Topic.ts"
 import { LastMinutes, TimeMillis, WarmLimit, WarmReport } from "./Warming.ts"
 
 /** The same values unchecked for who makes a request, and checked for who is given it. */
@@ -149,7 +150,172 @@ const SubscribePayload = Schema.Struct({
 /** What is subscribed to. */
 export type SubscribePayload = typeof SubscribePayload.Type
 
+const topic = { topic: CollectionName }
+const ClientId = text(Fields.ClientId)
+const lease = { ...topic, task_id: ClientId, token: number(Topic.Token) }
+
+/** A task with its lease, as `TakenTask` of the other wires. */
+export const RpcTakenTask = Schema.Struct({
+  task_id: Schema.String,
+  token: Schema.Int,
+  /** JSON text. */
+  task: Schema.String,
+  priority: Schema.Int,
+  attempt: Schema.Int,
+  lease_ms: Schema.Int,
+  enqueued_ms: Schema.Int
+})
+
+export const RpcTaskInfo = Schema.Struct({
+  task_id: Schema.String,
+  state: Topic.TaskState,
+  /** JSON text. */
+  task: Schema.optionalKey(Schema.String),
+  priority: Schema.Int,
+  attempts: Schema.Int,
+  enqueued_ms: Schema.Int,
+  agent: Schema.optionalKey(Schema.String),
+  error: Schema.optionalKey(Schema.String),
+  /** JSON text. */
+  result: Schema.optionalKey(Schema.String)
+})
+
+/** Events of a topic that is listened to. */
+export const RpcListenEvent = Schema.Union([
+  Schema.Struct({ event: Schema.Literals(["listening", "gap"]), cursor: Schema.String }),
+  Schema.Struct({
+    event: Schema.Literal("message"),
+    key: Schema.String,
+    message_id: Schema.String,
+    /** JSON text. */
+    message: Schema.String,
+    at_ms: Schema.Int,
+    cursor: Schema.String
+  })
+])
+export type RpcListenEvent = typeof RpcListenEvent.Type
+
+/** What is asked of topics. Messages, tasks and results are JSON texts. */
+const topicRpcs = [
+  /** What is left out takes the server's defaults. Found as it is where it is there with the same parameters. */
+  Rpc.make("CreateTopic", {
+    payload: {
+      ...topic,
+      retention_ms: Schema.optionalKey(number(Topic.RetentionMillis)),
+      channels: Schema.optionalKey(number(Topic.Channels)),
+      lease_ms: Schema.optionalKey(number(Topic.LeaseMillis)),
+      attempts_max: Schema.optionalKey(number(Topic.AttemptsMax))
+    },
+    success: Schema.Struct({ ...Topic.Topic.fields, created: Schema.Boolean }),
+    error: ApiError
+  }),
+  Rpc.make("ListTopics", { success: Topic.answers.list, error: ApiError }),
+  Rpc.make("GetTopic", { payload: topic, success: Topic.answers.describe, error: ApiError }),
+  Rpc.make("DeleteTopic", { payload: topic, success: Schema.Void, error: ApiError }),
+  /** Acknowledged when durable. Messages of one key stay in order; one of an id that was published is not published again. */
+  Rpc.make("Publish", {
+    payload: {
+      ...topic,
+      messages: Schema.Array(
+        Schema.Struct({
+          key: Schema.optionalKey(ClientId),
+          id: Schema.optionalKey(ClientId),
+          message: Schema.String
+        })
+      )
+    },
+    success: Topic.answers.publish,
+    error: ApiError
+  }),
+  Rpc.make("Listen", {
+    payload: {
+      ...topic,
+      from: Schema.optionalKey(Topic.ListenFrom),
+      subscriber: Schema.optionalKey(ClientId),
+      cursor: Schema.optionalKey(text(Cursor))
+    },
+    success: RpcListenEvent,
+    error: ApiError,
+    stream: true
+  }),
+  Rpc.make("Acknowledge", {
+    payload: { ...topic, subscriber: ClientId, cursor: text(Cursor) },
+    success: Schema.Void,
+    error: ApiError
+  }),
+  Rpc.make("Forget", { payload: { ...topic, subscriber: ClientId }, success: Schema.Void, error: ApiError }),
+  Rpc.make("Enqueue", {
+    payload: {
+      ...topic,
+      tasks: Schema.Array(
+        Schema.Struct({
+          id: Schema.optionalKey(ClientId),
+          task: Schema.String,
+          priority: Schema.optionalKey(number(Topic.Priority)),
+          delay_ms: Schema.optionalKey(number(Topic.DelayMillis))
+        })
+      )
+    },
+    success: Topic.answers.enqueue,
+    error: ApiError
+  }),
+  Rpc.make("Take", {
+    payload: {
+      ...topic,
+      agent: Schema.optionalKey(ClientId),
+      take_id: Schema.optionalKey(ClientId),
+      max: Schema.optionalKey(number(Topic.TakeMax)),
+      lease_ms: Schema.optionalKey(number(Topic.LeaseMillis)),
+      wait_ms: Schema.optionalKey(number(Topic.WaitMillis))
+    },
+    success: Schema.Struct({ tasks: Schema.Array(RpcTakenTask) }),
+    error: ApiError
+  }),
+  Rpc.make("Extend", {
+    payload: { ...lease, lease_ms: Schema.optionalKey(number(Topic.LeaseMillis)) },
+    success: Topic.answers.extend,
+    error: ApiError
+  }),
+  Rpc.make("Complete", {
+    payload: { ...lease, result: Schema.optionalKey(Schema.String) },
+    success: Schema.Void,
+    error: ApiError
+  }),
+  Rpc.make("Fail", {
+    payload: {
+      ...lease,
+      error: Schema.optionalKey(Schema.String),
+      delay_ms: Schema.optionalKey(number(Topic.DelayMillis)),
+      release: Schema.optionalKey(Schema.Boolean)
+    },
+    success: Topic.answers.fail,
+    error: ApiError
+  }),
+  Rpc.make("Redrive", {
+    payload: { ...topic, task_ids: Schema.optionalKey(Schema.Array(ClientId)) },
+    success: Topic.answers.redrive,
+    error: ApiError
+  }),
+  Rpc.make("Cancel", {
+    payload: { ...topic, task_ids: Schema.Array(ClientId) },
+    success: Topic.answers.cancel,
+    error: ApiError
+  }),
+  Rpc.make("GetTask", { payload: { ...topic, task_id: ClientId }, success: RpcTaskInfo, error: ApiError }),
+  Rpc.make("ListTasks", {
+    payload: {
+      ...topic,
+      state: Schema.optionalKey(Topic.TaskState),
+      after: Schema.optionalKey(ClientId),
+      limit: Schema.optionalKey(Schema.Finite)
+    },
+    success: Schema.Struct({ tasks: Schema.Array(RpcTaskInfo) }),
+    error: ApiError
+  })
+] as const
+
 export const RuvectorRpcs = RpcGroup.make(
+  ...topicRpcs,
   /** What is left out takes the server's defaults. Found as it is where it is there with the same parameters. */
   Rpc.make("CreateCollection", {
     payload: {

@@ -15,6 +15,7 @@ import * as RpcGateway from "../../src/gateway/RpcGateway.ts"
 import { Sessions } from "../../src/gateway/Sessions.ts"
 import { Subscriptions } from "../../src/gateway/Subscriptions.ts"
 import { TenantRouter } from "../../src/gateway/TenantRouter.ts"
+import { Topics } from "../../src/gateway/Topics.ts"
 import type { Collection } from "../../src/protocol/Collection.ts"
 import {
   CollectionConflict,
@@ -78,7 +79,8 @@ export const startRpcServer = Effect.fnUntraced(function* (given: Partial<Settin
     Layer.succeed(Sessions, countedSessions(router, seen)),
     Layer.succeed(Promoter, noPromoter),
     Layer.provide(Shedding.layer, Layer.succeed(Settings, settings)),
-    Layer.succeed(Subscriptions, noSubscriptions)
+    Layer.succeed(Subscriptions, noSubscriptions),
+    Layer.succeed(Topics, {} as unknown as Topics["Service"])
   )
   const access = TenantRouter.layer.pipe(
     Layer.provideMerge(

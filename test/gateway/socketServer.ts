@@ -11,6 +11,7 @@ import { type ConnectionSubscriptions, SubscriptionFrames } from "../../src/gate
 import type { SessionLink } from "../../src/gateway/Sessions.ts"
 import { Sessions } from "../../src/gateway/Sessions.ts"
 import { TenantRouter } from "../../src/gateway/TenantRouter.ts"
+import { Topics } from "../../src/gateway/Topics.ts"
 import { ClientSocket, type Hub, WebSocketConnection } from "../../src/gateway/WebSocketConnection.ts"
 import { WebSocketGateway } from "../../src/gateway/WebSocketGateway.ts"
 import type { ApiError } from "../../src/protocol/Errors.ts"
@@ -79,6 +80,8 @@ export const startSocketServer = async (
     Layer.succeed(Router, { search } as unknown as Router["Service"]),
     Layer.succeed(Sessions, sessions),
     Layer.mergeAll(Logger.layer([]), Layer.succeed(References.MinimumLogLevel, "Fatal")),
+    // Topics have tests of their own.
+    Layer.succeed(Topics, {} as unknown as Topics["Service"]),
     Layer.succeed(SubscriptionFrames, { connect: subscriptions }),
     Layer.succeed(Admission, unpressed)
   )
