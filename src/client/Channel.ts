@@ -15,7 +15,8 @@ import type {
   TopicMessage
 } from "./Topics.ts"
 
-type Options = TopicCall & Aborts
+/** For how long to try, and what ends the call before that. */
+export type TopicOptions = TopicCall & Aborts
 
 /** Messages of a topic. `T`: what they are. */
 export class Channel<T = unknown> {
@@ -28,7 +29,7 @@ export class Channel<T = unknown> {
   }
 
   /** Resolves when the message is durable. Sent again because of a cut, or with an `id` of your own, it is published once. */
-  async publish(message: T, options: Omit<NewMessage, "message"> & Options = {}): Promise<void> {
+  async publish(message: T, options: Omit<NewMessage, "message"> & TopicOptions = {}): Promise<void> {
     const { id, key } = options
     await this.publishMany(
       [{ message, ...(id === undefined ? {} : { id }), ...(key === undefined ? {} : { key }) }],
@@ -37,7 +38,7 @@ export class Channel<T = unknown> {
   }
 
   /** At most 1,000 at once. Resolves with how many had been published before. */
-  async publishMany(messages: ReadonlyArray<NewMessage<T>>, options: Options = {}): Promise<number> {
+  async publishMany(messages: ReadonlyArray<NewMessage<T>>, options: TopicOptions = {}): Promise<number> {
     const { duplicates } = await run(this.#client.publish(this.topic, messages, options), options.signal)
     return duplicates
   }
@@ -60,16 +61,17 @@ export class Channel<T = unknown> {
   }
 
   /** The subscriber has dealt with the message of the cursor, and all before it. */
-  acknowledge(subscriber: string, cursor: string, options: Options = {}): Promise<void> {
+  acknowledge(subscriber: string, cursor: string, options: TopicOptions = {}): Promise<void> {
     return run(this.#client.acknowledge(this.topic, subscriber, cursor, options), options.signal)
   }
 
   /** The subscriber's position is forgotten: it begins anew. */
-  forget(subscriber: string, options: Options = {}): Promise<void> {
+  forget(subscriber: string, options: TopicOptions = {}): Promise<void> {
     return run(this.#client.forget(this.topic, subscriber, options), options.signal)
   }
 }
 
+/** How an agent works on tasks. */
 export interface WorkOptions extends Aborts {
   /** Tasks at one time; 1 where left out. */
   readonly concurrency?: number
@@ -93,59 +95,63 @@ export class Tasks<T = unknown> {
   }
 
   /** Resolves with the task's id when it is durable. */
-  async enqueue(task: T, options: Omit<NewTask, "task"> & Options = {}): Promise<string> {
+  async enqueue(task: T, options: Omit<NewTask, "task"> & TopicOptions = {}): Promise<string> {
     const { deadlineMillis: _, signal: __, ...rest } = options
     const [id] = await this.enqueueMany([{ ...rest, task }], options)
     return id as string
   }
 
   /** At most 1,000 at once. */
-  enqueueMany(tasks: ReadonlyArray<NewTask<T>>, options: Options = {}): Promise<ReadonlyArray<string>> {
+  enqueueMany(tasks: ReadonlyArray<NewTask<T>>, options: TopicOptions = {}): Promise<ReadonlyArray<string>> {
     return run(this.#client.enqueue(this.topic, tasks, options), options.signal)
   }
 
   /** The first that wait, each with a lease; none where there are none, after `waitMillis`. */
-  async take(options: TakeOptions & Options = {}): Promise<ReadonlyArray<LeasedTask<T>>> {
+  async take(options: TakeOptions & TopicOptions = {}): Promise<ReadonlyArray<LeasedTask<T>>> {
     const tasks = await run(this.#client.take(this.topic, options, options), options.signal)
     return tasks as ReadonlyArray<LeasedTask<T>>
   }
 
   /** The lease runs for as long again from now; rejects with `lease_lost` where it has ended. */
-  extend(task: LeasedTask<T>, options: { readonly leaseMillis?: number } & Options = {}): Promise<number> {
+  extend(task: LeasedTask<T>, options: { readonly leaseMillis?: number } & TopicOptions = {}): Promise<number> {
     return run(this.#client.extend(this.topic, task, options.leaseMillis, options), options.signal)
   }
 
-  complete(task: LeasedTask<T>, result?: unknown, options: Options = {}): Promise<void> {
+  /** The task is done, with what came of it; rejects with `lease_lost` where the lease has ended. */
+  complete(task: LeasedTask<T>, result?: unknown, options: TopicOptions = {}): Promise<void> {
     return run(this.#client.complete(this.topic, task, result, options), options.signal)
   }
 
   /** For another try, or a dead letter after the last one. */
-  fail(task: LeasedTask<T>, error: string, options: FailOptions & Options = {}): Promise<TaskState> {
+  fail(task: LeasedTask<T>, error: string, options: FailOptions & TopicOptions = {}): Promise<TaskState> {
     return run(this.#client.fail(this.topic, task, error, options, options), options.signal)
   }
 
   /** Given back untried. */
-  release(task: LeasedTask<T>, options: Options = {}): Promise<void> {
+  release(task: LeasedTask<T>, options: TopicOptions = {}): Promise<void> {
     return run(this.#client.release(this.topic, task, options), options.signal)
   }
 
-  get(id: string, options: Options = {}): Promise<TaskInfo<T> | undefined> {
+  /** What is known of a task; `undefined` where there is none, or none any more. */
+  get(id: string, options: TopicOptions = {}): Promise<TaskInfo<T> | undefined> {
     return run(this.#client.task(this.topic, id, options), options.signal) as Promise<TaskInfo<T> | undefined>
   }
 
+  /** Tasks in the order of their ids, `limit` after one. */
   list(
-    options: { readonly state?: TaskState; readonly after?: string; readonly limit?: number } & Options = {}
+    options: { readonly state?: TaskState; readonly after?: string; readonly limit?: number } & TopicOptions = {}
   ): Promise<ReadonlyArray<TaskInfo<T>>> {
     const { deadlineMillis: _, signal, ...rest } = options
     return run(this.#client.tasks(this.topic, rest, options), signal) as Promise<ReadonlyArray<TaskInfo<T>>>
   }
 
   /** Dead letters are handed out again, those named or all. */
-  redrive(ids?: ReadonlyArray<string>, options: Options = {}): Promise<number> {
+  redrive(ids?: ReadonlyArray<string>, options: TopicOptions = {}): Promise<number> {
     return run(this.#client.redrive(this.topic, ids, options), options.signal)
   }
 
-  cancel(ids: ReadonlyArray<string>, options: Options = {}): Promise<number> {
+  /** Takes tasks away that are not done. How many there were. */
+  cancel(ids: ReadonlyArray<string>, options: TopicOptions = {}): Promise<number> {
     return run(this.#client.cancel(this.topic, ids, options), options.signal)
   }
 

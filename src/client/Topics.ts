@@ -6,16 +6,19 @@ import { Effect, type Stream } from "effect"
 import type { VectorDBError } from "./ClientError.ts"
 import type { Engine, Heard } from "./Engine.ts"
 
+/** What a topic is made with. */
 export interface TopicParameters {
   /** How long messages and tasks are kept. */
   readonly retentionMillis?: number
   /** Logs that messages are spread over, by key; 1 to 64. */
   readonly channels?: number
+  /** How long a task is an agent's that took it and says nothing more. */
   readonly leaseMillis?: number
   /** Times that a task is handed out before it is a dead letter. */
   readonly attemptsMax?: number
 }
 
+/** A topic as it is. */
 export interface TopicInfo extends Required<TopicParameters> {
   readonly name: string
   readonly uid: string
@@ -23,8 +26,10 @@ export interface TopicInfo extends Required<TopicParameters> {
   readonly tasks?: Readonly<Record<TaskState, number>>
 }
 
+/** `dead`: handed out as often as may be, and not done. */
 export type TaskState = "waiting" | "leased" | "done" | "dead"
 
+/** A message to be published. */
 export interface NewMessage<T = unknown> {
   /** JSON. */
   readonly message: T
@@ -34,6 +39,7 @@ export interface NewMessage<T = unknown> {
   readonly id?: string
 }
 
+/** A message that was published. */
 export interface TopicMessage<T = unknown> {
   readonly id: string
   readonly key: string
@@ -44,6 +50,7 @@ export interface TopicMessage<T = unknown> {
   readonly cursor: string
 }
 
+/** Where messages are gone on from. */
 export interface ListenOptions {
   /** Where there is no cursor, and no position of the subscriber. By default `newest`. */
   readonly from?: "newest" | "oldest"
@@ -55,6 +62,7 @@ export interface ListenOptions {
   readonly onGap?: () => void
 }
 
+/** Work to be done. */
 export interface NewTask<T = unknown> {
   readonly task: T
   /** A task of an id that is there, or was done lately, is not enqueued again. */
@@ -65,6 +73,7 @@ export interface NewTask<T = unknown> {
   readonly delayMillis?: number
 }
 
+/** A task that is one agent's for as long as its lease runs. */
 export interface LeasedTask<T = unknown> {
   readonly id: string
   /** Of this lease: greater than any before it, so that what it writes elsewhere can be told from what an older one does. */
@@ -76,6 +85,7 @@ export interface LeasedTask<T = unknown> {
   readonly leaseMillis: number
 }
 
+/** How tasks are taken. */
 export interface TakeOptions {
   /** Tasks at most, 1 to 100; 1 where left out. */
   readonly max?: number
@@ -86,11 +96,13 @@ export interface TakeOptions {
   readonly agent?: string
 }
 
+/** What becomes of a task that failed. */
 export interface FailOptions {
   /** Before it is handed out again. */
   readonly delayMillis?: number
 }
 
+/** What is known of a task. */
 export interface TaskInfo<T = unknown> {
   readonly id: string
   readonly state: TaskState
@@ -103,13 +115,17 @@ export interface TaskInfo<T = unknown> {
   readonly result?: unknown
 }
 
+/** Topics as effects and streams. */
 export interface TopicClient {
+  /** Creates a topic, or finds the one that is there with the same parameters. */
   readonly create: (
     topic: string,
     parameters: TopicParameters,
     call?: TopicCall
   ) => Effect.Effect<TopicInfo, VectorDBError>
+  /** A topic, and how many tasks of it are in which state; `undefined` where there is none. */
   readonly get: (topic: string, call?: TopicCall) => Effect.Effect<TopicInfo | undefined, VectorDBError>
+  /** All of them. */
   readonly list: (call?: TopicCall) => Effect.Effect<ReadonlyArray<TopicInfo>, VectorDBError>
   /** Whether there was one. */
   readonly delete: (topic: string, call?: TopicCall) => Effect.Effect<boolean, VectorDBError>
@@ -121,12 +137,14 @@ export interface TopicClient {
   ) => Effect.Effect<{ readonly duplicates: number }, VectorDBError>
   /** In order for each key, at least once; goes on by itself after cuts. */
   readonly listen: (topic: string, options?: ListenOptions) => Stream.Stream<Heard, VectorDBError>
+  /** The subscriber has dealt with the message of the cursor, and all before it. */
   readonly acknowledge: (
     topic: string,
     subscriber: string,
     cursor: string,
     call?: TopicCall
   ) => Effect.Effect<void, VectorDBError>
+  /** The subscriber's position is forgotten: it begins anew. */
   readonly forget: (topic: string, subscriber: string, call?: TopicCall) => Effect.Effect<void, VectorDBError>
   /** The tasks' ids. */
   readonly enqueue: (
@@ -134,6 +152,7 @@ export interface TopicClient {
     tasks: ReadonlyArray<NewTask>,
     call?: TopicCall
   ) => Effect.Effect<ReadonlyArray<string>, VectorDBError>
+  /** The first that wait, each with a lease; none where there are none, after `waitMillis`. */
   readonly take: (
     topic: string,
     options?: TakeOptions,
@@ -146,6 +165,7 @@ export interface TopicClient {
     leaseMillis?: number,
     call?: TopicCall
   ) => Effect.Effect<number, VectorDBError>
+  /** The task is done, with what came of it. */
   readonly complete: (
     topic: string,
     lease: Lease,
@@ -162,7 +182,9 @@ export interface TopicClient {
   ) => Effect.Effect<TaskState, VectorDBError>
   /** Given back untried. */
   readonly release: (topic: string, lease: Lease, call?: TopicCall) => Effect.Effect<void, VectorDBError>
+  /** What is known of a task; `undefined` where there is none, or none any more. */
   readonly task: (topic: string, id: string, call?: TopicCall) => Effect.Effect<TaskInfo | undefined, VectorDBError>
+  /** Tasks in the order of their ids, `limit` after one. */
   readonly tasks: (
     topic: string,
     options?: { readonly state?: TaskState; readonly after?: string; readonly limit?: number },
@@ -178,6 +200,7 @@ export interface TopicClient {
   readonly cancel: (topic: string, ids: ReadonlyArray<string>, call?: TopicCall) => Effect.Effect<number, VectorDBError>
 }
 
+/** For how long to try; what is left out is the client's. */
 export interface TopicCall {
   readonly deadlineMillis?: number
 }

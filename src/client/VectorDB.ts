@@ -145,14 +145,18 @@ export class VectorDB<M = Metadata> {
       run(this.#client.collections.delete(name, options), options.signal)
   }
 
+  /** Makes topics, lists them, deletes them. */
   readonly topics = {
     /** Creates a topic, or finds the one that is there with the same parameters. */
     create: (topic: string, parameters: TopicParameters = {}, options: TopicCall & Aborts = {}): Promise<TopicInfo> =>
       run(this.#client.topics.create(topic, parameters, options), options.signal),
+    /** A topic, and how many tasks of it are in which state; `undefined` where there is none. */
     get: (topic: string, options: TopicCall & Aborts = {}): Promise<TopicInfo | undefined> =>
       run(this.#client.topics.get(topic, options), options.signal),
+    /** All of them. */
     list: (options: TopicCall & Aborts = {}): Promise<ReadonlyArray<TopicInfo>> =>
       run(this.#client.topics.list(options), options.signal),
+    /** Whether there was one. */
     delete: (topic: string, options: TopicCall & Aborts = {}): Promise<boolean> =>
       run(this.#client.topics.delete(topic, options), options.signal)
   }

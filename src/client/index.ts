@@ -1,6 +1,6 @@
 /** The client, for browsers too: nothing of Node is imported here. */
 export type { ProblemCode } from "../protocol/Errors.ts"
-export { Channel, Tasks, type WorkOptions } from "./Channel.ts"
+export { Channel, Tasks, type TopicOptions, type WorkOptions } from "./Channel.ts"
 export { type ClientErrorCode, type ErrorCode, hasCode, VectorDBError } from "./ClientError.ts"
 export type { ClientOptions, Credential, WebSocketLike } from "./ClientOptions.ts"
 export type {
@@ -9,6 +9,7 @@ export type {
   CollectionInfo,
   CollectionParameters,
   Filter,
+  Heard,
   MemberChange,
   Metadata,
   Query,
@@ -19,6 +20,7 @@ export type { Aborts } from "./Promises.ts"
 export type { StandardIssue, StandardResult, StandardSchema } from "./StandardSchema.ts"
 export type {
   FailOptions,
+  Lease,
   LeasedTask,
   ListenOptions,
   NewMessage,
@@ -26,6 +28,7 @@ export type {
   TakeOptions,
   TaskInfo,
   TaskState,
+  TopicCall,
   TopicClient,
   TopicInfo,
   TopicMessage,
