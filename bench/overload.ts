@@ -1,15 +1,19 @@
 /**
  * Measures a server that is asked for more than it can do: real word vectors, a server process of its own, and a client
- * process that sends on a schedule whether it is answered or not. The peak is what the server answers to a closed loop.
+ * process that sends on a schedule whether it is answered or not. The peak is what the server answers to a closed loop,
+ * before the overload and after it: what else the machine does then counts for both. A search takes about a millisecond of a
+ * vector thread: few vectors and many candidates do as well for that as many vectors and few candidates, and are loaded
+ * in seconds. Exits with 1 where something that is asked is missed.
  *
- *   npm run bench:overload -- [--seconds 60] [--count 100000] [--ef 128] [--sockets 32] [--factor 3] [--seed 1]
- *                             [--only overload,refusals] [--json FILE]
+ *   npm run bench:overload -- [--seconds 20] [--count 20000] [--ef 400] [--sockets 32] [--factor 3] [--seed 1]
+ *                             [--only model,overload,refusals] [--json FILE]
  */
 import { type ChildProcess, fork } from "node:child_process"
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs"
 import { fileURLToPath } from "node:url"
 import { parseArgs } from "node:util"
 import { cacheDirectory } from "./cacheFile.ts"
+import { modelDoor } from "./doorModel.ts"
 import { HttpConnection, postJson } from "./HttpConnection.ts"
 import { LoadClient } from "./LoadClient.ts"
 import type { Outcome, Round } from "./overloadClient.ts"
@@ -23,24 +27,35 @@ interface Row {
   readonly value: number
   readonly unit: string
   readonly asked: string
+  readonly reached: boolean | undefined
 }
 
 const rows: Array<Row> = []
-const row = (figure: string, value: number, unit: string, asked = ""): void => {
-  rows.push({ figure, value: Number(value.toPrecision(4)), unit, asked })
-  process.stderr.write(`  ${figure} ${value.toPrecision(4)} ${unit}${asked === "" ? "" : ` (asked ${asked})`}\n`)
+const row = (figure: string, value: number, unit: string, asked?: Asked): void => {
+  const reached =
+    asked === undefined ? undefined : asked.least === undefined ? value <= asked.most : value >= asked.least
+  rows.push({ figure, value: Number(value.toPrecision(4)), unit, asked: askedText(asked), reached })
+  process.stderr.write(`  ${figure} ${value.toPrecision(4)} ${unit} ${verdict(rows.at(-1) as Row)}\n`)
 }
+
+type Asked = { readonly least: number } | { readonly least?: undefined; readonly most: number }
+
+const askedText = (asked: Asked | undefined): string =>
+  asked === undefined ? "" : asked.least === undefined ? `<= ${asked.most}` : `>= ${asked.least}`
+
+const verdict = ({ asked, reached }: Row): string =>
+  reached === undefined ? "" : `asked ${asked}: ${reached ? "reached" : "MISSED"}`
 
 const main = async (): Promise<void> => {
   const { values } = parseArgs({
     options: {
-      seconds: { type: "string", default: "60" },
-      count: { type: "string", default: "100000" },
-      ef: { type: "string", default: "128" },
+      seconds: { type: "string", default: "20" },
+      count: { type: "string", default: "20000" },
+      ef: { type: "string", default: "400" },
       sockets: { type: "string", default: "32" },
       factor: { type: "string", default: "3" },
       seed: { type: "string", default: "1" },
-      only: { type: "string", default: "overload,refusals" },
+      only: { type: "string", default: "model,overload,refusals" },
       json: { type: "string" }
     }
   })
@@ -53,6 +68,7 @@ const main = async (): Promise<void> => {
   for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => process.exit(1))
 
   const only = values.only.split(",")
+  if (only.includes("model")) await model(Number(values.factor), options.seed)
   if (only.includes("overload"))
     await overload(options, `${directory}/data`, {
       seconds,
@@ -63,10 +79,29 @@ const main = async (): Promise<void> => {
   if (only.includes("refusals")) await refusals(options, directory)
 
   const width = Math.max(...rows.map(({ figure }) => figure.length))
-  for (const { figure, value, unit, asked } of rows) {
-    console.log(`${figure.padEnd(width)} ${String(value).padStart(9)} ${unit.padEnd(10)} ${asked}`)
+  for (const one of rows) {
+    console.log(`${one.figure.padEnd(width)} ${String(one.value).padStart(9)} ${one.unit.padEnd(10)} ${verdict(one)}`)
   }
   if (values.json !== undefined) writeFileSync(values.json, `${JSON.stringify(rows, null, 2)}\n`)
+  if (rows.some(({ reached }) => reached === false)) process.exitCode = 1
+}
+
+/** What the door does with an overload when nothing else on the machine is in its way. */
+const model = async (factor: number, seed: number): Promise<void> => {
+  for (const sources of [32, 500]) {
+    const what = `door alone, ${sources} sources`
+    const usual = await modelDoor({ sources, load: 0.8, seed })
+    const over = await modelDoor({ sources, load: factor, seed })
+    row(`${what}: p99 at 80 %`, usual.p99, "ms")
+    row(`${what}: p99 at ${factor} x`, over.p99, "ms")
+    row(
+      `${what}: refused at the door, of all refused`,
+      (100 * over.refusedAtTheDoor) / (over.refusedAtTheDoor + over.refusedLater),
+      "%"
+    )
+    row(`${what}: goodput`, over.goodput, "", { least: 0.9 })
+    row(`${what}: p99 over that at 80 %`, over.p99 / usual.p99, "x", { most: 2 })
+  }
 }
 
 interface Overload {
@@ -96,20 +131,23 @@ const overload = async (
       until: { seconds: time, warmUpSeconds: 2 }
     })
   await closed(16, 2)
-  const peak = (await closed(16, Math.min(10, seconds))).rate
-  row("peak, closed loop of 16", peak, "searches/s")
-  await client.close()
+  const peakSeconds = Math.min(6, seconds)
+  const peakBefore = (await closed(16, peakSeconds)).rate
+  row("peak, closed loop of 16, before", peakBefore, "searches/s")
 
   const open = new OpenClient(options)
   const round = { url: server.url, seconds, warmUpSeconds: 2, sockets, ef }
-  const usual = await measured(server, () => open.run({ ...round, perSecond: peak * 0.8 }))
+  const usual = await measured(server, () => open.run({ ...round, perSecond: peakBefore * 0.8 }))
   report("at 80 %", usual)
-  const over = await measured(server, () => open.run({ ...round, perSecond: peak * factor }))
+  const over = await measured(server, () => open.run({ ...round, perSecond: peakBefore * factor }))
   report(`at ${factor} x`, over)
-  row("goodput over peak", over.perSecond / peak, "", ">= 0.9")
-  row("p99 of admitted over that at 80 %", over.p99 / usual.p99, "x", "<= 2")
-  row("refusals that are not typed", over.untyped, "", "0")
-  row("never answered", over.unanswered + over.wrong, "", "0")
+  const peakAfter = (await closed(16, peakSeconds)).rate
+  row("peak, closed loop of 16, after", peakAfter, "searches/s")
+  await client.close()
+  row("goodput over peak (mean of both)", over.perSecond / ((peakBefore + peakAfter) / 2), "", { least: 0.9 })
+  row("p99 of admitted over that at 80 %", over.p99 / usual.p99, "x", { most: 2 })
+  row("refusals that are not typed", over.untyped, "", { most: 0 })
+  row("never answered", over.unanswered + over.wrong, "", { most: 0 })
   open.close()
   await server.stop()
 }
@@ -210,7 +248,7 @@ const refusals = async (options: DataOptions, directory: string): Promise<void> 
     await run()
     const before = cpuMicros(server.pid)
     await run()
-    row(`CPU of a refusal, ${name}`, (cpuMicros(server.pid) - before) / total, "us", "< 50")
+    row(`CPU of a refusal, ${name}`, (cpuMicros(server.pid) - before) / total, "us", { most: 50 })
   }
   socket.terminate()
   for (const one of https) one.close()

@@ -116,6 +116,18 @@ export const settings = {
   ),
   databaseWaitMillis: integer("that it may take until it is there, at start", "ms", 60_000, 0, 3_600_000),
   cell: text("cluster that this node belongs to, within the region", "main", "1-32 of a-z 0-9 -", regionPattern),
+  directoryUrl: text(
+    "Postgres in which the cells of the region say which collections each has; empty: it has one cell",
+    "",
+    "postgres://.. or empty",
+    /^(?:|postgres(?:ql)?:\/\/\S{1,2000})$/
+  ),
+  cellUrl: text(
+    "where clients reach this cell's gateways, told those who ask another cell",
+    "",
+    "http(s)://.. or empty",
+    /^(?:|https?:\/\/\S{1,2000})$/
+  ),
   clusterHost: text(
     "address at which the others reach this runner",
     "127.0.0.1",
@@ -252,6 +264,20 @@ export const settings = {
     32 * mebibyte,
     mebibyte,
     4_096 * mebibyte
+  ),
+  requestWindowMillis: integer(
+    "within which a write that is made again under the same key is not done again",
+    "ms",
+    900_000,
+    1_000,
+    86_400_000
+  ),
+  requestWindowMax: integer(
+    "writes with keys that are remembered for that, a partition",
+    "writes",
+    65_536,
+    64,
+    16_777_216
   ),
   snapshotOps: integer("operations after which a snapshot is taken", "operations", 10_000, 100, 10_000_000),
   snapshotSharePercent: integer("and this share of the partition's records", "%", 50, 1, 1_000),
@@ -391,7 +417,7 @@ export const settings = {
   searchQueueBurstMillis: integer("that a search waits to begin, in a burst", "ms", 250, 5, 60_000),
   searchQueueStandingMillis: integer("least wait that, when it lasts that long, is overload", "ms", 100, 1, 60_000),
   searchQueueMillis: integer("mean time that a search waits to begin under overload", "ms", 5, 1, 60_000),
-  searchQueueMin: integer("searches that wait under overload, however long that takes", "searches", 64, 1, 100_000),
+  searchQueueMin: integer("searches that wait under overload, however long that takes", "searches", 12, 1, 100_000),
 
   // Load shedding
   loadSampleMillis: integer("between two looks at the load", "ms", 1_000, 50, 60_000),
@@ -443,6 +469,16 @@ export const settings = {
 
   // Actors
   partitionIdleMillis: integer("quiet time after which a partition is passivated; 0: never", "ms", 0, 0, 86_400_000),
+  quarantineFailures: integer(
+    "failures in a row, by its own fault, after which a partition is not opened for a while",
+    "failures",
+    3,
+    1,
+    1_000
+  ),
+  quarantineMillis: integer("that it is not; twice as long after each failure more", "ms", 10_000, 100, 3_600_000),
+  quarantineMillisMax: integer("and at most", "ms", 600_000, 100, 86_400_000),
+  quarantineCalmMillis: integer("without a failure after which it has none", "ms", 60_000, 100, 86_400_000),
   sessionIdleMillis: integer("quiet time after which a session is passivated", "ms", 30_000, 5_000, 86_400_000),
   sessionSearchesMax: integer("searches under way in one session", "searches", 256, 1, 10_000),
   sessionAnswersKept: integer("newest answers a session keeps for resuming", "answers", 2, 0, 64),
@@ -764,6 +800,9 @@ export const readSettings = (
   }
   if (read.databaseUrl === "" && read.role !== "all") {
     throw new SettingError(`--${flagOf("databaseUrl")}: expected the cluster's Postgres, for the role ${read.role}`)
+  }
+  if ((read.directoryUrl === "") !== (read.cellUrl === "")) {
+    throw new SettingError(`--${flagOf("directoryUrl")}, --${flagOf("cellUrl")}: expected both of them, or none`)
   }
   if (read.runnerHeartbeatMillis * 3 > read.shardLockMillis) {
     const expected = `at most a third of ${flagOf("shardLockMillis")} (${read.shardLockMillis})`

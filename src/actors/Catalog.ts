@@ -6,7 +6,7 @@
  * crash in between is made good when the catalogue is next opened.
  */
 import { randomBytes } from "node:crypto"
-import { Duration, Effect, Schema, Semaphore } from "effect"
+import { Duration, Effect, Schedule, Schema, Semaphore } from "effect"
 import { Settings } from "../config.ts"
 import { Catalog } from "../protocol/Catalog.ts"
 import { type Collection, type CollectionRequest, cacheStateAt } from "../protocol/Collection.ts"
@@ -19,6 +19,7 @@ import {
 } from "../protocol/Errors.ts"
 import { IndexPartition, partitionId, partitionsGroup } from "../protocol/IndexPartition.ts"
 import { collectionsMax, invalidationsPendingMax } from "../protocol/Limits.ts"
+import { CellDirectory } from "../shards/CellDirectory.ts"
 import { Placement } from "../shards/Placement.ts"
 import { type Catalogue, CatalogueText, catalogueFormat, catalogueKey, removedKept } from "../tiers/CatalogueObject.ts"
 import { ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
@@ -29,6 +30,7 @@ export const layer = Catalog.toLayer(
     const store = yield* ObjectStore
     const partitions = yield* IndexPartition.client
     const placement = yield* Placement
+    const directory = yield* CellDirectory
     const scope = yield* Effect.scope
     const gate = yield* Semaphore.make(1)
     let current: { readonly catalogue: Catalogue; readonly etag: string | undefined } | undefined
@@ -57,10 +59,23 @@ export const layer = Catalog.toLayer(
           )
         )
         current = { catalogue, etag: object.etag }
+        // Those that were here before there was a directory, or were restored.
+        yield* Effect.forkIn(claimNames(catalogue.collections.map(({ name }) => name)), scope)
         if (catalogue.removing.length > 0) yield* Effect.forkIn(gate.withPermit(finishRemovals), scope)
       }
       return current
     })
+
+    /** Not waited for: what is here is served without the directory. */
+    const claimNames = (names: ReadonlyArray<string>) =>
+      directory.claimAll(names).pipe(
+        Effect.retry(Schedule.spaced(claimPauseMillis)),
+        Effect.flatMap((lost) =>
+          lost.length === 0
+            ? Effect.void
+            : Effect.logWarning("Collections of this cell are another's by the directory of cells", lost.slice(0, 10))
+        )
+      )
 
     /** Writes a changed catalogue; on any doubt about what is stored, what is in memory is forgotten and read anew. */
     const write = (catalogue: Catalogue, etag: string | undefined) =>
@@ -110,6 +125,8 @@ export const layer = Catalog.toLayer(
         if (conflict !== undefined) return yield* conflict
         return { collection: there, created: false }
       }
+      const elsewhere = yield* directory.claim(name)
+      if (elsewhere !== undefined) return yield* new CollectionNotFound({ collection: name, elsewhere })
       if (catalogue.collections.length >= collectionsMax) {
         return yield* new Overloaded({ bound: "collectionsMax", retryAfterMillis: 60_000 })
       }
@@ -146,11 +163,14 @@ export const layer = Catalog.toLayer(
       )
 
     const find = (name: string) =>
-      Effect.flatMap(read, ({ catalogue }) => {
+      Effect.flatMap(read, ({ catalogue }): Effect.Effect<Collection, CollectionNotFound | StorageUnavailable> => {
         const collection = catalogue.collections.find((candidate) => candidate.name === name)
-        return collection === undefined
-          ? Effect.fail(new CollectionNotFound({ collection: name }))
-          : Effect.succeed(collection)
+        if (collection !== undefined) return Effect.succeed(collection)
+        return Effect.flatMap(directory.find(name), (elsewhere) =>
+          Effect.fail(
+            new CollectionNotFound(elsewhere === undefined ? { collection: name } : { collection: name, elsewhere })
+          )
+        )
       })
 
     const invalidate = Effect.fn("Catalog.invalidate")(function* (name: string, noticeMillis: number) {
@@ -188,6 +208,7 @@ export const layer = Catalog.toLayer(
         },
         etag
       )
+      yield* directory.release(name)
       yield* finishRemovals
     })
 
@@ -206,6 +227,9 @@ export const layer = Catalog.toLayer(
   }),
   { concurrency: "unbounded", disableFatalDefects: true, maxIdleTime: Duration.infinity }
 )
+
+/** Between two tries to tell the directory of cells what is here. */
+const claimPauseMillis = 5_000
 
 /** Partitions of uids that are looked at to choose one, all together; and uids at the least. */
 const partitionsLookedAt = 2_000

@@ -3,7 +3,8 @@
  * opens the newest good snapshot in a vector thread, replays what follows, and then serves. When its thread dies or
  * another owner appears it lets go, and the next message makes it resident again.
  */
-import { Deferred, Duration, Effect, Exit, Fiber, Layer, Metric, Option, Scope, Stream } from "effect"
+import { crc32 } from "node:zlib"
+import { Cause, Context, Deferred, Duration, Effect, Exit, Fiber, Layer, Metric, Option, Scope, Stream } from "effect"
 import * as Entity from "effect/cluster/Entity"
 import { Settings } from "../config.ts"
 import { Catalog, catalogId } from "../protocol/Catalog.ts"
@@ -15,6 +16,7 @@ import {
   toProblem,
   VectorNotFound
 } from "../protocol/Errors.ts"
+import { vectorToBytes } from "../protocol/Fields.ts"
 import {
   type ChangePage,
   type Compacted,
@@ -29,15 +31,21 @@ import { Membership } from "../shards/Membership.ts"
 import { partitionPrefix } from "../tiers/CatalogueObject.ts"
 import { ObjectStore } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
+import { isGiven } from "../tiers/RequestWindow.ts"
 import { IndexLost } from "../tiers/VectorIndex.ts"
 import { type OpenPartition, PartitionOpener } from "./OpenPartition.ts"
 import { changesAfter } from "./PartitionChanges.ts"
 import { watchStream } from "./PartitionWatches.ts"
 import type * as PartitionWriter from "./PartitionWriter.ts"
+import { Quarantine } from "./Quarantine.ts"
 
 const activations = Metric.counter("ruvector_partition_activations", { description: "Partitions made resident" })
 const activationFailures = Metric.counter("ruvector_partition_activation_failures", {
   description: "Attempts to make a partition resident that failed"
+})
+
+const faults = Metric.counter("ruvector_partition_faults", {
+  description: "Failures of a partition by its own fault: damage, a defect, its vector thread dead at work on it"
 })
 
 const yields = Metric.counter("ruvector_partitions_yielded", {
@@ -93,6 +101,17 @@ const makePartition = Effect.gen(function* () {
   /** What was read of a snapshot was not what it should be: the next opening reads all of it first. */
   let suspect = false
 
+  const quarantine = new Quarantine({ collection: name, partition }, settings)
+  yield* local.registerQuarantine(entityId, () => quarantine.state(Date.now()))
+  const fault = (detail: string) => {
+    quarantine.failed(detail, Date.now())
+    faults.updateUnsafe(1, Context.empty())
+    if (quarantine.until(Date.now()) === 0) return
+    Effect.runForkWith(services)(
+      annotate(Effect.logError("The partition is in quarantine", quarantine.state(Date.now())))
+    )
+  }
+
   const unavailable = (detail: string, retryAfterMillis = 500) =>
     new PartitionUnavailable({ collection: name, partition, detail, retryAfterMillis })
 
@@ -136,6 +155,8 @@ const makePartition = Effect.gen(function* () {
     const opened = yield* opener
       .open(address, collection, {
         verify,
+        isolated: quarantine.isSuspect(Date.now()),
+        onFault: fault,
         letGo: (why) =>
           Effect.suspend(() => {
             suspect ||= why.verify
@@ -160,7 +181,10 @@ const makePartition = Effect.gen(function* () {
     if (resident !== undefined) return Effect.succeed(resident)
     if (yielded && membership.outage() !== undefined) return Effect.fail(unavailable("Another node owns it now."))
     yielded = false
-    if (failure !== undefined && Date.now() < failure.until) return Effect.fail(failure.error)
+    const now = Date.now()
+    const quarantinedUntil = quarantine.until(now)
+    if (quarantinedUntil > 0) return Effect.fail(quarantined(quarantinedUntil - now))
+    if (failure !== undefined && now < failure.until) return Effect.fail(failure.error)
     if (activating === undefined) {
       const started = Deferred.makeUnsafe<Resident, PartitionError>()
       activating = started
@@ -177,6 +201,7 @@ const makePartition = Effect.gen(function* () {
         if (Exit.isSuccess(exit)) {
           resident = exit.value
           failure = undefined
+          quarantine.opened(Date.now())
           const of = exit.value
           const here = {
             search: (query: PartitionQuery) => again(of, of.search(query), (next) => next.search(query)),
@@ -197,6 +222,10 @@ const makePartition = Effect.gen(function* () {
             ? found.value
             : unavailable("It could not be opened; the logs say why.", 5_000)
           const retryMillis = error._tag === "Overloaded" ? retryMemoryMillis : retryActivationMillis
+          // What its thread had to say of it has been counted.
+          if (Option.isNone(found) && !Cause.hasInterruptsOnly(exit.cause))
+            fault(Cause.pretty(exit.cause).slice(0, 500))
+          else if (error._tag === "PartitionCorrupt") fault(`${error.object}: ${error.detail}`)
           failure = { error, until: Date.now() + retryMillis }
           if (error._tag !== "CollectionNotFound") {
             yield* Metric.update(activationFailures, 1)
@@ -214,6 +243,12 @@ const makePartition = Effect.gen(function* () {
       orElse: () => Effect.fail(unavailable("It is being opened.", 2_000))
     })
   })
+
+  const quarantined = (leftMillis: number): PartitionError => {
+    if (failure?.error._tag === "PartitionCorrupt") return failure.error
+    const state = quarantine.state(Date.now())
+    return unavailable(`It is in quarantine after ${state?.failures} failures (${state?.detail}).`, leftMillis)
+  }
 
   /** Lets go of it where it is another's by now. What cannot be asked is asked again. */
   const confirm = (of: Resident): Effect.Effect<void> =>
@@ -250,7 +285,11 @@ const makePartition = Effect.gen(function* () {
     use: (of: Resident) => Effect.Effect<A, PartitionError | IndexLost>
   ): Effect.Effect<A, PartitionError> => Effect.flatMap(activate, (of) => again(of, use(of), use))
 
-  const write = (drafts: ReadonlyArray<PartitionWriter.Draft>, ack: PartitionWriter.AckLevel = "cold") =>
+  const write = (
+    drafts: ReadonlyArray<PartitionWriter.Draft>,
+    requestId: string | undefined,
+    ack: PartitionWriter.AckLevel = "cold"
+  ) =>
     Effect.flatMap(activate, (of) => {
       const { dimensions } = of.collection
       // Looked at before anything of the batch is queued: a batch is written whole or not at all.
@@ -260,7 +299,8 @@ const makePartition = Effect.gen(function* () {
           return Effect.fail(new InvalidInput({ field: "vector", expected: `${dimensions} numbers`, got }))
         }
       }
-      return Effect.mapError(of.writer.write(drafts, ack), writeError)
+      const request = requestOf(requestId, (hash) => digestOf(drafts, hash))
+      return Effect.mapError(of.writer.write(drafts, ack, request), writeError)
     })
 
   const writeError = (error: PartitionWriter.WriteError): PartitionError => {
@@ -284,24 +324,30 @@ const makePartition = Effect.gen(function* () {
   return IndexPartition.of({
     Activate: () => read((of) => of.stats),
     Upsert: ({ payload }) =>
-      Effect.as(
+      Effect.map(
         write(
           payload.records.map((record) => ({ kind: "upsert" as const, ...record })),
+          payload.requestId,
           payload.ack
         ),
-        { inserted: payload.records.length }
+        (inserted) => ({ inserted })
       ),
     UpdateMetadata: ({ payload }) =>
       Effect.gen(function* () {
         const of = yield* activate
         const fields = JSON.parse(payload.patch) as Record<string, unknown>
-        const patched = yield* Effect.mapError(of.writer.patch(payload.id, fields), writeError)
+        const request = requestOf(payload.requestId, (hash) => crc32(`${payload.id}\0${payload.patch}`, hash))
+        const patched = yield* Effect.mapError(of.writer.patch(payload.id, fields, request), writeError)
         return patched ?? (yield* new VectorNotFound({ collection: name, id: payload.id }))
       }),
     Delete: ({ payload }) =>
-      Effect.map(write(payload.ids.map((id) => ({ kind: "delete" as const, id }))), ({ effects }) => ({
-        deleted: effects.reduce((sum, effect) => sum + Number(effect === deletedVisible), 0)
-      })),
+      Effect.map(
+        write(
+          payload.ids.map((id) => ({ kind: "delete" as const, id })),
+          payload.requestId
+        ),
+        (deleted) => ({ deleted })
+      ),
     Get: ({ payload }) => read((of) => of.get(payload.ids)),
     Search: ({ payload }) => read((of) => of.search(payload)),
     Stats: () => read((of) => of.stats),
@@ -319,9 +365,30 @@ const makePartition = Effect.gen(function* () {
         ({ changes }): Effect.Effect<ChangePage, PartitionError | Compacted> =>
           limit === 0 ? Effect.succeed({ changes: [], newest: changes.newest() }) : changes.read(position, limit)
       ),
+    Release: () =>
+      Effect.sync(() => {
+        const was = quarantine.state(Date.now()) !== undefined
+        quarantine.release()
+        failure = undefined
+        return was
+      }),
     Remove: () => remove
   })
 })
 
-/** `Applied.effects` of a delete that found a visible record. */
-const deletedVisible = 3
+/** What is compared of requests under one id; ids that were given name one request alone. */
+const requestOf = (
+  id: string | undefined,
+  digest: (hash: number) => number
+): PartitionWriter.WriteRequest | undefined =>
+  id === undefined ? undefined : { id, digest: isGiven(id) ? 0 : digest(0) }
+
+const digestOf = (drafts: ReadonlyArray<PartitionWriter.Draft>, from: number): number => {
+  let hash = from
+  for (const draft of drafts) {
+    hash = crc32(`${draft.kind}\0${draft.id}\0`, hash)
+    if (draft.kind === "delete") continue
+    hash = crc32(draft.metadata, crc32(vectorToBytes(draft.vector), hash))
+  }
+  return hash
+}

@@ -6,6 +6,7 @@
  * the memory budget has room (`ResidentIndex`). Without one the full form is opened at once: the records are few.
  */
 import { availableParallelism } from "node:os"
+import { crc32 } from "node:zlib"
 import { Context, Effect, Exit, Fiber, Layer, Result, Scope, Semaphore, Stream } from "effect"
 import { Settings } from "../config.ts"
 import type { Collection } from "../protocol/Collection.ts"
@@ -35,11 +36,13 @@ import { AheadLog } from "../tiers/AheadLog.ts"
 import { partitionPrefix } from "../tiers/CatalogueObject.ts"
 import { DataDirectory } from "../tiers/DataDirectory.ts"
 import { sketchRecordsMin } from "../tiers/index/SketchFile.ts"
+import { decodeRequests } from "../tiers/LogSegment.ts"
 import { MemoryBudget } from "../tiers/MemoryBudget.ts"
 import { type ObjectMissing, ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
 import type { Snapshot } from "../tiers/PartitionManifest.ts"
 import { RecordCache } from "../tiers/RecordCache.ts"
+import { RequestWindow } from "../tiers/RequestWindow.ts"
 import * as ResidentIndex from "../tiers/ResidentIndex.ts"
 import {
   type IndexForm,
@@ -82,6 +85,10 @@ export interface OpenPartition {
 export interface OpenOptions {
   /** Reads the snapshot's files whole and compares their checksums before anything is opened. */
   readonly verify: boolean
+  /** In a vector thread of its own, where there is room for one. */
+  readonly isolated: boolean
+  /** Told where a vector thread dies, or has to give the partition up, at work on it. */
+  readonly onFault: (detail: string) => void
   /** Called when the partition cannot go on, or has to make room; closes the scope. `verify`: the next opening should. */
   readonly letGo: (why: { readonly verify: boolean }) => Effect.Effect<void>
 }
@@ -161,6 +168,8 @@ const mappedBytesOf = (sketch: { readonly bytes: number }): number => sketch.byt
 interface Opening {
   readonly log: PartitionLog.PartitionLogHandle
   readonly index: ResidentIndex.ResidentIndex
+  /** The requests of the snapshot. */
+  readonly window: RequestWindow
 }
 
 const open = Effect.fnUntraced(function* (
@@ -194,14 +203,14 @@ const open = Effect.fnUntraced(function* (
     form: IndexForm
   ): Effect.Effect<PartitionIndex, OpenFault, Scope.Scope> =>
     Effect.gen(function* () {
-      if (snapshot === undefined) return yield* vectors.open(spec, undefined)
+      if (snapshot === undefined) return yield* vectors.open(spec, undefined, options)
       const { sketch } = snapshot
       const formScope = yield* Effect.scope
       if (form === "mapped" && sketch !== undefined) {
         return yield* Effect.scoped(
           Effect.flatMap(
             Effect.all([store.localPath(snapshot.records.key), store.localPath(sketch.key)], { concurrency: 2 }),
-            ([records, file]) => Scope.provide(vectors.openMapped(spec, { records, sketch: file }), formScope)
+            ([records, file]) => Scope.provide(vectors.openMapped(spec, { records, sketch: file }, options), formScope)
           )
         )
       }
@@ -210,9 +219,26 @@ const open = Effect.fnUntraced(function* (
       return yield* Effect.scoped(
         Effect.flatMap(
           Effect.all([store.localPath(snapshot.records.key), store.localPath(snapshot.graph.key)], { concurrency: 2 }),
-          ([records, graph]) => Scope.provide(vectors.open(spec, { records, graph }), formScope)
+          ([records, graph]) => Scope.provide(vectors.open(spec, { records, graph }, options), formScope)
         )
       )
+    })
+
+  /** What a snapshot has of the window of requests. */
+  const openWindow = (snapshot: Snapshot | undefined) =>
+    Effect.gen(function* () {
+      const window = new RequestWindow(settings)
+      const object = snapshot?.requests
+      if (object === undefined) return window
+      const { body } = yield* store.get(object.key)
+      yield* Effect.try({
+        try: () => {
+          if (body.length !== object.bytes || crc32(body) !== object.crc32) throw new Error("its checksum differs")
+          window.load(body)
+        },
+        catch: (cause) => new SnapshotUnreadable({ detail: `${object.key}: ${String(cause)}` })
+      })
+      return window
     })
 
   /**
@@ -248,15 +274,24 @@ const open = Effect.fnUntraced(function* (
       })
       const isAhead = snapshot !== undefined && ahead?.snapshot.records.key === snapshot.records.key
       if (ahead !== undefined && !isAhead) yield* ahead.giveUp
+      const windowed = yield* isAhead
+        ? Effect.succeed(ahead.windowed)
+        : Effect.forkChild(Effect.result(openWindow(snapshot)), { startImmediately: true })
       let opened = yield* isAhead ? ahead.opened : attempt(snapshot?.sketch === undefined ? "full" : "mapped")
       if (snapshot?.sketch !== undefined && Result.isFailure(opened) && opened.failure._tag === "SnapshotUnreadable") {
         yield* Effect.logWarning(`${snapshot.sketch.key} cannot be opened: ${opened.failure.detail}`)
         opened = yield* attempt("full")
       }
-      if (Result.isSuccess(opened)) {
-        return { log, index: yield* ResidentIndex.make(opened.success.form, opened.success.formScope) }
+      const window = yield* Fiber.join(windowed)
+      let error: OpenFault
+      if (Result.isFailure(opened)) error = opened.failure
+      else if (Result.isFailure(window)) {
+        yield* Scope.close(opened.success.formScope, Exit.void)
+        error = window.failure
+      } else {
+        const index = yield* ResidentIndex.make(opened.success.form, opened.success.formScope)
+        return { log, index, window: window.success }
       }
-      const error = opened.failure
       if (error._tag !== "SnapshotUnreadable" || snapshot === undefined) return yield* faults.ofOpening(error, prefix)
       yield* Effect.logWarning("A snapshot cannot be opened; the one before is", error.detail)
       return yield* openNewest({ seq: snapshot.seq, object: snapshot.records.key, detail: error.detail })
@@ -278,8 +313,9 @@ const open = Effect.fnUntraced(function* (
       scope,
       { startImmediately: true }
     )
+    const windowed = yield* Effect.forkIn(Effect.result(openWindow(snapshot)), scope, { startImmediately: true })
     const giveUp = Effect.andThen(Fiber.interrupt(fiber), Scope.close(formScope, Exit.void))
-    return { snapshot, opened: Fiber.join(fiber), giveUp }
+    return { snapshot, opened: Fiber.join(fiber), windowed, giveUp }
   })
 
   // Held until what is resident has been measured.
@@ -289,13 +325,19 @@ const open = Effect.fnUntraced(function* (
     newest === undefined ? emptyBytes : newest.sketch === undefined ? fullBytesOf(newest) : mappedBytesOf(newest.sketch)
   yield* Scope.provide(budget.reserve(expected), opening)
   const ahead = newest?.sketch === undefined || options.verify ? undefined : yield* openAhead(newest)
-  const { log, index } = yield* openNewest(undefined, ahead)
+  const { log, index, window } = yield* openNewest(undefined, ahead)
 
   // Replay: handed to the thread as they are read, a bounded number ahead of what it has applied.
   let replayed = 0
   yield* log.tail.pipe(
     Stream.mapEffect(
-      ({ bytes }) => Effect.tap(index.apply(bytes), ({ effects }) => Effect.sync(() => (replayed += effects.length))),
+      ({ seq, bytes }) => {
+        const made = decodeRequests(bytes)
+        return Effect.map(index.apply(bytes), (applied) => {
+          window.observe(seq, made, applied)
+          replayed += applied.effects.length
+        })
+      },
       { concurrency: replayAhead }
     ),
     Stream.runDrain,
@@ -322,6 +364,7 @@ const open = Effect.fnUntraced(function* (
     clock,
     dimensions: collection.dimensions,
     bounds: settings,
+    window,
     ...caches,
     onApplied: (seq, ops, applied) => {
       policy.applied(ops.length)
@@ -341,6 +384,7 @@ const open = Effect.fnUntraced(function* (
     log,
     index,
     appliedSeq: writer.appliedSeq,
+    requests: writer.requests,
     replayed,
     scratch,
     settings,

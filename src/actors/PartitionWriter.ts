@@ -11,20 +11,41 @@
  * group whose commit fails is committed again until it is in the log or another owner is: it is visible, so it must not be
  * given up. `appliedSeq` counts only what is committed; a snapshot may hold early writes beyond it, which does no harm, since
  * applying is idempotent.
+ *
+ * **Requests** that have an id are done once: who makes one again is answered with what was done, or waits for it. The ids are
+ * in the log with their operations (`RequestWindow.ts`). Where a failed commit may be in the log all the same, that is found
+ * out before anything is committed that may be the same again.
  */
-import { Context, Deferred, Effect, Fiber, Metric, Option, Result, type Scope, Semaphore } from "effect"
+import { Context, Deferred, Effect, Fiber, Metric, Option, Result, type Scope, Semaphore, Stream } from "effect"
 import { InvalidInput, Overloaded, StorageUnavailable } from "../protocol/Errors.ts"
 import { metadataBytesMax } from "../protocol/Limits.ts"
 import { formatVersion, type Version, type VersionClock } from "../protocol/Version.ts"
 import type { AheadHandle } from "../tiers/AheadLog.ts"
-import { decodeSegment, decodeSegmentHeader, encodeSegment, type LogOp, opBytes } from "../tiers/LogSegment.ts"
+import {
+  decodeRequests,
+  decodeSegment,
+  decodeSegmentHeader,
+  encodeSegment,
+  type LogOp,
+  opBytes,
+  type SegmentRequest,
+  type SegmentRequests
+} from "../tiers/LogSegment.ts"
 import type { StoreFailure } from "../tiers/ObjectStore.ts"
-import type { NotOwner, PartitionLogHandle } from "../tiers/PartitionLog.ts"
-import type { Applied, IndexLost, PartitionIndex } from "../tiers/VectorIndex.ts"
+import type { LogEntry, NotOwner, PartitionLogHandle } from "../tiers/PartitionLog.ts"
+import { type DoneRequest, deletedIn, type RequestWindow } from "../tiers/RequestWindow.ts"
+import { type Applied, type IndexLost, type PartitionIndex, SnapshotUnreadable } from "../tiers/VectorIndex.ts"
 
 export type Draft =
   | { readonly kind: "upsert"; readonly id: string; readonly vector: Float32Array; readonly metadata: string }
   | { readonly kind: "delete"; readonly id: string }
+
+/** What a write is made for. */
+export interface WriteRequest {
+  readonly id: string
+  /** Of what is asked for; 0 where that is not compared. */
+  readonly digest: number
+}
 
 /** When a write is acknowledged: visible; visible and in Redis; visible and in the log. */
 export type AckLevel = "memory" | "warm" | "cold"
@@ -51,13 +72,20 @@ export interface WriterCaches {
 }
 
 export interface PartitionWriter {
-  /** All or nothing; answers what each operation did. */
-  readonly write: (drafts: ReadonlyArray<Draft>, ack?: AckLevel) => Effect.Effect<Applied, WriteError>
+  /** All or nothing, upserts or deletes; answers how many there were, or how many visible records the deletes found. */
+  readonly write: (
+    drafts: ReadonlyArray<Draft>,
+    ack?: AckLevel,
+    request?: WriteRequest
+  ) => Effect.Effect<number, WriteError>
   /** Sets fields of a record's metadata (`null` removes one); `undefined` where there is no visible record. */
   readonly patch: (
     id: string,
-    fields: Readonly<Record<string, unknown>>
+    fields: Readonly<Record<string, unknown>>,
+    request?: WriteRequest
   ) => Effect.Effect<{ readonly metadata: string; readonly version: string } | undefined, WriteError>
+  /** A copy of the window of requests, once it has all that were handed to the index. */
+  readonly requests: Effect.Effect<Uint8Array | undefined, SnapshotUnreadable>
   /** Sequence number of the last log object handed to the index. */
   readonly appliedSeq: () => number
   /** Operations that are visible and not yet in the log. */
@@ -73,13 +101,14 @@ interface Pending {
   readonly drafts: ReadonlyArray<Draft>
   readonly patch: { readonly id: string; readonly fields: Readonly<Record<string, unknown>> } | undefined
   readonly bytes: number
-  /** The operations' effects and, of a patch, its outcome. */
+  readonly request: WriteRequest | undefined
   readonly done: Deferred.Deferred<Outcome, WriteError>
 }
 
 /** Operations that were handed to the index and are still to be committed. */
 interface Early {
   readonly ops: ReadonlyArray<LogOp>
+  readonly made: SegmentRequests | undefined
   readonly bytes: number
   /** What may be trimmed of the ahead log once they are in the log. */
   readonly ahead: number | undefined
@@ -87,7 +116,8 @@ interface Early {
 }
 
 interface Outcome {
-  readonly effects: Uint8Array
+  /** See {@link PartitionWriter.write}. */
+  readonly count: number
   readonly patched: { readonly metadata: string; readonly version: string } | undefined
 }
 
@@ -116,6 +146,9 @@ const logObjects = Metric.counter("ruvector_log_objects", {
   description: "Log objects committed: each is durable at the cost of one"
 })
 const logWrites = Metric.counter("ruvector_log_writes", { description: "Writes that these took, many in one" })
+const requestsRepeated = Metric.counter("ruvector_requests_repeated", {
+  description: "Requests that had been made before and were answered with what was done then"
+})
 const metricContext = Context.empty()
 
 const countCommit = (writes: number): void => {
@@ -133,6 +166,8 @@ export const make = (
     readonly clock: VersionClock
     readonly dimensions: number
     readonly bounds: WriterOptions
+    /** What was done before this writer, and from now on what it does. */
+    readonly window: RequestWindow
     /** Called in log order with every group that has become visible. */
     readonly onApplied: (seq: number, ops: ReadonlyArray<LogOp>, applied: Applied) => void
     /** Called once, with what ended the writer. */
@@ -140,7 +175,7 @@ export const make = (
   }
 ): Effect.Effect<PartitionWriter, never, Scope.Scope> =>
   Effect.gen(function* () {
-    const { log, index, clock, dimensions, bounds } = options
+    const { log, index, clock, dimensions, bounds, window } = options
     const onChanged = options.onChanged ?? (() => Effect.void)
     const { ahead } = options
     const queue: Array<Pending | Early> = []
@@ -153,8 +188,10 @@ export const make = (
     let closing: StorageUnavailable | undefined
     /** From stamping early operations to handing them to the index, and from reading for a patch to stamping it. */
     const stamping = Semaphore.makeUnsafe(1)
-    /** Everything whose writer waits, so that none is left waiting when the partition closes. */
+    /** Everything that somebody may wait for, so that none is left waiting when the partition closes. */
     const open = new Set<Pending>()
+    /** Of these, by their request's id: who makes one again waits for it too. */
+    const underWay = new Map<string, { readonly request: WriteRequest; readonly done: Pending["done"] }>()
     let queuedBytes = 0
     let backlogBytes = 0
     let appliedSeq = log.lastSeq()
@@ -166,6 +203,10 @@ export const make = (
     let room = Deferred.makeUnsafe<void>()
     /** A commit failed, and whether it is in the log is not known for good. */
     let inDoubt = false
+    /** Segments that turned out to be in the log, and are not applied yet. */
+    let recovering = 0
+    /** Something with requests was handed to the index, and what came of it was not waited for. */
+    let cutShort = false
     let lastApply: Fiber.Fiber<void> | undefined
     let lastEarly: Fiber.Fiber<void> | undefined
     const scope = yield* Effect.scope
@@ -174,12 +215,18 @@ export const make = (
       Effect.suspend((): Effect.Effect<Outcome, WriteError> => {
         if (fatal !== undefined) return Effect.fail(fatal)
         if (closing !== undefined) return Effect.fail(closing)
+        const { request } = pending
+        const earlier = request === undefined ? undefined : askedBefore(request, pending.patch)
+        if (earlier !== undefined) return earlier
         if (queuedBytes + pending.bytes > bounds.writeQueueBytesMax && queuedBytes > 0) {
           return Effect.fail(new Overloaded({ bound: "writeQueueBytesMax", retryAfterMillis: 500 }))
         }
         open.add(pending)
+        if (request !== undefined) underWay.set(request.id, { request, done: pending.done })
         queuedBytes += pending.bytes
-        if (ack === "cold" || (ack === "warm" && ahead?.ready() !== true)) {
+        // What may be in the log already has to be known before it is visible again.
+        const isUnsure = request !== undefined && (inDoubt || recovering > 0)
+        if (ack === "cold" || isUnsure || (ack === "warm" && ahead?.ready() !== true)) {
           queue.push(pending)
           Deferred.doneUnsafe(news, Effect.void)
         } else {
@@ -187,10 +234,60 @@ export const make = (
           Deferred.doneUnsafe(hurry, Effect.void)
         }
         // A caller that goes away does not undo its write: it is in the queue, and may be in a group already.
-        return Effect.ensuring(
-          Deferred.await(pending.done),
-          Effect.sync(() => open.delete(pending))
+        return Deferred.await(pending.done)
+      })
+
+    const finish = (pending: Pending, outcome: Effect.Effect<Outcome, WriteError>) => {
+      Deferred.doneUnsafe(pending.done, outcome)
+      open.delete(pending)
+      const { request } = pending
+      if (request !== undefined && underWay.get(request.id)?.done === pending.done) underWay.delete(request.id)
+    }
+
+    /** What was done for a request, or is being done. */
+    const askedBefore = (
+      request: WriteRequest,
+      patch: Pending["patch"]
+    ): Effect.Effect<Outcome, WriteError> | undefined => {
+      const done = window.find(request.id, Date.now())
+      const now = done === undefined ? underWay.get(request.id) : undefined
+      const digest = done?.digest ?? now?.request.digest
+      if (digest === undefined) return undefined
+      if (digest !== request.digest) return Effect.fail(otherRequest)
+      requestsRepeated.updateUnsafe(1, metricContext)
+      return now === undefined ? outcomeOf(done as DoneRequest, patch) : Deferred.await(now.done)
+    }
+
+    const outcomeOf = ({ kind, seq, result, first }: DoneRequest, patch: Pending["patch"]) => {
+      if (kind !== "metadata" || patch === undefined) return Effect.succeed({ count: result, patched: undefined })
+      return log.read(seq).pipe(
+        Stream.take(1),
+        Stream.runHead,
+        Effect.map((entry) => {
+          const op = Option.isSome(entry) ? decodeSegment(entry.value.bytes).ops[first] : undefined
+          return op?.kind === "metadata" ? patchedTo(op.metadata, op.version) : undefined
+        }),
+        // The log does not go back that far: as the record is now.
+        Effect.catchTag("Compacted", () =>
+          Effect.map(index.get([patch.id]), ([record]) =>
+            record === undefined ? { count: 0, patched: undefined } : patchedTo(record.metadata, record.version)
+          )
+        ),
+        Effect.catch((error) => Effect.as(Effect.logWarning("What a request did cannot be read", error), undefined)),
+        Effect.flatMap((outcome) => (outcome === undefined ? Effect.fail(unread) : Effect.succeed(outcome)))
+      )
+    }
+
+    /** Those that were not done meanwhile; the others are answered. */
+    const notDone = (group: ReadonlyArray<Pending>): ReadonlyArray<Pending> =>
+      group.filter((pending) => {
+        const done = pending.request === undefined ? undefined : window.find(pending.request.id, Date.now())
+        if (done === undefined) return true
+        finish(
+          pending,
+          done.digest === pending.request?.digest ? outcomeOf(done, pending.patch) : Effect.fail(otherRequest)
         )
+        return false
       })
 
     /** The early operations that the next group is made of; none where it is made of others. */
@@ -238,7 +335,7 @@ export const make = (
     }
 
     const fail = (group: Iterable<Pending>, error: WriteError) => {
-      for (const pending of group) Deferred.doneUnsafe(pending.done, Effect.fail(error))
+      for (const pending of [...group]) finish(pending, Effect.fail(error))
     }
 
     const apply = (segment: Uint8Array): Effect.Effect<Applied, IndexLost> =>
@@ -259,6 +356,7 @@ export const make = (
       seq: number,
       bytes: Uint8Array,
       ops: ReadonlyArray<LogOp>,
+      made: SegmentRequests | undefined,
       complete: (outcome: Result.Result<Applied, IndexLost>) => void
     ) {
       appliedSeq = seq
@@ -275,24 +373,40 @@ export const make = (
             }
             const applied = outcome.success
             return Effect.map(onChanged(idsOf(ops)), () => {
+              window.observe(seq, made, applied)
               options.onApplied(seq, ops, applied)
               complete(outcome)
             })
           })
         ),
+        Effect.onInterrupt(() => cut(made)),
         Effect.forkIn(scope, { startImmediately: true })
       )
+    })
+
+    const cut = (made: SegmentRequests | undefined) =>
+      Effect.sync(() => {
+        if (made !== undefined) cutShort = true
+      })
+
+    /** Hands over what was found to be in the log after its writers were told that it failed: it counts. */
+    const applyFound = Effect.fnUntraced(function* ({ seq, bytes }: LogEntry) {
+      recovering += 1
+      yield* applyInOrder(seq, bytes, decodeSegment(bytes).ops, decodeRequests(bytes), () => {
+        recovering -= 1
+      })
     })
 
     /** Hands operations to the index that are not committed yet; they are committed in the order in which this is called. */
     const applyEarly = Effect.fnUntraced(function* (
       ops: ReadonlyArray<LogOp>,
+      made: SegmentRequests | undefined,
       segment: Uint8Array,
       position: number | undefined,
       complete: (outcome: Result.Result<Applied, IndexLost>) => void
     ) {
       const bytes = segment.length
-      const early: Early = { ops, bytes, ahead: position, applied: Deferred.makeUnsafe() }
+      const early: Early = { ops, made, bytes, ahead: position, applied: Deferred.makeUnsafe() }
       uncommitted += ops.length
       backlogBytes += bytes
       queuedBytes += bytes
@@ -309,11 +423,13 @@ export const make = (
               return stop(outcome.failure, [])
             }
             return Effect.map(onChanged(idsOf(ops)), () => {
+              window.observe(0, made, outcome.success)
               Deferred.doneUnsafe(early.applied, Effect.succeed(outcome.success))
               complete(outcome)
             })
           })
         ),
+        Effect.onInterrupt(() => cut(made)),
         Effect.forkIn(scope, { startImmediately: true })
       )
       Deferred.doneUnsafe(news, Effect.void)
@@ -365,7 +481,7 @@ export const make = (
           const { id, fields } = pending.patch
           const before = metadata.get(id)
           if (before === undefined) {
-            Deferred.doneUnsafe(pending.done, Effect.succeed({ effects: noEffects, patched: undefined }))
+            finish(pending, Effect.succeed({ count: 0, patched: undefined }))
             continue
           }
           const after = merge(before, fields)
@@ -375,7 +491,7 @@ export const make = (
               expected: `at most ${metadataBytesMax} bytes of JSON once merged`,
               got: `${Buffer.byteLength(after)} bytes`
             })
-            Deferred.doneUnsafe(pending.done, Effect.fail(error))
+            finish(pending, Effect.fail(error))
             continue
           }
           ops.push({ kind: "metadata", id, version: clock.next(now), metadata: after })
@@ -397,28 +513,30 @@ export const make = (
         return undefined
       }
       inDoubt = false
-      for (const { seq, bytes } of settled.success) {
-        yield* applyInOrder(seq, bytes, decodeSegment(bytes).ops, () => {})
-      }
+      for (const entry of settled.success) yield* applyFound(entry)
       return undefined
     })
 
-    const commitGroup = Effect.fnUntraced(function* (group: ReadonlyArray<Pending>) {
-      // A patch changes what precedes it in the log, so what a failed commit became has to be known and applied before.
-      if (inDoubt && group.some(({ patch }) => patch !== undefined)) {
-        const failure = yield* settle(group)
+    const commitGroup = Effect.fnUntraced(function* (taken: ReadonlyArray<Pending>) {
+      // A patch changes what precedes it in the log, and a request may be what failed before: what a failed commit became has
+      // to be known and applied first.
+      if (inDoubt && taken.some(({ patch, request }) => patch !== undefined || request !== undefined)) {
+        const failure = yield* settle(taken)
         if (fatal !== undefined) return
-        if (failure !== undefined) return fail(group, notCommitted(failure))
+        if (failure !== undefined) return fail(taken, notCommitted(failure))
       }
+      if (recovering > 0 && lastApply !== undefined) yield* Fiber.await(lastApply)
+      const group = notDone(taken)
       const patches = group.some((pending) => pending.patch !== undefined)
       const drafted = yield* Effect.result(patches ? stamping.withPermit(draftOps(group)) : draftOps(group))
       if (Result.isFailure(drafted)) return yield* stop(drafted.failure, group)
       const { ops, spans } = drafted.success
       if (ops.length === 0) return
+      const made = madeFor(spans, ops)
       let bytes: Uint8Array | undefined
       const appended = yield* Effect.result(
         log.append((position) => {
-          bytes = encodeSegment({ ...position, dimensions }, ops)
+          bytes = encodeSegment({ ...position, dimensions }, ops, made)
           return bytes
         })
       )
@@ -432,15 +550,13 @@ export const make = (
       inDoubt = false
       countCommit(group.length)
       // An earlier group whose writers were told that it failed has turned out to be in the log: it counts.
-      for (const earlier of recovered)
-        yield* applyInOrder(earlier.seq, earlier.bytes, decodeSegment(earlier.bytes).ops, () => {})
-      yield* applyInOrder(seq, bytes as Uint8Array, ops, (outcome) => {
+      for (const earlier of recovered) yield* applyFound(earlier)
+      yield* applyInOrder(seq, bytes as Uint8Array, ops, made, (outcome) => {
         if (Result.isFailure(outcome)) return fail(group, outcome.failure)
         for (const { pending, first, count, metadata } of spans) {
           const patched =
             metadata === undefined ? undefined : { metadata, version: formatVersion((ops[first] as LogOp).version) }
-          const effects = outcome.success.effects.subarray(first, first + count)
-          Deferred.doneUnsafe(pending.done, Effect.succeed({ effects, patched }))
+          finish(pending, Effect.succeed({ count: countOf(pending, outcome.success, first, count), patched }))
         }
       })
     })
@@ -448,6 +564,7 @@ export const make = (
     /** Commits early operations; tried again until they are in the log or the partition is another's. */
     const commitEarly = Effect.fnUntraced(function* (group: ReadonlyArray<Early>) {
       const ops = group.flatMap((early) => early.ops)
+      const made = madeTogether(group)
       const nonces = new Set<bigint>()
       const mine = (bytes: Uint8Array) => nonces.has(decodeSegmentHeader(bytes).nonce)
       let seq: number | undefined = ops.length === 0 ? appliedSeq : undefined
@@ -455,7 +572,7 @@ export const make = (
         const appended = yield* Effect.result(
           log.append((position) => {
             nonces.add(position.nonce)
-            return encodeSegment({ ...position, dimensions }, ops)
+            return encodeSegment({ ...position, dimensions }, ops, made)
           })
         )
         let found: ReadonlyArray<{ readonly seq: number; readonly bytes: Uint8Array }>
@@ -480,7 +597,7 @@ export const make = (
         inDoubt = false
         for (const entry of found) {
           if (mine(entry.bytes)) seq = Math.max(seq ?? 0, entry.seq)
-          else yield* applyInOrder(entry.seq, entry.bytes, decodeSegment(entry.bytes).ops, () => {})
+          else yield* applyFound(entry)
         }
       }
       yield* publishEarly(Math.max(seq, appliedSeq), group, ops)
@@ -544,7 +661,14 @@ export const make = (
     const advanceGroup = Effect.fnUntraced(function* (group: ReadonlyArray<Pending>, bytes: number, ack: AckLevel) {
       const now = Date.now()
       const ops = group.flatMap(({ drafts }) => drafts.map((draft): LogOp => ({ ...draft, version: clock.next(now) })))
-      const segment = encodeSegment({ epoch: log.epoch, seq: 0, nonce: 0n, dimensions }, ops)
+      let first = 0
+      const spans = group.map((pending): Span => {
+        const span = { pending, first, count: pending.drafts.length, metadata: undefined }
+        first += span.count
+        return span
+      })
+      const made = madeFor(spans, ops)
+      const segment = encodeSegment({ epoch: log.epoch, seq: 0, nonce: 0n, dimensions }, ops, made)
       const position = ack === "warm" && ahead !== undefined ? yield* ahead.append(segment) : undefined
       if (fatal !== undefined) return fail(group, fatal)
       if (ack === "warm" && position === undefined) {
@@ -554,13 +678,11 @@ export const make = (
         return
       }
       queuedBytes -= bytes
-      yield* applyEarly(ops, segment, position, (outcome) => {
+      yield* applyEarly(ops, made, segment, position, (outcome) => {
         if (Result.isFailure(outcome)) return fail(group, outcome.failure)
-        let first = 0
-        for (const { drafts, done } of group) {
-          const effects = outcome.success.effects.subarray(first, first + drafts.length)
-          first += drafts.length
-          Deferred.doneUnsafe(done, Effect.succeed({ effects, patched: undefined }))
+        for (const { pending, first, count } of spans) {
+          const done = countOf(pending, outcome.success, first, count)
+          finish(pending, Effect.succeed({ count: done, patched: undefined }))
         }
       })
     })
@@ -580,12 +702,22 @@ export const make = (
         for (const { version } of ops) clock.observe(version)
         const applied = yield* Effect.result(apply(encodeSegment(decoded.success, ops)))
         if (Result.isFailure(applied)) return yield* stop(applied.failure, [])
-        // What had no effect is in the log already, or is older than what is.
-        const fresh = ops.filter((_, i) => applied.success.effects[i] !== 0)
+        // What had no effect is in the log already, or is older than what is. What it was made for may still not be there.
+        const made = decodeRequests(bytes)
+        const isNews = made?.requests.some(({ id }) => window.find(id, Date.now()) === undefined) === true
+        const isFresh = (i: number) => isNews || applied.success.effects[i] !== 0
+        window.observe(0, made, applied.success)
+        const fresh = ops.filter((_, i) => isFresh(i))
         if (fresh.length === 0) continue
         yield* onChanged(idsOf(fresh))
-        const effects = applied.success.effects.filter((effect) => effect !== 0)
-        const early: Early = { ops: fresh, bytes: bytes.length, ahead: undefined, applied: Deferred.makeUnsafe() }
+        const effects = applied.success.effects.filter((_, i) => isFresh(i))
+        const early: Early = {
+          ops: fresh,
+          made: isNews ? made : undefined,
+          bytes: bytes.length,
+          ahead: undefined,
+          applied: Deferred.makeUnsafe()
+        }
         Deferred.doneUnsafe(early.applied, Effect.succeed({ effects }))
         uncommitted += fresh.length
         queuedBytes += early.bytes
@@ -593,7 +725,7 @@ export const make = (
         yield* Effect.logInfo("Writes acknowledged as warm are brought back", { operations: fresh.length })
       }
       // What was recovered may be trimmed once it, and what was there before it, is in the log.
-      queue.push({ ops: [], bytes: 0, ahead: found.upTo, applied: nothingApplied() })
+      queue.push({ ops: [], made: undefined, bytes: 0, ahead: found.upTo, applied: nothingApplied() })
       Deferred.doneUnsafe(news, Effect.void)
     })
 
@@ -661,16 +793,24 @@ export const make = (
     )
 
     return {
-      write: (drafts, ack = "cold") =>
+      write: (drafts, ack = "cold", request) =>
         Effect.map(
-          submit({ drafts, patch: undefined, bytes: draftBytes(drafts), done: Deferred.makeUnsafe() }, ack),
-          ({ effects }) => ({ effects })
+          submit({ drafts, patch: undefined, bytes: draftBytes(drafts), request, done: Deferred.makeUnsafe() }, ack),
+          ({ count }) => count
         ),
-      patch: (id, fields) =>
+      patch: (id, fields, request) =>
         Effect.map(
-          submit({ drafts: [], patch: { id, fields }, bytes: patchBytes, done: Deferred.makeUnsafe() }, "cold"),
+          submit(
+            { drafts: [], patch: { id, fields }, bytes: patchBytes, request, done: Deferred.makeUnsafe() },
+            "cold"
+          ),
           ({ patched }) => patched
         ),
+      requests: Effect.gen(function* () {
+        for (const fiber of [lastApply, lastEarly]) if (fiber !== undefined) yield* Fiber.await(fiber)
+        if (cutShort) return yield* new SnapshotUnreadable({ detail: "not all that is applied was waited for" })
+        return window.encode(Date.now())
+      }),
       appliedSeq: () => appliedSeq,
       uncommitted: () => uncommitted,
       revision: () => (fatal === undefined && begun === visible ? `${log.epoch}.${visible}` : undefined)
@@ -689,6 +829,46 @@ const nothingApplied = (): Deferred.Deferred<Applied, IndexLost> => {
   Deferred.doneUnsafe(applied, Effect.succeed({ effects: noEffects }))
   return applied
 }
+
+/** The answer to a request under the id of another one. */
+const otherRequest = new InvalidInput({
+  field: "idempotency_key",
+  expected: "a key that no other request had lately",
+  got: "that of a request for something else"
+})
+
+const patchedTo = (metadata: string, version: Version): Outcome => ({
+  count: 1,
+  patched: { metadata, version: formatVersion(version) }
+})
+
+const unread = new StorageUnavailable({ detail: "The log cannot be read now.", retryAfterMillis: 1_000 })
+
+/** The requests of a group. */
+const madeFor = (spans: ReadonlyArray<Span>, ops: ReadonlyArray<LogOp>): SegmentRequests | undefined => {
+  const requests: Array<SegmentRequest> = []
+  for (const { pending, first, count } of spans) {
+    const { request } = pending
+    if (request !== undefined) requests.push({ ...request, kind: (ops[first] as LogOp).kind, first, count })
+  }
+  return requests.length === 0 ? undefined : { millis: Date.now(), requests }
+}
+
+/** The requests of early operations that are committed as one. */
+const madeTogether = (group: ReadonlyArray<Early>): SegmentRequests | undefined => {
+  const requests: Array<SegmentRequest> = []
+  let millis = 0
+  let before = 0
+  for (const { ops, made } of group) {
+    for (const request of made?.requests ?? []) requests.push({ ...request, first: request.first + before })
+    millis = Math.max(millis, made?.millis ?? 0)
+    before += ops.length
+  }
+  return requests.length === 0 ? undefined : { millis, requests }
+}
+
+const countOf = ({ drafts }: Pending, { effects }: Applied, first: number, count: number): number =>
+  drafts[0]?.kind === "delete" ? deletedIn(effects, first, count) : count
 
 const idsOf = (ops: ReadonlyArray<LogOp>): ReadonlyArray<string> => ops.map(({ id }) => id)
 

@@ -2,12 +2,12 @@
  * When a resident partition is snapshotted: when enough operations have gathered, when it has been quiet for a while with
  * news, and when it closes.
  */
-import { mkdtemp, rm } from "node:fs/promises"
+import { mkdtemp, rm, writeFile } from "node:fs/promises"
 import { join } from "node:path"
 import { Effect, Exit, Metric, Option, Scope, Semaphore } from "effect"
 import type { SettingValues } from "../config.ts"
 import type { PartitionLogHandle } from "../tiers/PartitionLog.ts"
-import type { PartitionIndex } from "../tiers/VectorIndex.ts"
+import { type PartitionIndex, SnapshotUnreadable } from "../tiers/VectorIndex.ts"
 
 export interface SnapshotPolicy {
   /** Takes note of operations that have become visible. */
@@ -24,6 +24,8 @@ export const make = Effect.fnUntraced(function* (options: {
   readonly index: PartitionIndex
   /** Position of the last log object handed to the index. */
   readonly appliedSeq: () => number
+  /** A copy of the window of requests once it has all that were handed to the index. */
+  readonly requests: Effect.Effect<Uint8Array | undefined, SnapshotUnreadable>
   /** Operations replayed from the log when it was opened. */
   readonly replayed: number
   /** Where files are made. */
@@ -44,7 +46,16 @@ export const make = Effect.fnUntraced(function* (options: {
     const directory = yield* Effect.promise(() => mkdtemp(join(scratch, "snapshot-")))
     yield* Effect.gen(function* () {
       const files = yield* options.making.withPermit(index.snapshot(directory))
-      yield* log.commitSnapshot(seq, files)
+      // After the index: what that has, the window has too.
+      const window = yield* options.requests
+      const requests = window === undefined ? undefined : join(directory, "requests")
+      if (window !== undefined && requests !== undefined) {
+        yield* Effect.tryPromise({
+          try: () => writeFile(requests, window),
+          catch: (cause) => new SnapshotUnreadable({ detail: String(cause) })
+        })
+      }
+      yield* log.commitSnapshot(seq, { ...files, requests })
     }).pipe(Effect.ensuring(Effect.promise(() => rm(directory, { recursive: true, force: true }))))
     pending -= covered
     yield* Metric.update(snapshotsTaken, 1)

@@ -13,6 +13,7 @@ export interface ProblemMembers {
   readonly got?: string
   readonly retry_after_ms?: number
   readonly request_id?: string
+  readonly location?: string
 }
 
 /** Codes of the client's own. */
@@ -56,6 +57,8 @@ export class VectorDBError extends Data.TaggedError("VectorDBError")<{
   readonly got?: string
   /** When to try again, where the server said so. */
   readonly retryAfterMillis?: number
+  /** With `collection_elsewhere`: the service to ask instead. */
+  readonly location?: string
   /** Finds the fault in the server's log. */
   readonly requestId?: string
 }> {}
@@ -69,6 +72,7 @@ export const errorOfProblem = (problem: ProblemMembers): VectorDBError =>
     ...(problem.expected === undefined ? {} : { expected: problem.expected }),
     ...(problem.got === undefined ? {} : { got: problem.got }),
     ...(problem.retry_after_ms === undefined ? {} : { retryAfterMillis: problem.retry_after_ms }),
+    ...(problem.location === undefined ? {} : { location: problem.location }),
     ...(problem.request_id === undefined ? {} : { requestId: problem.request_id })
   })
 

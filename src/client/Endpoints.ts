@@ -107,6 +107,11 @@ export class Endpoints {
   }
 }
 
+/** Makes a timer keep a Node process alive again. */
+export const ref = (timer: unknown): void => {
+  if (typeof timer === "object" && timer !== null && "ref" in timer) (timer as { ref(): void }).ref()
+}
+
 /** A timer that does not keep a Node process alive; a browser's has nothing of the kind. */
 export const unref = (timer: unknown): void => {
   if (typeof timer === "object" && timer !== null && "unref" in timer) (timer as { unref(): void }).unref()

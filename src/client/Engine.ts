@@ -121,6 +121,11 @@ export interface CallOptions {
 /** A message of a topic; or that messages are past their retention which were not handed on. */
 export type Heard = TopicMessage | { readonly gap: true }
 
+export interface WriteOptions extends CallOptions {
+  /** The write is done once under it, however often it is asked for; where there is none each call is a write of its own. */
+  readonly idempotencyKey?: string
+}
+
 /** Vector, or id of a vector of the collection. */
 export type Query = Vector | { readonly id: string }
 
@@ -128,15 +133,15 @@ export interface Engine {
   /** Upserts, in the order given. */
   readonly insert: (
     items: ReadonlyArray<Item>,
-    options: CallOptions & { readonly ack?: Ack }
+    options: WriteOptions & { readonly ack?: Ack }
   ) => Effect.Effect<number, VectorDBError>
   /** Sets the metadata's fields; `null` removes one. */
   readonly patch: (
     id: string,
     metadata: Metadata,
-    options: CallOptions
+    options: WriteOptions
   ) => Effect.Effect<{ readonly metadata: Metadata; readonly version: string }, VectorDBError>
-  readonly remove: (ids: ReadonlyArray<string>, options: CallOptions) => Effect.Effect<number, VectorDBError>
+  readonly remove: (ids: ReadonlyArray<string>, options: WriteOptions) => Effect.Effect<number, VectorDBError>
   readonly get: (id: string, options: CallOptions) => Effect.Effect<StoredVector | undefined, VectorDBError>
   readonly search: (query: Query, options: SearchOptions) => Effect.Effect<SearchAnswer, VectorDBError>
   /** Hits as they arrive, nearest first. */

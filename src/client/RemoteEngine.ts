@@ -1,6 +1,7 @@
 /**
  * The engine of a service: searches, inserts and subscriptions on one WebSocket (`Wire`), everything else, and all where
- * `streaming` is off, as requests of HTTP. All of it is safe to repeat, and is repeated within the deadline.
+ * `streaming` is off, as requests of HTTP. All of it is safe to repeat, and is repeated within the deadline: all attempts at
+ * one write have the same key, under which the server does it once.
  */
 import { Cause, Effect, Queue, Stream } from "effect"
 import { Backoff } from "./Backoff.ts"
@@ -19,7 +20,8 @@ import type {
   SearchHit,
   SearchOptions,
   StoredVector,
-  Vector
+  Vector,
+  WriteOptions
 } from "./Engine.ts"
 import { type Entering, Members } from "./Members.ts"
 import { Wire, type WireEvent } from "./Wire.ts"
@@ -33,7 +35,8 @@ export const makeRemoteEngine = (options: ResolvedOptions): RemoteEngine => {
   const wire = new Wire(options)
   const http = new Http(options, wire)
 
-  const insertOverWire = (items: ReadonlyArray<Item>, { collection, ack, deadlineMillis }: InsertOptions) => {
+  const insertOverWire = (items: ReadonlyArray<Item>, options: InsertOptions) => {
+    const { collection, ack, deadlineMillis } = options
     const first = items[0]
     if (first === undefined) return Effect.succeed(0)
     const floats = joined(items)
@@ -44,23 +47,19 @@ export const makeRemoteEngine = (options: ResolvedOptions): RemoteEngine => {
       ...(floats === undefined ? { vector: [...vector] } : {})
     }))
     const frame = { type: "insert", collection, vectors, ...(ack === undefined ? {} : { ack }) }
-    return once(wire, frame, floats, deadlineMillis, (event) => Number(event["inserted"]))
+    return keyed(options, (idempotency_key) =>
+      once(wire, { ...frame, idempotency_key }, floats, deadlineMillis, (event) => Number(event["inserted"]))
+    )
   }
 
-  const insertOverHttp = (items: ReadonlyArray<Item>, { collection, ack, deadlineMillis }: InsertOptions) =>
-    Effect.map(
-      http.call(
-        "POST",
-        "/insert",
-        {
-          collection,
-          vectors: items.map((item) => ({ ...item, vector: [...item.vector] })),
-          ...(ack === undefined ? {} : { ack })
-        },
-        deadlineMillis
-      ),
-      (body) => Number(body["inserted"])
+  const insertOverHttp = (items: ReadonlyArray<Item>, options: InsertOptions) => {
+    const { collection, ack, deadlineMillis } = options
+    const vectors = items.map((item) => ({ ...item, vector: [...item.vector] }))
+    const body = { collection, vectors, ...(ack === undefined ? {} : { ack }) }
+    return keyed(options, (key) =>
+      Effect.map(http.call("POST", "/insert", body, deadlineMillis, key), (answer) => Number(answer["inserted"]))
     )
+  }
 
   const search = (query: Query, search: SearchOptions): Effect.Effect<SearchAnswer, VectorDBError> => {
     const { frame, floats } = searchFrame(query, search)
@@ -253,18 +252,22 @@ export const makeRemoteEngine = (options: ResolvedOptions): RemoteEngine => {
         cursor
       ),
     insert: options.streaming ? insertOverWire : insertOverHttp,
-    patch: (id, metadata, { collection, deadlineMillis }) =>
-      Effect.map(
-        http.call(
-          "PATCH",
-          `/vectors/${encodeURIComponent(id)}${inCollection(collection)}`,
-          { metadata },
-          deadlineMillis
-        ),
-        (body) => ({ metadata: body["metadata"] as Metadata, version: String(body["version"]) })
+    patch: (id, metadata, options) => {
+      const path = `/vectors/${encodeURIComponent(id)}${inCollection(options.collection)}`
+      return keyed(options, (key) =>
+        Effect.map(http.call("PATCH", path, { metadata }, options.deadlineMillis, key), (body) => ({
+          metadata: body["metadata"] as Metadata,
+          version: String(body["version"])
+        }))
+      )
+    },
+    remove: (ids, options) =>
+      keyed(options, (key) =>
+        Effect.map(
+          http.call("POST", "/delete", { collection: options.collection, ids }, options.deadlineMillis, key),
+          (body) => Number(body["deleted"])
+        )
       ),
-    remove: (ids, { collection, deadlineMillis }) =>
-      Effect.map(http.call("POST", "/delete", { collection, ids }, deadlineMillis), (body) => Number(body["deleted"])),
     get: (id, { collection, deadlineMillis }) =>
       http.call("GET", `/embed/${encodeURIComponent(id)}${inCollection(collection)}`, undefined, deadlineMillis).pipe(
         Effect.map(storedOf),
@@ -295,6 +298,18 @@ export const makeRemoteEngine = (options: ResolvedOptions): RemoteEngine => {
 
 type InsertOptions = Parameters<Engine["insert"]>[1]
 type Json = Readonly<Record<string, unknown>>
+
+/** A write with its key: the caller's, or one of its own each time that it is run. */
+const keyed = <A, E>(
+  { idempotencyKey }: WriteOptions,
+  write: (key: string) => Effect.Effect<A, E>
+): Effect.Effect<A, E> => Effect.suspend(() => write(idempotencyKey ?? freshKey()))
+
+const freshKey = (): string => {
+  let key = ""
+  for (const byte of crypto.getRandomValues(new Uint8Array(16))) key += byte.toString(16).padStart(2, "0")
+  return key
+}
 
 /** A call with one answer. */
 const once = <A>(
@@ -389,6 +404,13 @@ const storedOf = (body: Json): StoredVector => ({
 /** As the server has it: answers of the contract are not checked anew in a client of 40 KB. */
 const infoOf = (body: Json): CollectionInfo => body as unknown as CollectionInfo
 
+interface Request {
+  readonly method: string
+  readonly path: string
+  readonly body: unknown
+  readonly key: string | undefined
+}
+
 /** Requests of HTTP: tried again, within the deadline, where the server puts them off or cannot be reached. */
 class Http {
   readonly #options: ResolvedOptions
@@ -405,10 +427,18 @@ class Http {
     this.#closed.abort()
   }
 
-  call(method: string, path: string, body: unknown, deadlineMillis: number): Effect.Effect<Json, VectorDBError> {
+  /** `key`: of a write. */
+  call(
+    method: string,
+    path: string,
+    body: unknown,
+    deadlineMillis: number,
+    key?: string
+  ): Effect.Effect<Json, VectorDBError> {
     return Effect.callback((resume) => {
       const controller = new AbortController()
-      this.#attempts(method, path, body, Date.now() + deadlineMillis, controller.signal, deadlineMillis).then(
+      const request = { method, path, body, key }
+      this.#attempts(request, Date.now() + deadlineMillis, controller.signal, deadlineMillis).then(
         (answer) => resume(Effect.succeed(answer)),
         (error: unknown) => resume(error instanceof VectorDBError ? Effect.fail(error) : Effect.die(error))
       )
@@ -416,18 +446,11 @@ class Http {
     })
   }
 
-  async #attempts(
-    method: string,
-    path: string,
-    body: unknown,
-    deadlineAt: number,
-    signal: AbortSignal,
-    deadlineMillis: number
-  ): Promise<Json> {
+  async #attempts(request: Request, deadlineAt: number, signal: AbortSignal, deadlineMillis: number): Promise<Json> {
     const backoff = new Backoff(this.#options.reconnectBaseMillis, this.#options.reconnectCapMillis)
     for (;;) {
       const left = deadlineAt - Date.now()
-      const outcome = left <= 0 ? undefined : await this.#attempt(method, path, body, left, signal)
+      const outcome = left <= 0 ? undefined : await this.#attempt(request, left, signal)
       if (this.#closed.signal.aborted) throw ownError("closed", "The client was closed.")
       if (outcome === undefined) {
         throw ownError("disconnected", `${this.#options.endpoints.join(", ")}: no answer within ${deadlineMillis} ms.`)
@@ -437,14 +460,27 @@ class Http {
       const passes = outcome.code === "disconnected" || isTransient(outcome.code)
       const wait = Math.max(backoff.next(), outcome.retryAfterMillis ?? 0)
       if (!passes || Date.now() + wait >= deadlineAt) throw outcome
-      await new Promise((resolve) => setTimeout(resolve, wait))
+      await this.#wait(wait, signal)
     }
   }
 
+  /** Ends at once where nobody waits for the call any more. */
+  #wait(millis: number, signal: AbortSignal): Promise<void> {
+    const ended = AbortSignal.any([signal, this.#closed.signal])
+    return new Promise((resolve) => {
+      const end = () => {
+        clearTimeout(timer)
+        ended.removeEventListener("abort", end)
+        resolve()
+      }
+      const timer = setTimeout(end, millis)
+      ended.addEventListener("abort", end)
+      if (ended.aborted) end()
+    })
+  }
+
   async #attempt(
-    method: string,
-    path: string,
-    body: unknown,
+    { method, path, body, key }: Request,
     leftMillis: number,
     signal: AbortSignal
   ): Promise<Json | VectorDBError | undefined> {
@@ -457,6 +493,7 @@ class Http {
         method,
         headers: {
           ...(body === undefined ? {} : { "content-type": "application/json" }),
+          ...(key === undefined ? {} : { "idempotency-key": key }),
           ...(token === undefined ? {} : { authorization: `Bearer ${token}` })
         },
         ...(body === undefined ? {} : { body: JSON.stringify(body) }),

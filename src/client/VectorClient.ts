@@ -3,6 +3,7 @@
  * with promises.
  */
 import { Context, Effect, Layer, type Scope, Stream } from "effect"
+import { makeCellEngine } from "./CellEngine.ts"
 import { ownError, type VectorDBError } from "./ClientError.ts"
 import { type ClientOptions, resolveOptions } from "./ClientOptions.ts"
 import type {
@@ -20,7 +21,6 @@ import type {
   StoredVector,
   Vector
 } from "./Engine.ts"
-import { makeRemoteEngine } from "./RemoteEngine.ts"
 import { pathOf, type StandardSchema } from "./StandardSchema.ts"
 import { type TopicClient, topicClientOf } from "./Topics.ts"
 
@@ -88,13 +88,22 @@ export type Standing<M> =
   | Extract<MemberChange, { readonly type: "leave" }>
 
 /** How a write is made. */
-export interface InsertCall extends Call {
+export interface WriteCall extends Call {
+  /**
+   * The write is done once under this key, however often it is called, within the server's window. The client's own attempts
+   * at one call are one write without it; with it a call after a restart can be too. 1 to 200 printable ASCII characters.
+   */
+  readonly idempotencyKey?: string
+}
+
+/** How vectors are written. */
+export interface InsertCall extends WriteCall {
   /** How durable it is when it is done; `cold` where left out. */
   readonly ack?: Ack
 }
 
 /** How many are written. */
-export interface InsertManyCall extends InsertCall {
+export interface InsertManyCall extends Omit<InsertCall, "idempotencyKey"> {
   /** Vectors in one request, 1 to 10,000; 500 where left out. */
   readonly batchSize?: number
   /** Requests under way at one time; 4 where left out. */
@@ -140,7 +149,7 @@ export interface TypedClient<M> {
   /** Sets fields of the metadata (`null` removes one), or replaces the record where a vector is given. */
   readonly update: (id: string, change: Change<M>, call?: InsertCall) => Effect.Effect<void, VectorDBError>
   /** How many there were. */
-  readonly delete: (ids: string | ReadonlyArray<string>, call?: Call) => Effect.Effect<number, VectorDBError>
+  readonly delete: (ids: string | ReadonlyArray<string>, call?: WriteCall) => Effect.Effect<number, VectorDBError>
   /** One by its id; `undefined` where there is none. */
   readonly get: (id: string, call?: Call) => Effect.Effect<Stored<M> | undefined, VectorDBError>
   /** The k nearest, to a vector or to a stored one (`{ id }`). */
@@ -201,7 +210,7 @@ export class VectorClient extends Context.Service<VectorClient, TypedClient<Meta
     Effect.gen(function* () {
       const resolved = resolveOptions(options)
       const engine = yield* Effect.acquireRelease(
-        Effect.sync(() => makeRemoteEngine(resolved)),
+        Effect.sync(() => makeCellEngine(resolved)),
         ({ close }) => Effect.sync(close)
       )
       return clientOf<M>(engine, { ...resolved, metadata: options.metadata })
@@ -222,8 +231,12 @@ export const clientOf = <M>(engine: Engine, defaults: Defaults<M>): TypedClient<
     collection: call?.collection ?? defaults.collection,
     deadlineMillis: call?.deadlineMillis ?? defaults.deadlineMillis
   })
-  const insertOf = (call: InsertCall | undefined) => ({
+  const writeOf = (call: WriteCall | undefined) => ({
     ...callOf(call),
+    ...(call?.idempotencyKey === undefined ? {} : { idempotencyKey: call.idempotencyKey })
+  })
+  const insertOf = (call: InsertCall | undefined) => ({
+    ...writeOf(call),
     ...(call?.ack === undefined ? {} : { ack: call.ack })
   })
   const searchOf = (call: SearchCall | undefined) => ({
@@ -295,9 +308,9 @@ export const clientOf = <M>(engine: Engine, defaults: Defaults<M>): TypedClient<
       if (vector !== undefined) {
         return client.insert({ id, vector, ...(metadata === undefined ? {} : { metadata: metadata as M }) }, call)
       }
-      return Effect.asVoid(engine.patch(id, (metadata ?? {}) as Metadata, callOf(call)))
+      return Effect.asVoid(engine.patch(id, (metadata ?? {}) as Metadata, writeOf(call)))
     },
-    delete: (ids, call) => engine.remove(typeof ids === "string" ? [ids] : ids, callOf(call)),
+    delete: (ids, call) => engine.remove(typeof ids === "string" ? [ids] : ids, writeOf(call)),
     get: (id, call) =>
       Effect.flatMap(engine.get(id, callOf(call)), (record) =>
         record === undefined

@@ -1,5 +1,6 @@
 /** `VectorDB`: the calls of `TypedClient` with promises. Works in Node and in a browser. */
 import { Stream } from "effect"
+import { makeCellEngine } from "./CellEngine.ts"
 import { Channel, Tasks } from "./Channel.ts"
 import type { ClientOptions } from "./ClientOptions.ts"
 import { resolveOptions } from "./ClientOptions.ts"
@@ -13,7 +14,6 @@ import type {
   Vector
 } from "./Engine.ts"
 import { type Aborts, iterate, run } from "./Promises.ts"
-import { makeRemoteEngine } from "./RemoteEngine.ts"
 import type { StandardSchema } from "./StandardSchema.ts"
 import type { TopicCall, TopicInfo, TopicParameters } from "./Topics.ts"
 import {
@@ -31,7 +31,8 @@ import {
   type Stored,
   type SubscribeCall,
   type TypedClient,
-  type VectorDBOptions
+  type VectorDBOptions,
+  type WriteCall
 } from "./VectorClient.ts"
 
 /** On an engine that is there already, in place of a service. */
@@ -58,7 +59,7 @@ export class VectorDB<M = Metadata> {
   /** Throws where an option is out of its bound. Connects with the first call. */
   constructor(options: VectorDBOptions<M> | EngineOptions<M>) {
     const resolved = resolveOptions("engine" in options ? { ...options, endpoint: "http://embedded" } : options)
-    const engine = "engine" in options ? options.engine : makeRemoteEngine(resolved)
+    const engine = "engine" in options ? options.engine : makeCellEngine(resolved)
     this.#client = clientOf(engine, { ...resolved, metadata: options.metadata })
     this.#close = engine.close
   }
@@ -89,7 +90,7 @@ export class VectorDB<M = Metadata> {
   }
 
   /** Resolves with how many there were. */
-  delete(ids: string | ReadonlyArray<string>, options: Call & Aborts = {}): Promise<number> {
+  delete(ids: string | ReadonlyArray<string>, options: WriteCall & Aborts = {}): Promise<number> {
     return run(this.#client.delete(ids, options), options.signal)
   }
 

@@ -1,12 +1,15 @@
 /**
  * One WebSocket to the service, made when it is first needed and made anew whenever it is lost. Calls are frames with an id
- * of their own; every call of ours may be repeated (upserts set, deletes remove, subscriptions go on from their cursor), so
- * what was not answered when a connection is lost is sent again on the next, until its deadline.
+ * of their own; every call of ours may be repeated (a write has a key under which it is done once, subscriptions go on from
+ * their cursor), so what was not answered when a connection is lost is sent again on the next, until its deadline.
+ *
+ * A Node process lives for as long as the connection is open or a call is under way, whatever that waits for; no timer keeps
+ * it beyond.
  */
 import { Backoff } from "./Backoff.ts"
 import { errorOfProblem, isTransient, ownError, type ProblemMembers, type VectorDBError } from "./ClientError.ts"
 import type { ResolvedOptions, WebSocketLike } from "./ClientOptions.ts"
-import { Endpoints, unref } from "./Endpoints.ts"
+import { Endpoints, ref, unref } from "./Endpoints.ts"
 
 /** An event of the server, decoded. */
 export type WireEvent = Readonly<Record<string, unknown>> & { readonly event: string }
@@ -32,6 +35,8 @@ interface Pending {
   /** What it counts among those under way: a subscription, which is always under way, nothing. */
   readonly weight: 0 | 1
   timer: ReturnType<typeof setTimeout> | undefined
+  /** Until it is sent again, where the server has put it off. */
+  retry: ReturnType<typeof setTimeout> | undefined
   /** Sent on the connection that is open now. */
   sent: boolean
   attempts: number
@@ -98,6 +103,7 @@ export class Wire {
       deadlineAt: Date.now() + deadlineMillis,
       weight: deadlineMillis === Number.POSITIVE_INFINITY ? 0 : 1,
       timer: undefined,
+      retry: undefined,
       sent: false,
       attempts: 0
     }
@@ -147,7 +153,10 @@ export class Wire {
 
   #end(pending: Pending): void {
     clearTimeout(pending.timer)
+    clearTimeout(pending.retry)
     this.#calls.delete(pending.id)
+    // Nobody waits for the connection to be made anew.
+    if (this.#calls.size === 0) unref(this.#reconnect)
     this.#waiting.delete(pending)
     if (pending.sent) {
       pending.sent = false
@@ -176,7 +185,8 @@ export class Wire {
   }
 
   #connect(): void {
-    if (this.#closed || this.#connecting || this.#socket !== undefined || this.#reconnect !== undefined) return
+    if (this.#closed || this.#connecting || this.#socket !== undefined) return
+    if (this.#reconnect !== undefined) return ref(this.#reconnect)
     this.#connecting = true
     void this.#dial().catch((error: unknown) => {
       // A credential that could not be had, or an address that the platform refuses.
@@ -284,8 +294,8 @@ export class Wire {
     pending.attempts += 1
     pending.sent = false
     this.#sent -= pending.weight
-    setTimeout(() => {
-      if (this.#calls.has(pending.id) && !pending.sent) this.#submit(pending)
+    pending.retry = setTimeout(() => {
+      if (!pending.sent) this.#submit(pending)
     }, wait)
     this.#flush()
   }

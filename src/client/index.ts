@@ -50,6 +50,7 @@ export {
   type SubscribeCall,
   type TypedClient,
   VectorClient,
-  type VectorDBOptions
+  type VectorDBOptions,
+  type WriteCall
 } from "./VectorClient.ts"
 export { type EngineOptions, VectorDB } from "./VectorDB.ts"

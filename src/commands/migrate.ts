@@ -4,6 +4,7 @@ import { Command, Flag } from "effect/cli"
 import { defaultSettings, flagOf, settings, variableOf } from "../config.ts"
 import * as ClusterTables from "../shards/ClusterTables.ts"
 import { database, tablePrefix } from "../shards/PostgresCluster.ts"
+import { migrate as migrateDirectory } from "../shards/PostgresDirectory.ts"
 import { Refused } from "./Refused.ts"
 
 export const migrate = Command.make(
@@ -11,6 +12,10 @@ export const migrate = Command.make(
   {
     databaseUrl: Flag.String("database-url").pipe(
       Flag.withDescription(`Postgres of the cluster, as a role that may make tables (${variableOf("databaseUrl")})`),
+      Flag.optional
+    ),
+    directoryUrl: Flag.String("directory-url").pipe(
+      Flag.withDescription(`Postgres of the region's directory of cells (${variableOf("directoryUrl")})`),
       Flag.optional
     ),
     cell: Flag.String("cell").pipe(Flag.withDescription(`the cell (${variableOf("cell")})`), Flag.optional),
@@ -21,7 +26,7 @@ export const migrate = Command.make(
   },
   (given) =>
     Effect.gen(function* () {
-      const read = (name: "databaseUrl" | "cell") =>
+      const read = (name: "databaseUrl" | "directoryUrl" | "cell") =>
         Effect.try({
           try: () =>
             settings[name].parse(
@@ -29,6 +34,7 @@ export const migrate = Command.make(
             ),
           catch: (error) => new Refused({ message: `--${flagOf(name)}: ${(error as Error).message}` })
         })
+      const directoryUrl = yield* read("directoryUrl")
       const values = { ...defaultSettings, databaseUrl: yield* read("databaseUrl"), cell: yield* read("cell") }
       if (values.databaseUrl === "") {
         return yield* new Refused({ message: "--database-url: expected the cluster's Postgres" })
@@ -47,6 +53,16 @@ export const migrate = Command.make(
           ? `The tables of cell ${values.cell} have version ${to}: nothing to do.`
           : `The tables of cell ${values.cell} have version ${to} now${from === 0 ? "" : `, had ${from}`}.`
       )
+      if (directoryUrl !== "") {
+        yield* migrateDirectory(Option.getOrUndefined(given.grantTo)).pipe(
+          Effect.provide(database({ ...values, databaseUrl: directoryUrl })),
+          Effect.timeout(migrateMillisMax),
+          Effect.catchCause((cause) =>
+            Effect.fail(new Refused({ message: `the directory cannot be migrated: ${reasonOf(Cause.squash(cause))}` }))
+          )
+        )
+        yield* Console.log("The directory of cells has its tables.")
+      }
       if (Option.isSome(given.grantTo)) yield* Console.log(`Role ${given.grantTo.value} may use them.`)
     })
 ).pipe(Command.withDescription("Make the tables of a cluster in its database, or bring them up to date"))

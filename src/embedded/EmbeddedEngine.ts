@@ -25,11 +25,13 @@ import { type ApiError, type InvalidInput, toProblem } from "../protocol/Errors.
 import { CollectionName, decoderOf, MetadataObject, VectorId } from "../protocol/Fields.ts"
 import * as Limits from "../protocol/Limits.ts"
 import { anonymous } from "../protocol/Principal.ts"
+import { IdempotencyKey } from "../protocol/RequestId.ts"
 import { SearchRequest } from "../protocol/Search.ts"
 import type { SearchAnswer as RouterAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import { FollowRequest, SubscribeRequest } from "../protocol/Subscription.ts"
 import { ListenRequest, requests, type TopicOperation } from "../protocol/Topic.ts"
 import { DeleteRequest, InsertRequest } from "../protocol/Writes.ts"
+import { requestIdOf } from "../shards/RequestIds.ts"
 import type { Router } from "../shards/Router.ts"
 import type { StandingMember } from "../shards/StandingQueries.ts"
 
@@ -118,12 +120,13 @@ export const makeEmbeddedEngine = (
     )
 
   return {
-    insert: (items, { collection, ack, deadlineMillis }) =>
+    insert: (items, { collection, ack, deadlineMillis, idempotencyKey }) =>
       items.length === 0
         ? Effect.succeed(0)
         : Effect.suspend(() => {
             const request = { collection, vectors: items.map(plain), ...(ack === undefined ? {} : { ack }) }
-            return Effect.flatMap(decoded(decodeInsert(request)), ({ vectors }) =>
+            const both = Effect.all([decoded(decodeInsert(request)), requestIdOfKey(idempotencyKey)])
+            return Effect.flatMap(both, ([{ vectors }, requestId]) =>
               router.upsert(
                 collection,
                 vectors.map(({ id, vector, metadata }) => ({
@@ -131,19 +134,24 @@ export const makeEmbeddedEngine = (
                   vector,
                   metadata: metadata === undefined ? "" : JSON.stringify(metadata)
                 })),
-                ack
+                ack,
+                requestId
               )
             )
           }).pipe(call, within(deadlineMillis)),
-    patch: (id, metadata, { collection, deadlineMillis }) =>
+    patch: (id, metadata, { collection, deadlineMillis, idempotencyKey }) =>
       Effect.gen(function* () {
         const checked = yield* decoded(decodeMetadata(metadata))
         const name = yield* decoded(decodeName(collection))
-        const updated = yield* router.updateMetadata(name, yield* decoded(decodeId(id)), JSON.stringify(checked))
+        const requestId = yield* requestIdOfKey(idempotencyKey)
+        const vectorId = yield* decoded(decodeId(id))
+        const updated = yield* router.updateMetadata(name, vectorId, JSON.stringify(checked), requestId)
         return { metadata: parsed(updated.metadata), version: updated.version }
       }).pipe(call, within(deadlineMillis)),
-    remove: (ids, { collection, deadlineMillis }) =>
-      Effect.flatMap(decoded(decodeDelete({ collection, ids })), () => router.remove(collection, ids)).pipe(
+    remove: (ids, { collection, deadlineMillis, idempotencyKey }) =>
+      decoded(decodeDelete({ collection, ids })).pipe(
+        Effect.andThen(requestIdOfKey(idempotencyKey)),
+        Effect.flatMap((requestId) => router.remove(collection, ids, requestId)),
         call,
         within(deadlineMillis)
       ),
@@ -247,6 +255,7 @@ const decodeDelete = decoderOf(DeleteRequest)
 const decodeCollection = decoderOf(CollectionRequest)
 const decodeName = decoderOf(CollectionName, "collection")
 const decodeId = decoderOf(VectorId, "id")
+const decodeKey = decoderOf(IdempotencyKey, "idempotencyKey")
 const decodeMetadata = decoderOf(MetadataObject, "metadata")
 
 const decoded = <A>(result: Result.Result<A, InvalidInput>): Effect.Effect<A, InvalidInput> =>
@@ -289,8 +298,10 @@ const isPlain = (vector: Float32Array, { collection, k, ef }: SearchOptions): bo
   if (!(Number.isInteger(k) && k >= 1 && k <= Limits.kMax)) return false
   if (ef !== undefined && !(Number.isInteger(ef) && ef >= k && ef <= Limits.efMax)) return false
   if (vector.length === 0 || vector.length > Limits.dimensionsMax) return false
-  for (let i = 0; i < vector.length; i++) if (!Number.isFinite(vector[i])) return false
-  return true
+  // What is not finite makes a sum of nothings something.
+  let sum = 0
+  for (let i = 0; i < vector.length; i++) sum += 0 * (vector[i] as number)
+  return sum === 0
 }
 
 /** The name that was last found right. */
@@ -300,6 +311,11 @@ const deadlineOf = (millis: number): number => Math.max(1, Math.min(Limits.deadl
 
 /** Vectors are copied: the caller may change its own while they are under way. */
 const kept = (vector: Item["vector"]) => (vector instanceof Float32Array ? vector.slice() : vector)
+
+const requestIdOfKey = (key: string | undefined): Effect.Effect<string | undefined, InvalidInput> =>
+  key === undefined
+    ? Effect.undefined
+    : Effect.map(decoded(decodeKey(key)), (checked) => requestIdOf(anonymous.id, checked))
 
 const plain = ({ id, vector, metadata }: Item) => ({
   id,

@@ -18,6 +18,7 @@ import { Topics } from "../gateway/Topics.ts"
 import { defaultCollection } from "../protocol/Fields.ts"
 import { Admission } from "../shards/Admission.ts"
 import { CacheEvents } from "../shards/CacheEvents.ts"
+import { CellDirectory } from "../shards/CellDirectory.ts"
 import { ChangeFeeds } from "../shards/ChangeFeeds.ts"
 import * as Cluster from "../shards/Cluster.ts"
 import { LoadMeter } from "../shards/LoadMeter.ts"
@@ -65,9 +66,14 @@ const budgetedCaches = Layer.effectDiscard(
   })
 )
 
-/** A gateway owns no partition, and so has no thread for one. */
+/** A gateway owns no partition, and so has no thread for one. A program may bring threads of its own. */
 const vectorThreads = Layer.unwrap(
-  Effect.map(Settings, ({ role }) => (role === "gateway" ? VectorIndex.layerNone : VectorIndex.layer))
+  Effect.gen(function* () {
+    const own = yield* Effect.serviceOption(VectorIndex)
+    if (Option.isSome(own)) return Layer.succeed(VectorIndex, own.value)
+    const { role } = yield* Settings
+    return role === "gateway" ? VectorIndex.layerNone : VectorIndex.layer
+  })
 )
 
 /** The actors of every process, whatever it does besides. */
@@ -94,7 +100,7 @@ export const actors = Layer.unwrap(
   Layer.provideMerge(LoadMeter.layer),
   Layer.provideMerge(Admission.layer),
   Layer.provideMerge(Layer.mergeAll(LocalActors.layer, CacheEvents.layer, Shedding.layer)),
-  Layer.provideMerge(Cluster.layer),
+  Layer.provideMerge(Layer.merge(Cluster.layer, CellDirectory.layer)),
   Layer.provideMerge(PartitionForms.layer),
   Layer.provideMerge(resultStore),
   Layer.provideMerge(budgetedCaches),

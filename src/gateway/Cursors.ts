@@ -3,8 +3,9 @@
  * authenticated: bound to who was given it and to what it was given for, which are not in it, so that another's, or one
  * for something else, is as good as a forged one, and the difference is not told.
  *
- * Text: base64url of a format byte, the first 16 bytes of HMAC-SHA-256 over binding and payload, and the payload. The
- * payload is by partition the position in its log; of a standing query also its members, each as 48 bits of a keyed hash
+ * Text: base64url of a format byte, the first 16 bytes of AMAC with SHA-512/256 (Bellare, Bernstein, Tessaro, 2016: the hash
+ * of key and message, cut) over binding and payload, and the payload. Each event of each subscription has one, and HMAC
+ * takes two hashes for it. The payload is by partition the position in its log; of a standing query also its members, each as 48 bits of a keyed hash
  * of its id and 32 bits of one of its version and score.
  */
 import { createHmac, createSecretKey, hash, randomBytes, timingSafeEqual } from "node:crypto"
@@ -83,7 +84,7 @@ const sharedSecret: Effect.Effect<Buffer, StoreFailure, ObjectStore> = Effect.ge
   )
 }).pipe(Effect.retry({ times: 3 }))
 
-const format = 1
+const format = 2
 const macBytes = 16
 const headBytes = 1 + macBytes
 const memberBytes = 10
@@ -91,7 +92,7 @@ const memberBytes = 10
 const make = (secret: Buffer): Cursors["Service"] => {
   /** One key for each use. */
   const keyFor = (use: string) => createHmac("sha256", secret).update(use).digest()
-  const macOf = hmacSha256(keyFor("cursor"))
+  const macOf = amacSha512(keyFor("cursor"))
   const signKey = createSecretKey(keyFor("text"))
   const idSalt = keyFor("id").toString("base64url")
   const members = new WeakMap<CursorMember, { readonly id: number; readonly state: number }>()
@@ -99,7 +100,7 @@ const make = (secret: Buffer): Cursors["Service"] => {
   const seal = (binding: Binding, writer: Writer): string => {
     const bytes = writer.bytes()
     bytes[0] = format
-    macOf(binding, bytes.subarray(headBytes)).copy(bytes, 1, 0, macBytes)
+    bytes.write(macOf(binding, bytes, headBytes), 1, macBytes, "latin1")
     return bytes.toString("base64url")
   }
 
@@ -109,7 +110,7 @@ const make = (secret: Buffer): Cursors["Service"] => {
     // Bits of the last character that say nothing make no other cursor.
     if (bytes.length < headBytes || bytes[0] !== format || bytes.toString("base64url") !== text) return undefined
     const payload = bytes.subarray(headBytes)
-    const right = macOf(binding, payload).subarray(0, macBytes)
+    const right = Buffer.from(macOf(binding, bytes, headBytes), "latin1").subarray(0, macBytes)
     return timingSafeEqual(right, bytes.subarray(1, headBytes)) ? payload : undefined
   }
 
@@ -195,21 +196,18 @@ const make = (secret: Buffer): Cursors["Service"] => {
 const idHashesMax = 4_096
 
 /**
- * HMAC-SHA-256 (RFC 2104) of two parts, one after the other, by the one-shot hash: `createHmac` makes an object of the
- * engine's for each, whose collection costs more than the hashing.
+ * The hash of a key and of two parts, the second from a place on, as a text of its bytes: a buffer of the engine's for each
+ * would cost as much again when it is collected. The key fills a block, so that all that is hashed after it depends on it.
  */
-const hmacSha256 = (key: Buffer): ((first: Uint8Array, second: Uint8Array) => Buffer) => {
-  const block = 64
-  const padded = (pad: number) => Buffer.alloc(block, pad).map((byte, i) => byte ^ (key[i] ?? 0)) as Buffer
-  const outer = Buffer.concat([padded(0x5c), Buffer.alloc(32)])
-  let inner = Buffer.concat([padded(0x36), Buffer.alloc(1_024)])
-  return (first, second) => {
-    const length = block + first.length + second.length
-    if (length > inner.length) inner = Buffer.concat([inner.subarray(0, block), Buffer.alloc(length)])
-    inner.set(first, block)
-    inner.set(second, block + first.length)
-    outer.set(hash("sha256", inner.subarray(0, length), "buffer"), block)
-    return hash("sha256", outer, "buffer")
+const amacSha512 = (key: Buffer): ((first: Uint8Array, second: Uint8Array, from: number) => string) => {
+  const block = 128
+  let all = Buffer.concat([key, Buffer.alloc(block - key.length + 1_024)])
+  return (first, second, from) => {
+    const length = block + first.length + second.length - from
+    if (length > all.length) all = Buffer.concat([all.subarray(0, block), Buffer.alloc(length)])
+    all.set(first, block)
+    all.set(from === 0 ? second : second.subarray(from), block + first.length)
+    return hash("sha512-256", all.subarray(0, length), "binary")
   }
 }
 

@@ -53,7 +53,8 @@ export const notFoundResponse = (
   own: { readonly of: Collection; readonly tag: string } | undefined
 ): HttpServerResponse.HttpServerResponse => {
   const response = problemResponse(error)
-  if (policy.httpCache === "off") return response
+  // Where a collection lives may change, and is told with another status.
+  if (policy.httpCache === "off" || response.status !== 404) return response
   return HttpServerResponse.setHeaders(
     response,
     own === undefined ? keptFor(policy, seconds) : cacheHeaders(policy, own.of, seconds, own.tag)

@@ -18,6 +18,7 @@ import { RuvectorApi } from "../protocol/HttpApi.ts"
 import { overloadedBy, Shedding } from "../shards/Shedding.ts"
 import { addressOf, Callers, callerOf } from "./Callers.ts"
 import { ClientAddresses } from "./ClientAddresses.ts"
+import * as ClusterApi from "./ClusterApi.ts"
 import { GrpcHandler } from "./GrpcHandler.ts"
 import { countRefusal, countRequest } from "./Instruments.ts"
 import * as OnePort from "./OnePort.ts"
@@ -58,7 +59,9 @@ export class HttpGateway extends Context.Service<
       // Requests under way live in a scope of their own, which is closed after the drain below has waited for them.
       const handlers = yield* Scope.fork(yield* Effect.scope, "parallel")
 
-      const app = yield* HttpRouter.toHttpEffect(Layer.mergeAll(RestApi.layer, Operations.layer, RpcGateway.layer))
+      const app = yield* HttpRouter.toHttpEffect(
+        Layer.mergeAll(RestApi.layer, Operations.layer, ClusterApi.layer, RpcGateway.layer)
+      )
       const answered = Effect.gen(function* () {
         const request = yield* HttpServerRequest.HttpServerRequest
         const started = performance.now()
@@ -168,6 +171,8 @@ export class HttpGateway extends Context.Service<
           }
         })
       )
+      const shown = settings.host.includes(":") ? `[${settings.host}]` : settings.host
+      yield* ClusterApi.reporting(`${settings.tlsCert === "" ? "http" : "https"}://${shown}:${port.address.port}`)
       return HttpGateway.of({ host: settings.host, port: port.address.port })
     })
   ).pipe(
@@ -183,10 +188,11 @@ export class HttpGateway extends Context.Service<
         urlCredentials: (path) =>
           path.startsWith(streamPaths) ||
           path === TiersApi.eventsPath ||
+          path === Operations.loadEventsPath ||
           path === WebSocketGateway.path ||
           RpcGateway.webSockets.includes(path),
         ownRefusals: (path) => RpcGateway.calls.includes(path),
-        operators: new Set(["/metrics", Operations.loadPath])
+        operators: new Set(["/metrics", Operations.loadPath, Operations.loadEventsPath, ClusterApi.clusterPath])
       })
     ),
     Layer.provide(ClientAddresses.layer),
@@ -214,7 +220,14 @@ const notGateway = new StorageUnavailable({
 })
 
 /** Answered whatever the load: a load balancer, and whoever looks into it, has to know. */
-const operatorPaths = new Set(["/health/live", "/health/ready", "/metrics", Operations.loadPath])
+const operatorPaths = new Set([
+  "/health/live",
+  "/health/ready",
+  "/metrics",
+  Operations.loadPath,
+  Operations.loadEventsPath,
+  ClusterApi.clusterPath
+])
 
 const rpcPaths = new Set<string>(RpcGateway.paths)
 
@@ -244,9 +257,12 @@ const patterns: ReadonlyArray<{
     "/health/live",
     "/health/ready",
     Operations.loadPath,
+    Operations.loadEventsPath,
+    ClusterApi.clusterPath,
     ...Sse.paths,
     WebSocketGateway.path
   ].map((path) => ({ route: path.replace("/api/v1/", ""), pattern: new RegExp(`^${path}$`), methods: ["GET"] })),
+  { route: "cluster/release", pattern: new RegExp(`^${ClusterApi.releasePath}$`), methods: ["POST"] },
   ...RpcGateway.paths.map((path) => ({
     route: path.replace("/api/v1/", ""),
     pattern: new RegExp(`^${path}$`),

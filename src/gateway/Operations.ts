@@ -1,8 +1,9 @@
-/** Routes for operators: `/health/live`, `/health/ready`, `/metrics`, `/api/v1/load`; and `/`, which says what this is. */
+/** Routes for operators: `/health/live`, `/health/ready`, `/metrics`, `/api/v1/load` and its events; and `/`, which says what this is. */
 import { monitorEventLoopDelay } from "node:perf_hooks"
 import { Context, Effect, Metric } from "effect"
-import { HttpRouter, HttpServerResponse } from "effect/http"
+import { HttpRouter, HttpServerRequest, HttpServerResponse } from "effect/http"
 import { PrometheusMetrics } from "effect/observability"
+import { Settings } from "../config.ts"
 import { LocalActors } from "../shards/LocalActors.ts"
 import { ResultCache } from "../shards/ResultCache.ts"
 import { Shedding } from "../shards/Shedding.ts"
@@ -11,17 +12,21 @@ import { RecordCache, recordCacheMetrics } from "../tiers/RecordCache.ts"
 import { VectorIndex } from "../tiers/VectorIndex.ts"
 import { WarmStore, warmMetrics } from "../tiers/WarmStore.ts"
 import { Load } from "./Load.ts"
+import * as NodeEvents from "./NodeEvents.ts"
 import { problemResponse } from "./Problems.ts"
 import { Readiness } from "./Readiness.ts"
 import { Sessions } from "./Sessions.ts"
 
 /** What the node carries, and what it sheds for it. */
 export const loadPath = "/api/v1/load"
+/** Changes of what is shed, as they come. */
+export const loadEventsPath = "/api/v1/load/events"
 
 const gauge = (name: string, description: string) => Metric.gauge(name, { description })
 
 const gauges = {
   residentPartitions: gauge("ruvector_partitions_resident", "Partitions resident in this process"),
+  quarantined: gauge("ruvector_partitions_quarantined", "Partitions not opened for a while, since they kept failing"),
   sessions: gauge("ruvector_sessions", "Open stream sessions of this process"),
   sessionsResident: gauge("ruvector_sessions_resident", "Stream sessions resident in this process"),
   ready: gauge("ruvector_ready", "1 when this node is ready for requests"),
@@ -48,6 +53,7 @@ const gauges = {
 /** Routes of the operators' wire. */
 export const layer = HttpRouter.use(
   Effect.fnUntraced(function* (router) {
+    const settings = yield* Settings
     const readiness = yield* Readiness
     const load = yield* Load
     const shedding = yield* Shedding
@@ -91,6 +97,14 @@ export const layer = HttpRouter.use(
     )
     yield* router.add(
       "GET",
+      loadEventsPath,
+      Effect.gen(function* () {
+        const request = yield* HttpServerRequest.HttpServerRequest
+        return yield* NodeEvents.follow("load", request, load.events, readiness, settings)
+      }).pipe(Effect.catch((error) => Effect.succeed(problemResponse(error))))
+    )
+    yield* router.add(
+      "GET",
       "/metrics",
       Effect.gen(function* () {
         results.report()
@@ -99,6 +113,7 @@ export const layer = HttpRouter.use(
         recordCacheMetrics(cache)
         warmMetrics(yield* warm.state)
         set(gauges.residentPartitions, local.partitions.size)
+        set(gauges.quarantined, local.quarantined().length)
         set(gauges.sessions, sessions.count())
         set(gauges.sessionsResident, local.sessions.size)
         set(gauges.ready, readiness.get().state === "ready" ? 1 : 0)

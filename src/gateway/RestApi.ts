@@ -8,6 +8,7 @@ import { type Collection, CollectionRequest, InvalidateRequest } from "../protoc
 import { type ApiError, InvalidInput } from "../protocol/Errors.ts"
 import { CollectionName, decoderOf, defaultCollection, VectorId } from "../protocol/Fields.ts"
 import { RoutedApi, RuvectorApi } from "../protocol/HttpApi.ts"
+import { IdempotencyKey } from "../protocol/RequestId.ts"
 import { shownCollection } from "../protocol/Tenant.ts"
 import { DeleteRequest, InsertRequest, PatchRequest } from "../protocol/Writes.ts"
 import { searchTag, vectorTag } from "../shards/CacheTags.ts"
@@ -40,6 +41,7 @@ const decodeInvalidate = decoderOf(InvalidateRequest)
 const decodeName = decoderOf(CollectionName, "name")
 const decodeCollectionParameter = decoderOf(CollectionName, "collection")
 const decodeId = decoderOf(VectorId, "id")
+const decodeKey = decoderOf(IdempotencyKey, "idempotency_key")
 
 const json = (text: string, status = 200) =>
   HttpServerResponse.text(text, { status, contentType: "application/json", headers: noStore })
@@ -129,7 +131,8 @@ const Vectors = HttpApiBuilder.group(
             vector,
             metadata: metadata === undefined ? "" : JSON.stringify(metadata)
           }))
-          const inserted = yield* routerOf(request).upsert(collection ?? defaultCollection, records, ack)
+          const key = yield* idempotencyKey(request)
+          const inserted = yield* routerOf(request).upsert(collection ?? defaultCollection, records, ack, key)
           return json(`{"inserted":${inserted}}`)
         }).pipe(failed)
       )
@@ -160,7 +163,8 @@ const Vectors = HttpApiBuilder.group(
           const id = yield* Effect.fromResult(decodeId(params.id))
           const collection = yield* collectionParameter(request)
           const { metadata } = yield* Effect.fromResult(decodePatch(yield* Bodies.json(request, settings)))
-          const updated = yield* routerOf(request).updateMetadata(collection, id, JSON.stringify(metadata))
+          const key = yield* idempotencyKey(request)
+          const updated = yield* routerOf(request).updateMetadata(collection, id, JSON.stringify(metadata), key)
           return json(
             `{"vector_id":${JSON.stringify(id)},"metadata":${updated.metadata || "{}"},"version":"${updated.version}"}`
           )
@@ -169,14 +173,16 @@ const Vectors = HttpApiBuilder.group(
       .handleRaw("deleteVector", ({ params, request }) =>
         Effect.gen(function* () {
           const id = yield* Effect.fromResult(decodeId(params.id))
-          yield* routerOf(request).remove(yield* collectionParameter(request), [id])
+          const key = yield* idempotencyKey(request)
+          yield* routerOf(request).remove(yield* collectionParameter(request), [id], key)
           return noContent
         }).pipe(failed)
       )
       .handleRaw("deleteVectors", ({ request }) =>
         Effect.gen(function* () {
           const { collection, ids } = yield* Effect.fromResult(decodeDelete(yield* Bodies.json(request, settings)))
-          const deleted = yield* routerOf(request).remove(collection ?? defaultCollection, ids)
+          const key = yield* idempotencyKey(request)
+          const deleted = yield* routerOf(request).remove(collection ?? defaultCollection, ids, key)
           return json(`{"deleted":${deleted}}`)
         }).pipe(failed)
       )
@@ -254,6 +260,15 @@ export const layer = Layer.mergeAll(
 const parametersOf = (request: HttpServerRequest.HttpServerRequest): URLSearchParams => {
   const at = request.url.indexOf("?")
   return new URLSearchParams(at === -1 ? "" : request.url.slice(at + 1))
+}
+
+/** The client's key of the request. Quotes around it, which a structured header has, are not of it. */
+const idempotencyKey = (
+  request: HttpServerRequest.HttpServerRequest
+): Effect.Effect<string | undefined, InvalidInput> => {
+  const given = request.headers["idempotency-key"]
+  if (given === undefined) return Effect.undefined
+  return Effect.fromResult(decodeKey(/^"(.*)"$/.exec(given)?.[1] ?? given))
 }
 
 const collectionParameter = (request: HttpServerRequest.HttpServerRequest): Effect.Effect<string, InvalidInput> => {

@@ -269,14 +269,14 @@ export const layer = RuvectorRpcs.toLayer(
       DeleteCollection: unary("DeleteCollection", ({ name }, router) => router.deleteCollection(name)),
       Insert: unary(
         "Insert",
-        Effect.fnUntraced(function* ({ ack, collection = defaultCollection, vectors }, router) {
+        Effect.fnUntraced(function* ({ ack, collection = defaultCollection, idempotency_key, vectors }, router) {
           yield* checkBatch("vectors", vectors)
           const records: Array<{ id: string; vector: Float32Array; metadata: string }> = []
           for (const { id, vector, metadata } of vectors) {
             const field = `vectors[${records.length}].metadata`
             records.push({ id, vector, metadata: metadata === undefined ? "" : yield* metadataText(metadata, field) })
           }
-          return { inserted: yield* router.upsert(collection, records, ack) }
+          return { inserted: yield* router.upsert(collection, records, ack, idempotency_key) }
         })
       ),
       Search: unary("Search", (payload, router, { principal, source }) =>
@@ -325,16 +325,17 @@ export const layer = RuvectorRpcs.toLayer(
       ),
       UpdateMetadata: unary(
         "UpdateMetadata",
-        Effect.fnUntraced(function* ({ collection = defaultCollection, id, metadata }, router) {
-          const updated = yield* router.updateMetadata(collection, id, yield* metadataText(metadata, "metadata"))
+        Effect.fnUntraced(function* ({ collection = defaultCollection, id, idempotency_key, metadata }, router) {
+          const patch = yield* metadataText(metadata, "metadata")
+          const updated = yield* router.updateMetadata(collection, id, patch, idempotency_key)
           return { vector_id: id, metadata: updated.metadata || "{}", version: updated.version }
         })
       ),
       Delete: unary(
         "Delete",
-        Effect.fnUntraced(function* ({ collection = defaultCollection, ids }, router) {
+        Effect.fnUntraced(function* ({ collection = defaultCollection, idempotency_key, ids }, router) {
           yield* checkBatch("ids", ids)
-          return { deleted: yield* router.remove(collection, ids) }
+          return { deleted: yield* router.remove(collection, ids, idempotency_key) }
         })
       ),
       Warm: unary("Warm", (request, _, { principal }) => {

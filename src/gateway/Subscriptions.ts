@@ -334,43 +334,23 @@ class AnswerTexts {
   }
 }
 
-class AnswerDelivery implements Delivery {
+/** What deliveries have in common: they are told of until they are closed, by their reader or by what was lost. */
+abstract class OpenDelivery implements Delivery {
   readonly policy: SlowPolicy
-  readonly #texts: AnswerTexts
-  readonly #state: () => StandingState
   readonly #listener: DeliveryListener
   readonly #onClose: () => void
-  #known: KnownMembers | undefined
-  #sent: Members | undefined
   #closed = false
 
-  constructor(
-    texts: AnswerTexts,
-    state: () => StandingState,
-    known: KnownMembers | undefined,
-    policy: SlowPolicy | undefined,
-    listener: DeliveryListener,
-    onClose: () => void
-  ) {
+  constructor(policy: SlowPolicy | undefined, listener: DeliveryListener, onClose: () => void) {
     this.policy = policy ?? "coalesce"
-    this.#texts = texts
-    this.#state = state
-    this.#known = known
     this.#listener = listener
     this.#onClose = onClose
   }
 
-  readonly next = (): StreamEvent | undefined => {
-    if (this.#closed) return undefined
-    const state = this.#state()
-    const sent = this.#sent
-    if (sent === state.members) return undefined
-    this.#sent = state.members
-    if (sent !== undefined) return this.#texts.step(sent, state)
-    const known = this.#known
-    this.#known = undefined
-    return known === undefined ? this.#texts.subscribed(state) : this.#texts.resumed(known, state)
-  }
+  /** The next event, while it is open. */
+  protected abstract event(): StreamEvent | undefined
+
+  readonly next = (): StreamEvent | undefined => (this.#closed ? undefined : this.event())
 
   readonly close = (): void => {
     if (this.#closed) return
@@ -386,6 +366,38 @@ class AnswerDelivery implements Delivery {
     if (this.#closed) return
     this.close()
     this.#listener.onLost(error)
+  }
+}
+
+class AnswerDelivery extends OpenDelivery {
+  readonly #texts: AnswerTexts
+  readonly #state: () => StandingState
+  #known: KnownMembers | undefined
+  #sent: Members | undefined
+
+  constructor(
+    texts: AnswerTexts,
+    state: () => StandingState,
+    known: KnownMembers | undefined,
+    policy: SlowPolicy | undefined,
+    listener: DeliveryListener,
+    onClose: () => void
+  ) {
+    super(policy, listener, onClose)
+    this.#texts = texts
+    this.#state = state
+    this.#known = known
+  }
+
+  protected override event(): StreamEvent | undefined {
+    const state = this.#state()
+    const sent = this.#sent
+    if (sent === state.members) return undefined
+    this.#sent = state.members
+    if (sent !== undefined) return this.#texts.step(sent, state)
+    const known = this.#known
+    this.#known = undefined
+    return known === undefined ? this.#texts.subscribed(state) : this.#texts.resumed(known, state)
   }
 }
 
@@ -413,14 +425,10 @@ class FeedTexts {
   }
 }
 
-class FeedDelivery implements Delivery {
-  readonly policy: SlowPolicy
+class FeedDelivery extends OpenDelivery {
   readonly #texts: FeedTexts
   readonly #follower: ChangeFollower
-  readonly #listener: DeliveryListener
-  readonly #onClose: () => void
   #begun = false
-  #closed = false
 
   constructor(
     texts: FeedTexts,
@@ -429,15 +437,12 @@ class FeedDelivery implements Delivery {
     listener: DeliveryListener,
     onClose: () => void
   ) {
-    this.policy = policy ?? "coalesce"
+    super(policy, listener, onClose)
     this.#texts = texts
     this.#follower = follower
-    this.#listener = listener
-    this.#onClose = onClose
   }
 
-  readonly next = (): StreamEvent | undefined => {
-    if (this.#closed) return undefined
+  protected override event(): StreamEvent | undefined {
     if (!this.#begun) {
       this.#begun = true
       return StreamEvents.feed("following", this.#texts.cursor(this.#follower.state()))
@@ -447,21 +452,5 @@ class FeedDelivery implements Delivery {
     return followed.kind === "change"
       ? this.#texts.change(followed.change, followed.state)
       : StreamEvents.feed("resync", this.#texts.cursor(followed.state))
-  }
-
-  readonly close = (): void => {
-    if (this.#closed) return
-    this.#closed = true
-    this.#onClose()
-  }
-
-  changed(): void {
-    if (!this.#closed) this.#listener.onReady()
-  }
-
-  lost(error: ApiError): void {
-    if (this.#closed) return
-    this.close()
-    this.#listener.onLost(error)
   }
 }

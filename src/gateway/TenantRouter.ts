@@ -11,11 +11,13 @@ import { type ApiError, Forbidden } from "../protocol/Errors.ts"
 import { defaultTenant, type Principal, type Scope } from "../protocol/Principal.ts"
 import type { SessionQuery } from "../protocol/StreamSession.ts"
 import { shownError, shownName, storedName, tenantOf } from "../protocol/Tenant.ts"
+import { requestIdOf } from "../shards/RequestIds.ts"
 import { Router } from "../shards/Router.ts"
 import { Access } from "./Access.ts"
 
 type Routes = Router["Service"]
 
+/** Writes take the client's key of the request, if it gave one, in place of the `Router`'s id. */
 export interface TenantView
   extends Pick<
     Routes,
@@ -76,6 +78,10 @@ const viewOf = (router: Routes, access: Access["Service"], caller: Principal): T
   const isVisible = (of: Collection): boolean =>
     tenantOf(of.name) === tenant && (caller.collections === undefined || caller.collections.has(shownName(of.name)))
 
+  /** What of a client's key is known inside; another caller's same key is another. */
+  const requestIdFor = (key: string | undefined): string | undefined =>
+    key === undefined ? undefined : requestIdOf(`${tenant}/${caller.id}`, key)
+
   return {
     createCollection: (name, request) =>
       Effect.suspend((): ReturnType<TenantView["createCollection"]> => {
@@ -95,10 +101,12 @@ const viewOf = (router: Routes, access: Access["Service"], caller: Principal): T
     deleteCollection: (name) => within("admin", name, router.deleteCollection),
     count: (of) => shown(router.count(of)),
     revision: router.revision,
-    upsert: (name, records, ack) => within("write", name, (stored) => router.upsert(stored, records, ack)),
+    upsert: (name, records, ack, key) =>
+      within("write", name, (stored) => router.upsert(stored, records, ack, requestIdFor(key))),
     get: (name, id) => within("read", name, (stored) => router.get(stored, id)),
-    updateMetadata: (name, id, patch) => within("write", name, (stored) => router.updateMetadata(stored, id, patch)),
-    remove: (name, ids) => within("write", name, (stored) => router.remove(stored, ids)),
+    updateMetadata: (name, id, patch, key) =>
+      within("write", name, (stored) => router.updateMetadata(stored, id, patch, requestIdFor(key))),
+    remove: (name, ids, key) => within("write", name, (stored) => router.remove(stored, ids, requestIdFor(key))),
     search: (query) => within("read", query.collection, () => router.search(storedQuery(caller, query))),
     searchByUrl: (query) => within("read", query.collection, () => router.searchByUrl(storedQuery(caller, query))),
     invalidate: (name, request) =>

@@ -467,7 +467,9 @@ export class WebSocketConnection implements SessionOwner, FrameSource {
       vector,
       metadata: metadata === undefined ? "" : JSON.stringify(metadata)
     }))
-    const insert = this.#hub.tenants.of(this.#caller).upsert(frame.collection ?? defaultCollection, records, frame.ack)
+    const insert = this.#hub.tenants
+      .of(this.#caller)
+      .upsert(frame.collection ?? defaultCollection, records, frame.ack, frame.idempotency_key)
     this.#start("insert", frame.id, session, 0, insert, envelope, (inserted) =>
       this.write(`{"event":"inserted","inserted":${inserted}${envelope}}`)
     )

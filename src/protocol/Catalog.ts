@@ -16,7 +16,7 @@ export const Catalog = Entity.make("Catalog", [
   Rpc.make("Create", {
     payload: { name: StoredCollectionName, request: CollectionRequest },
     success: Schema.Struct({ collection: Collection, created: Schema.Boolean }),
-    error: Schema.Union([CollectionConflict, StorageUnavailable, Overloaded, InvalidInput])
+    error: Schema.Union([CollectionConflict, CollectionNotFound, StorageUnavailable, Overloaded, InvalidInput])
   }),
   Rpc.make("Read", {
     payload: { name: StoredCollectionName },

@@ -40,9 +40,11 @@ export class AuthenticationUnavailable extends Schema.TaggedError<Authentication
 /** 404: no API key of that id, of those that the caller may see. */
 export class KeyNotFound extends Schema.TaggedError<KeyNotFound>()("KeyNotFound", { id: Schema.String }) {}
 
-/** 404: no collection of that name. */
+/** 404: no collection of that name; or 421, where it lives in another cell. */
 export class CollectionNotFound extends Schema.TaggedError<CollectionNotFound>()("CollectionNotFound", {
-  collection: Schema.String
+  collection: Schema.String,
+  /** That cell, and the address of its gateways. */
+  elsewhere: Schema.optionalKey(Schema.Struct({ cell: Schema.String, url: Schema.String }))
 }) {}
 
 /** 404: no vector of that id in the collection. */
@@ -206,6 +208,9 @@ export const Problem = Schema.Struct({
   field: Schema.optionalKey(Schema.String),
   expected: Schema.optionalKey(Schema.String),
   got: Schema.optionalKey(Schema.String),
+  /** With 421: the cell that has it, and the address to ask instead. */
+  cell: Schema.optionalKey(Schema.String),
+  location: Schema.optionalKey(Schema.String),
   /** With 429 and 503, beside the `Retry-After` header. */
   retry_after_ms: Schema.optionalKey(Schema.Int),
   request_id: Schema.optionalKey(Schema.String)
@@ -216,6 +221,7 @@ export type Problem = typeof Problem.Type
 export type ProblemCode =
   | "authentication_unavailable"
   | "collection_conflict"
+  | "collection_elsewhere"
   | "collection_not_found"
   | "deadline_exceeded"
   | "forbidden"
@@ -308,6 +314,15 @@ export const toProblem = (error: ApiError): Problem => {
         { field: error.by, expected: `at most ${error.limit} a second`, retry_after_ms: error.retryAfterMillis }
       )
     case "CollectionNotFound":
+      if (error.elsewhere !== undefined) {
+        const { cell, url } = error.elsewhere
+        const detail = `Collection ${JSON.stringify(error.collection)} lives in cell ${cell}: ask ${url}.`
+        return problem(421, "collection_elsewhere", "Collection elsewhere", detail, {
+          field: "collection",
+          cell,
+          location: url
+        })
+      }
       return problem(
         404,
         "collection_not_found",

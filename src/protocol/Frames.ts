@@ -6,6 +6,7 @@
 import { Schema } from "effect"
 import { Ack, ClientId, CollectionName, Credits, MetadataObject, VectorFromNumbers, VectorId } from "./Fields.ts"
 import * as Limits from "./Limits.ts"
+import { IdempotencyKey } from "./RequestId.ts"
 import { SearchFrame } from "./Search.ts"
 import { requests, type TopicOperation } from "./Topic.ts"
 
@@ -25,7 +26,9 @@ export const InsertFrame = Schema.Struct({
       }
     )
   ),
-  ack: Schema.optionalKey(Ack)
+  ack: Schema.optionalKey(Ack),
+  /** Under which it is done once. */
+  idempotency_key: Schema.optionalKey(IdempotencyKey)
 })
 export type InsertFrame = typeof InsertFrame.Type
 

@@ -131,8 +131,12 @@ const CollectionsGroup = HttpApiGroup.make("collections").add(
   })
 )
 
+/** A key under which a write is done once. */
+const keyed = { headers: { "idempotency-key": Schema.optionalKey(Schema.String) } }
+
 const VectorsGroup = HttpApiGroup.make("vectors").add(
   HttpApiEndpoint.post("insert", "/api/v1/insert", {
+    ...keyed,
     payload: documented.insert,
     success: Schema.Struct({ inserted: Schema.Int }),
     error: notFound
@@ -152,6 +156,7 @@ const VectorsGroup = HttpApiGroup.make("vectors").add(
     error: notFound
   }),
   HttpApiEndpoint.patch("updateMetadata", "/api/v1/vectors/:id", {
+    ...keyed,
     params: id,
     query: collection,
     payload: documented.patch,
@@ -159,12 +164,14 @@ const VectorsGroup = HttpApiGroup.make("vectors").add(
     error: notFound
   }),
   HttpApiEndpoint.delete("deleteVector", "/api/v1/vectors/:id", {
+    ...keyed,
     params: id,
     query: collection,
     success: HttpApiSchema.NoContent,
     error: notFound
   }),
   HttpApiEndpoint.post("deleteVectors", "/api/v1/delete", {
+    ...keyed,
     payload: DeleteRequest,
     success: Schema.Struct({ deleted: Schema.Int }),
     error: notFound

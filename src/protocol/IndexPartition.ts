@@ -2,7 +2,7 @@
  * Messages of the `IndexPartition` entity: one slice of a collection. Its id is `<collection name>/<uid>/<partition>`, so
  * that a collection made anew under an old name has other partitions.
  *
- * Calls are at least once: every mutation is idempotent by the versions its records carry.
+ * Calls are at least once: a mutation that carries a request's id is done once, whoever delivers it again (`RequestId.ts`).
  */
 import { Schema } from "effect"
 import * as ClusterSchema from "effect/cluster/ClusterSchema"
@@ -19,6 +19,7 @@ import {
   VectorNotFound
 } from "./Errors.ts"
 import { Ack, Float32FromBytes, VectorFromBytes } from "./Fields.ts"
+import { RequestId } from "./RequestId.ts"
 import { PartitionWatch, WatchChange } from "./StandingQuery.ts"
 import { VersionText } from "./Version.ts"
 
@@ -140,23 +141,25 @@ export class Compacted extends Schema.TaggedError<Compacted>()("Compacted", { ol
 /** The shards that partitions are in. */
 export const partitionsGroup = "partitions"
 
+const requested = { requestId: Schema.optionalKey(RequestId) }
+
 export const IndexPartition = Entity.make("IndexPartition", [
   /** Makes the partition resident and waits until it is. */
   Rpc.make("Activate", { success: PartitionStats, error: PartitionError }),
   /** All or nothing, in the order given. */
   Rpc.make("Upsert", {
-    payload: { records: Schema.Array(UpsertRecord), ack: Schema.optionalKey(Ack) },
+    payload: { records: Schema.Array(UpsertRecord), ack: Schema.optionalKey(Ack), ...requested },
     success: Schema.Struct({ inserted: Schema.Int }),
     error: PartitionError
   }),
   /** Sets the fields of `patch` (JSON text of an object); `null` removes one. */
   Rpc.make("UpdateMetadata", {
-    payload: { id: Schema.String, patch: Schema.String },
+    payload: { id: Schema.String, patch: Schema.String, ...requested },
     success: Schema.Struct({ metadata: Schema.String, version: VersionText }),
     error: Schema.Union([PartitionError, VectorNotFound])
   }),
   Rpc.make("Delete", {
-    payload: { ids: Schema.Array(Schema.String) },
+    payload: { ids: Schema.Array(Schema.String), ...requested },
     success: Schema.Struct({ deleted: Schema.Int }),
     error: PartitionError
   }),
@@ -191,6 +194,8 @@ export const IndexPartition = Entity.make("IndexPartition", [
     error: PartitionError,
     stream: true
   }),
+  /** Ends its quarantine: it is opened when it is next asked for something. Answers whether it was in one. */
+  Rpc.make("Release", { success: Schema.Boolean }),
   /** Deactivates the partition and deletes its objects. Only the Catalog asks this. */
   Rpc.make("Remove", { payload: { collection: Collection }, success: Schema.Void, error: PartitionError })
 ]).annotate(ClusterSchema.ShardGroup, () => partitionsGroup)

@@ -36,6 +36,9 @@ export const partitionsMax = 256
 /** Bytes of one record's metadata, as JSON. */
 export const metadataBytesMax = 65_536
 
+/** Characters of a client's key for a request. */
+export const idempotencyKeyMax = 200
+
 /** Levels of nesting of metadata and of filters. */
 export const nestingMax = 16
 

@@ -11,6 +11,7 @@ import { Rpc, RpcGroup } from "effect/rpc"
 import { CollectionInfo } from "./Collection.ts"
 import { ApiError } from "./Errors.ts"
 import * as Fields from "./Fields.ts"
+import { IdempotencyKey } from "./RequestId.ts"
 import { Cursor, FollowFrom } from "./Subscription.ts"
 import { TierEvent } from "./TierPromoter.ts"
 import * as Topic from "./Topic.ts"
@@ -37,6 +38,9 @@ const CollectionName = text(Fields.CollectionName)
 const VectorId = text(Fields.VectorId)
 
 const collection = { collection: Schema.optionalKey(CollectionName) }
+
+/** A key under which a write is done once. */
+const keyed = { idempotency_key: Schema.optionalKey(text(IdempotencyKey)) }
 
 const search = {
   ...collection,
@@ -349,7 +353,8 @@ export const RuvectorRpcs = RpcGroup.make(
           metadata: Schema.optionalKey(Schema.String)
         })
       ),
-      ack: Schema.optionalKey(Fields.Ack)
+      ack: Schema.optionalKey(Fields.Ack),
+      ...keyed
     },
     success: Schema.Struct({ inserted: Schema.Int }),
     error: ApiError
@@ -372,12 +377,12 @@ export const RuvectorRpcs = RpcGroup.make(
   Rpc.make("Get", { payload: { ...collection, id: VectorId }, success: RpcRecord, error: ApiError }),
   Rpc.make("UpdateMetadata", {
     /** JSON text of an object: its fields are set, `null` removes one. */
-    payload: { ...collection, id: VectorId, metadata: Schema.String },
+    payload: { ...collection, id: VectorId, metadata: Schema.String, ...keyed },
     success: Schema.Struct({ vector_id: Schema.String, metadata: Schema.String, version: Schema.String }),
     error: ApiError
   }),
   Rpc.make("Delete", {
-    payload: { ...collection, ids: Schema.Array(VectorId) },
+    payload: { ...collection, ids: Schema.Array(VectorId), ...keyed },
     success: Schema.Struct({ deleted: Schema.Int }),
     error: ApiError
   }),

@@ -38,7 +38,9 @@ export const shownError = <E extends ApiError>(error: E): E => {
 const named = (error: Extract<ApiError, { readonly collection: string }>, collection: string): ApiError => {
   switch (error._tag) {
     case "CollectionNotFound":
-      return new CollectionNotFound({ collection })
+      return new CollectionNotFound(
+        error.elsewhere === undefined ? { collection } : { collection, elsewhere: error.elsewhere }
+      )
     case "VectorNotFound":
       return new VectorNotFound({ collection, id: error.id })
     case "CollectionConflict":

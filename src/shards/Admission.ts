@@ -10,8 +10,9 @@
  * it waits for a turn of each other source, unless those alone are more than the queue is to hold.
  *
  * **The queue** is of controlled delay (CoDel, as in Facebook's "Fail at Scale"). A burst may wait up to
- * `searchQueueBurstMillis`, of a source first come first served. When in all of that time nobody waited less than
- * `searchQueueStandingMillis`, it is no burst but more than can be done: then the queue holds no more than what is answered in
+ * `searchQueueBurstMillis`, of a source first come first served. When in all of that time never less waited than is answered
+ * in `searchQueueStandingMillis`, it is no burst but more than can be done (how long one waited does not say it: a source
+ * that has little waits little, however much the others have): then the queue holds no more than what is answered in
  * `searchQueueMillis` (but `searchQueueMin`), so that nearly all who are refused are refused at the door. That ends when
  * hardly anybody had to be refused for a second. Clients that wait for their answers before they ask again, some dozens of
  * them, are a queue that stands and does not grow: they are all served.
@@ -116,8 +117,9 @@ class Door {
   readonly #standard = new FairLine<Ticket>()
   /** Whether more is asked than can be done, so that the queue is kept short. */
   #isTight = false
-  #leastWait = Number.POSITIVE_INFINITY
-  #leastWaitFrom = 0
+  /** The fewest that waited since. */
+  #leastWaiting = Number.POSITIVE_INFINITY
+  #leastWaitingFrom = 0
   #timer: ReturnType<typeof setTimeout> | undefined
   #pressure = 1
   #stockFrom = 0
@@ -171,7 +173,7 @@ class Door {
         Effect.suspend((): Effect.Effect<A, E | Overloaded> => {
           if (this.#waiting === 0 && this.#limit.hasRoom) {
             this.#admit(ticket, ticket.arrivedAt)
-            this.#waited(0, ticket.arrivedAt)
+            this.#look(ticket.arrivedAt)
             return search
           }
           const refusal = this.#waitRefusal(ticket)
@@ -272,13 +274,14 @@ class Door {
     ticket.wasAlone = this.#limit.begin()
   }
 
-  /** One waited so long, until it began or was refused for it. */
-  #waited(millis: number, now: number): void {
-    if (millis < this.#leastWait) this.#leastWait = millis
-    if (now - this.#leastWaitFrom < this.#burstMillis) return
-    if (this.#leastWait > this.#standingMillis) this.#isTight = true
-    this.#leastWait = Number.POSITIVE_INFINITY
-    this.#leastWaitFrom = now
+  /** Looks at how many wait, with each that begins. */
+  #look(now: number): void {
+    if (this.#waiting < this.#leastWaiting) this.#leastWaiting = this.#waiting
+    if (now - this.#leastWaitingFrom < this.#burstMillis) return
+    const { perSecond } = this.#limit
+    if (perSecond > 0 && (this.#leastWaiting * 1_000) / perSecond > this.#standingMillis) this.#isTight = true
+    this.#leastWaiting = Number.POSITIVE_INFINITY
+    this.#leastWaitingFrom = now
     this.#takeStock(now)
   }
 
@@ -313,12 +316,10 @@ class Door {
     while (this.#waiting > 0 && this.#limit.hasRoom) {
       const patience = this.#isShort ? this.#patienceMillis : this.#burstMillis
       const line = this.#premium.size > 0 ? this.#premium : this.#standard
-      const isBehindOthers = line.longest > 1
       const ticket = line.take()
       if (ticket === undefined) return
       const waited = now - ticket.arrivedAt
-      // One that was alone of its source says nothing of how long those wait that are not.
-      if (!isBehindOthers || line.sizeOf(ticket.source) > 0) this.#waited(waited, now)
+      this.#look(now)
       if (waited > patience && !this.#isSpared(line, line.sizeOf(ticket.source))) this.#turnAway(ticket)
       else if (waited + ticket.kind.aloneMillis > ticket.deadlineMillis) this.#turnAway(ticket, "deadline_ms")
       else {

@@ -125,7 +125,8 @@ export class ConcurrencyLimit {
   end(kind: Kind, wasAlone: boolean, millis: number, nowMillis: number): void {
     this.#inFlight -= 1
     const alone = kind.aloneMillis
-    if (alone === 0) kind.aloneMillis = millis
+    // A clock may not have moved meanwhile: 0 would be not known, and nothing can be compared with it.
+    if (alone === 0) kind.aloneMillis = Math.max(millis, meanMillisMin)
     else if (wasAlone || millis < alone) {
       kind.aloneMillis = alone + (millis - alone) * (millis < alone ? fallShare : riseShare)
     }

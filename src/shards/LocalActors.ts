@@ -4,6 +4,7 @@
  * lives, so that nothing is found here after it has stopped.
  */
 import { Context, Effect, Layer, type Scope } from "effect"
+import type { QuarantinedPartition } from "../protocol/Cluster.ts"
 import type { ApiError } from "../protocol/Errors.ts"
 import type {
   Change,
@@ -80,6 +81,12 @@ export class LocalActors extends Context.Service<
     readonly partitionRemoved: (entityId: string) => void
     /** Follows a partition until the returned function is called. */
     readonly followPartition: (entityId: string, follower: PartitionFollower) => () => void
+    /** What partitions of this process are in quarantine, by what each says of itself. */
+    readonly quarantined: () => ReadonlyArray<QuarantinedPartition>
+    readonly registerQuarantine: (
+      entityId: string,
+      state: () => QuarantinedPartition | undefined
+    ) => Effect.Effect<void, never, Scope.Scope>
     readonly registerSession: (entityId: string, session: LocalSession) => Effect.Effect<void, never, Scope.Scope>
     readonly registerChanges: (entityId: string, changes: LocalChanges) => Effect.Effect<void, never, Scope.Scope>
     /** Calls the listener when a partition's changes come or go, until what it answers is called. */
@@ -105,6 +112,7 @@ export class LocalActors extends Context.Service<
         )
     const followers = new Map<string, Set<PartitionFollower>>()
     const registerPartition = register(partitions)
+    const quarantines = new Map<string, () => QuarantinedPartition | undefined>()
     return LocalActors.of({
       partitions,
       sessions,
@@ -147,6 +155,8 @@ export class LocalActors extends Context.Service<
           if (all.size === 0 && followers.get(entityId) === all) followers.delete(entityId)
         }
       },
+      quarantined: () => [...quarantines.values()].flatMap((state) => state() ?? []),
+      registerQuarantine: register(quarantines),
       registerSession: register(sessions)
     })
   })

@@ -51,6 +51,7 @@ import { generationTag, searchTag, vectorTag } from "./CacheTags.ts"
 import type { Kind } from "./ConcurrencyLimit.ts"
 import { LocalActors } from "./LocalActors.ts"
 import { groupByPartition, partitionOf } from "./PartitionMap.ts"
+import { giveRequestId } from "./RequestIds.ts"
 import { type KeptResult, ResultCache, type ResultKey, resultKey, sameQuery } from "./ResultCache.ts"
 import { decodeResult, encodeResult, ResultStore, storeKey } from "./ResultStore.ts"
 
@@ -85,7 +86,7 @@ export class Router extends Context.Service<
       request: CollectionRequest
     ) => Effect.Effect<
       { readonly collection: Collection; readonly created: boolean },
-      CollectionConflict | StorageUnavailable | Overloaded | InvalidInput
+      CollectionConflict | CollectionNotFound | StorageUnavailable | Overloaded | InvalidInput
     >
     readonly collection: (name: string) => Effect.Effect<Collection, CollectionNotFound | StorageUnavailable>
     /** The same, past what is remembered of it. */
@@ -98,15 +99,23 @@ export class Router extends Context.Service<
     /** Makes all partitions of a collection resident. */
     readonly activate: (collection: Collection) => Effect.Effect<void, ApiError>
     /** Writes records, all or nothing a partition. The default collection comes into being with its first insert. */
-    readonly upsert: (name: string, records: ReadonlyArray<UpsertRecord>, ack?: Ack) => Effect.Effect<number, ApiError>
+    readonly upsert: (
+      name: string,
+      records: ReadonlyArray<UpsertRecord>,
+      ack?: Ack,
+      requestId?: string
+    ) => Effect.Effect<number, ApiError>
     readonly get: (name: string, id: string) => Effect.Effect<PartitionRecord, ApiError>
     /** `patch` is JSON text of an object. */
     readonly updateMetadata: (
       name: string,
       id: string,
-      patch: string
+      patch: string,
+      requestId?: string
     ) => Effect.Effect<{ readonly metadata: string; readonly version: string }, ApiError>
-    readonly remove: (name: string, ids: ReadonlyArray<string>) => Effect.Effect<number, ApiError>
+    readonly remove: (name: string, ids: ReadonlyArray<string>, requestId?: string) => Effect.Effect<number, ApiError>
+    /** Ends the quarantine of a partition; answers whether it was in one. */
+    readonly release: (name: string, partition: number) => Effect.Effect<boolean, ApiError>
     readonly search: (query: SessionQuery) => Effect.Effect<SearchAnswer, ApiError>
     /** The same for a query that a URL names: kept from its first time on, and with what its cache headers need. */
     readonly searchByUrl: (query: SessionQuery) => Effect.Effect<UrlAnswer, ApiError>
@@ -140,6 +149,8 @@ export class Router extends Context.Service<
         const runFork = Effect.runForkWith(yield* Effect.context<never>())
         const catalog = (yield* Catalog.Catalog.client)(Catalog.catalogId)
         const partitionClient = yield* IndexPartition.client
+        /** In a cluster a call whose runner dies is delivered again, to the next one. */
+        const isDeliveredAgain = settings.databaseUrl !== ""
         /** Collections seen; an entry whose uid is out of date is dropped when a partition says so. */
         const known = new Map<string, Collection>()
 
@@ -292,6 +303,15 @@ export class Router extends Context.Service<
             eachPartition(of, (partition) => delivered(of, partition, partitionClient(idOf(of, partition)).Activate()))
           )
 
+        const release = (name: string, partition: number): Effect.Effect<boolean, ApiError> =>
+          withCollection(name, (of): Effect.Effect<boolean, ApiError> => {
+            if (partition < 0 || partition >= of.partitions) {
+              const expected = `0 to ${of.partitions - 1}`
+              return Effect.fail(new InvalidInput({ field: "partition", expected, got: String(partition) }))
+            }
+            return delivered(of, partition, partitionClient(idOf(of, partition)).Release())
+          })
+
         const checkVector = (of: Collection, vector: Float32Array, field: string): InvalidInput | undefined => {
           if (vector.length !== of.dimensions) {
             return new InvalidInput({
@@ -306,7 +326,17 @@ export class Router extends Context.Service<
           return undefined
         }
 
-        const upsert = Effect.fnUntraced(function* (name: string, records: ReadonlyArray<UpsertRecord>, ack?: Ack) {
+        /** Under which a mutation is done once, also where its delivery is tried again; each partition by itself. */
+        const requested = (id: string | undefined): { readonly requestId?: string } =>
+          id !== undefined ? { requestId: id } : isDeliveredAgain ? { requestId: giveRequestId() } : {}
+
+        const upsert = Effect.fnUntraced(function* (
+          name: string,
+          records: ReadonlyArray<UpsertRecord>,
+          ack?: Ack,
+          requestId?: string
+        ) {
+          const request = requested(requestId)
           const first = records[0]
           if (first === undefined) return 0
           if (shownName(name) === options.createOnInsert && !known.has(name)) {
@@ -332,7 +362,8 @@ export class Router extends Context.Service<
                     partition,
                     partitionClient(idOf(of, partition)).Upsert({
                       records: group,
-                      ...(ack === undefined ? {} : { ack })
+                      ...(ack === undefined ? {} : { ack }),
+                      ...request
                     })
                   ),
                 { concurrency: "unbounded" }
@@ -395,24 +426,31 @@ export class Router extends Context.Service<
             )
           )
 
-        const updateMetadata = (name: string, id: string, patch: string) =>
-          withCollection(name, (of) => {
-            const partition = partitionOf(id, of.partitions)
-            return delivered(of, partition, partitionClient(idOf(of, partition)).UpdateMetadata({ id, patch }))
+        const updateMetadata = (name: string, id: string, patch: string, requestId?: string) =>
+          Effect.suspend(() => {
+            const request = requested(requestId)
+            return withCollection(name, (of) => {
+              const partition = partitionOf(id, of.partitions)
+              const client = partitionClient(idOf(of, partition))
+              return delivered(of, partition, client.UpdateMetadata({ id, patch, ...request }))
+            })
           })
 
-        const remove = (name: string, ids: ReadonlyArray<string>) =>
-          withCollection(name, (of) =>
-            Effect.map(
-              Effect.forEach(
-                groupByPartition(ids, (id) => id, of.partitions),
-                ([partition, group]) =>
-                  delivered(of, partition, partitionClient(idOf(of, partition)).Delete({ ids: group })),
-                { concurrency: "unbounded" }
-              ),
-              (results) => results.reduce((sum, result) => sum + result.deleted, 0)
+        const remove = (name: string, ids: ReadonlyArray<string>, requestId?: string) =>
+          Effect.suspend(() => {
+            const request = requested(requestId)
+            return withCollection(name, (of) =>
+              Effect.map(
+                Effect.forEach(
+                  groupByPartition(ids, (id) => id, of.partitions),
+                  ([partition, group]) =>
+                    delivered(of, partition, partitionClient(idOf(of, partition)).Delete({ ids: group, ...request })),
+                  { concurrency: "unbounded" }
+                ),
+                (results) => results.reduce((sum, result) => sum + result.deleted, 0)
+              )
             )
-          )
+          })
 
         const ask = (
           of: Collection,
@@ -756,6 +794,7 @@ export class Router extends Context.Service<
           get,
           updateMetadata,
           remove,
+          release,
           search,
           searchByUrl,
           revision,
@@ -780,6 +819,8 @@ const within = <A, E>(effect: Effect.Effect<A, E>, deadlineMillis: number): Effe
   Effect.withFiber((parent) =>
     Effect.callback<A, E | DeadlineExceeded>((resume) => {
       const fiber = Effect.runForkWith(parent.context as Context.Context<never>)(effect)
+      const exit = fiber.pollUnsafe()
+      if (exit !== undefined) return resume(exit)
       const timer = setTimeout(() => {
         resume(Effect.fail(new DeadlineExceeded({ deadlineMillis })))
         fiber.interruptUnsafe()

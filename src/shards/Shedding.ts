@@ -46,7 +46,7 @@ export const overloadedBy = ({ bound, retryAfterMillis }: Refusal): Overloaded =
 export interface WireConnections {
   readonly count: () => number
   /** Closes, gracefully, up to `max` connections idle for longer; answers how many. */
-  readonly closeIdle?: (olderThanMillis: number, max: number, retryAfterMillis: number) => number
+  readonly closeIdle: (olderThanMillis: number, max: number, retryAfterMillis: number) => number
 }
 
 export class Shedding extends Context.Service<
@@ -104,7 +104,7 @@ const make = (settings: Settings["Service"], random: () => number, now: () => nu
     refused.set(bound, (refused.get(bound) ?? 0) + 1)
     let counter = counters.get(bound)
     if (counter === undefined) {
-      counter = Metric.withAttributes(refusals, { bound })
+      counter = refusalsOf(bound)
       counters.set(bound, counter)
     }
     counter.updateUnsafe(1, metricContext)
@@ -173,7 +173,7 @@ const make = (settings: Settings["Service"], random: () => number, now: () => nu
       let closed = 0
       for (const wire of wires) {
         if (closed >= max) break
-        closed += wire.closeIdle?.(olderThanMillis, max - closed, shedRetryMillis * shedRetryFactor) ?? 0
+        closed += wire.closeIdle(olderThanMillis, max - closed, shedRetryMillis * shedRetryFactor)
       }
       return closed
     }
@@ -182,7 +182,10 @@ const make = (settings: Settings["Service"], random: () => number, now: () => nu
 
 const metricContext = Context.empty()
 
-const refusals = Metric.counter("ruvector_shed_refusals", {
-  description: "Requests and connections refused under load, by the bound that was reached",
-  incremental: true
-})
+/** Each a metric of its own: one with its labels in the context would make a key anew for each other series. */
+const refusalsOf = (bound: string) =>
+  Metric.counter("ruvector_shed_refusals", {
+    description: "Requests and connections refused under load, by the bound that was reached",
+    incremental: true,
+    attributes: { bound }
+  })

@@ -4,6 +4,9 @@
  *
  * An operation holds the whole new state of what it sets (vector and metadata, metadata alone, or a tombstone) with its
  * version, so that applying is idempotent and order-independent: the greatest version wins.
+ *
+ * A segment of format 2 also says which requests its operations were made for, so that a request that is made again after
+ * a failure is known (`RequestWindow.ts`). One without any is of format 1.
  */
 import { crc32 } from "node:zlib"
 import type { Version } from "../protocol/Version.ts"
@@ -35,6 +38,23 @@ export interface Segment extends SegmentHeader {
   readonly ops: ReadonlyArray<LogOp>
 }
 
+/** A request that operations of a segment were made for: `count` of them from `first` on. */
+export interface SegmentRequest {
+  /** The request's id: 22 digits of base64url, which are 16 bytes. */
+  readonly id: string
+  /** CRC-32 of what was asked for; 0 where nobody can ask for something else under the same id. */
+  readonly digest: number
+  readonly kind: LogOp["kind"]
+  readonly first: number
+  readonly count: number
+}
+
+/** The requests of a segment, and when it was made, in milliseconds since 1970. */
+export interface SegmentRequests {
+  readonly millis: number
+  readonly requests: ReadonlyArray<SegmentRequest>
+}
+
 /** The bytes are no whole segment. `kind` says how. */
 export class SegmentFault extends Error {
   readonly kind: "short" | "magic" | "format" | "checksum"
@@ -48,12 +68,17 @@ export class SegmentFault extends Error {
   }
 }
 
-/** Version of the layout; a reader refuses any other. */
-export const segmentFormat = 1
+/** Newest version of the layout; a reader refuses any newer. */
+export const segmentFormat = 2
+
+/** What has no requests is written as before there were any. */
+const formatWithout = 1
 
 const magic = 0x4c535652 // "RVSL"
 const headerBytes = 64
 const opHeaderBytes = 24
+const requestBytes = 32
+const requestIdBytes = 16
 const kinds = ["upsert", "metadata", "delete"] as const
 const encoder = new TextEncoder()
 const decoder = new TextDecoder("utf-8", { fatal: true })
@@ -69,9 +94,14 @@ export const opBytes = (op: LogOp): number =>
 
 /**
  * Encodes a segment. All vectors have `dimensions` components. One without operations marks a change of owner, or closes
- * a position whose earlier writes may still be under way.
+ * a position whose earlier writes may still be under way. `made`: the requests that it was made for, if it was for any.
  */
-export const encodeSegment = (header: Omit<SegmentHeader, "count">, ops: ReadonlyArray<LogOp>): Uint8Array => {
+export const encodeSegment = (
+  header: Omit<SegmentHeader, "count">,
+  ops: ReadonlyArray<LogOp>,
+  made?: SegmentRequests
+): Uint8Array => {
+  const requests = made?.requests ?? []
   const regions: Array<string> = []
   const texts: Array<Uint8Array> = []
   let payload = 1
@@ -89,6 +119,7 @@ export const encodeSegment = (header: Omit<SegmentHeader, "count">, ops: Readonl
     payload += align4(opHeaderBytes + id.length + metadata.length)
     if (op.kind === "upsert") payload += header.dimensions * 4
   }
+  payload += requests.length * requestBytes
   const bytes = new Uint8Array(headerBytes + payload)
   const view = new DataView(bytes.buffer)
   let at = headerBytes
@@ -118,8 +149,16 @@ export const encodeSegment = (header: Omit<SegmentHeader, "count">, ops: Readonl
       at += header.dimensions * 4
     }
   }
+  for (const { id, digest, kind, first, count } of requests) {
+    Buffer.from(bytes.buffer, at, requestIdBytes).write(id, "base64url")
+    view.setUint32(at + 16, digest, true)
+    view.setUint32(at + 20, first, true)
+    view.setUint32(at + 24, count, true)
+    view.setUint8(at + 28, kinds.indexOf(kind))
+    at += requestBytes
+  }
   view.setUint32(0, magic, true)
-  view.setUint16(4, segmentFormat, true)
+  view.setUint16(4, requests.length === 0 ? formatWithout : segmentFormat, true)
   view.setFloat64(8, header.epoch, true)
   view.setFloat64(16, header.seq, true)
   view.setBigUint64(24, header.nonce, true)
@@ -127,6 +166,10 @@ export const encodeSegment = (header: Omit<SegmentHeader, "count">, ops: Readonl
   view.setUint32(36, ops.length, true)
   view.setUint32(40, payload, true)
   view.setUint32(44, crc32(bytes.subarray(headerBytes)), true)
+  if (made !== undefined && requests.length > 0) {
+    view.setUint32(48, requests.length, true)
+    view.setFloat64(52, made.millis, true)
+  }
   view.setUint32(60, crc32(bytes.subarray(0, 60)), true)
   return bytes
 }
@@ -141,8 +184,8 @@ export const decodeSegmentHeader = (bytes: Uint8Array): SegmentHeader => {
   if (view.getUint32(60, true) !== crc32(bytes.subarray(0, 60)))
     throw new SegmentFault("checksum", "header checksum differs")
   const format = view.getUint16(4, true)
-  if (format !== segmentFormat)
-    throw new SegmentFault("format", `format ${format}, this version reads ${segmentFormat}`, format)
+  if (format < formatWithout || format > segmentFormat)
+    throw new SegmentFault("format", `format ${format}, this version reads up to ${segmentFormat}`, format)
   const payload = view.getUint32(40, true)
   if (bytes.length !== headerBytes + payload) {
     throw new SegmentFault("short", `${bytes.length} bytes, the header says ${headerBytes + payload}`)
@@ -164,6 +207,30 @@ export const verifySegment = (bytes: Uint8Array): SegmentHeader => {
     throw new SegmentFault("checksum", "payload checksum differs")
   }
   return header
+}
+
+/** Where the operations of a segment end, whose header is good; what follows are its requests. */
+export const operationsEnd = (bytes: Uint8Array): number =>
+  bytes.length - requestCount(new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength)) * requestBytes
+
+const requestCount = (view: DataView): number =>
+  view.getUint16(4, true) === formatWithout ? 0 : view.getUint32(48, true)
+
+/** The requests of a segment that has been checked; `undefined` where it has none. */
+export const decodeRequests = (bytes: Uint8Array): SegmentRequests | undefined => {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength)
+  if (requestCount(view) === 0) return undefined
+  const requests: Array<SegmentRequest> = []
+  for (let at = operationsEnd(bytes); at < bytes.length; at += requestBytes) {
+    requests.push({
+      id: Buffer.from(bytes.buffer, bytes.byteOffset + at, requestIdBytes).toString("base64url"),
+      digest: view.getUint32(at + 16, true),
+      first: view.getUint32(at + 20, true),
+      count: view.getUint32(at + 24, true),
+      kind: kinds[view.getUint8(at + 28)] ?? "upsert"
+    })
+  }
+  return { millis: view.getFloat64(52, true), requests }
 }
 
 /**
@@ -204,6 +271,7 @@ export const decodeSegment = (input: Uint8Array): Segment => {
     } else if (kind === "metadata") ops.push({ kind, id, version, metadata })
     else ops.push({ kind, id, version })
   }
-  if (at !== bytes.length) throw new SegmentFault("format", `${bytes.length - at} bytes after the last operation`)
+  const end = operationsEnd(bytes)
+  if (at !== end) throw new SegmentFault("format", `${end - at} bytes after the last operation`)
   return { ...header, ops }
 }

@@ -72,6 +72,7 @@ export interface SnapshotPaths {
   readonly records: string
   readonly graph: string
   readonly sketch?: string | undefined
+  readonly requests?: string | undefined
 }
 
 /**
@@ -765,8 +766,10 @@ class Log {
     const graph = yield* this.#storeFile(`${folder}/graph`, files.graph)
     const sketch =
       files.sketch === undefined ? {} : { sketch: yield* this.#storeFile(`${folder}/sketch`, files.sketch) }
+    const requests =
+      files.requests === undefined ? {} : { requests: yield* this.#storeFile(`${folder}/requests`, files.requests) }
     const createdMillis = yield* Clock.currentTimeMillis
-    const snapshot: Snapshot = { seq, records, graph, ...sketch, createdMillis }
+    const snapshot: Snapshot = { seq, records, graph, ...sketch, ...requests, createdMillis }
     const fault = yield* this.#snapshotFault(snapshot)
     if (fault !== undefined) {
       const detail = `it reads back otherwise than it was written: ${fault.detail}`
@@ -1009,7 +1012,8 @@ const withStoreKeys = (prefix: string, snapshot: Snapshot | undefined): Snapshot
   if (snapshot === undefined) return undefined
   const withKey = (object: SnapshotObject) => ({ ...object, key: `${prefix}/${object.key}` })
   const sketch = snapshot.sketch === undefined ? {} : { sketch: withKey(snapshot.sketch) }
-  return { ...snapshot, records: withKey(snapshot.records), graph: withKey(snapshot.graph), ...sketch }
+  const requests = snapshot.requests === undefined ? {} : { requests: withKey(snapshot.requests) }
+  return { ...snapshot, records: withKey(snapshot.records), graph: withKey(snapshot.graph), ...sketch, ...requests }
 }
 
 interface SeenManifest {

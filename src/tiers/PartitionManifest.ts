@@ -16,13 +16,15 @@ export const Snapshot = Schema.Struct({
   graph: SnapshotObject,
   /** What the mapped form is opened from; a snapshot of few records has none. */
   sketch: Schema.optionalKey(SnapshotObject),
+  /** The window of requests (`RequestWindow.ts`), where there was anything in it. */
+  requests: Schema.optionalKey(SnapshotObject),
   createdMillis: Schema.Int
 })
 export type Snapshot = typeof Snapshot.Type
 
 /** All files of a snapshot. */
-export const objectsOf = ({ records, graph, sketch }: Snapshot): ReadonlyArray<SnapshotObject> =>
-  sketch === undefined ? [records, graph] : [records, graph, sketch]
+export const objectsOf = ({ records, graph, sketch, requests }: Snapshot): ReadonlyArray<SnapshotObject> =>
+  [records, graph, sketch, requests].filter((object) => object !== undefined)
 
 export const PartitionManifest = Schema.Struct({
   /** Raised by every new owner. */

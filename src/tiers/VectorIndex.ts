@@ -200,6 +200,17 @@ export interface VectorIndexOptions {
   readonly entry?: URL
 }
 
+/** How a partition is opened that is not like others. */
+export interface OpeningOptions {
+  /** In a thread of its own, unless there are {@link isolatedThreadsMax} such: so that it takes no other partition along. */
+  readonly isolated?: boolean
+  /** Told once, where its thread dies, or has to give it up, at work on it. */
+  readonly onFault?: (detail: string) => void
+}
+
+/** Threads with one partition each that failed lately. */
+export const isolatedThreadsMax = 2
+
 export class VectorIndex extends Context.Service<
   VectorIndex,
   {
@@ -210,12 +221,14 @@ export class VectorIndex extends Context.Service<
      */
     readonly open: (
       spec: IndexSpec,
-      snapshot: SnapshotFiles | undefined
+      snapshot: SnapshotFiles | undefined,
+      options?: OpeningOptions
     ) => Effect.Effect<PartitionIndex, IndexLost | SnapshotUnreadable, Scope.Scope>
     /** Opens a snapshot in the mapped form, within milliseconds. The records file is held open until the scope closes. */
     readonly openMapped: (
       spec: IndexSpec,
-      snapshot: { readonly records: string; readonly sketch: string }
+      snapshot: { readonly records: string; readonly sketch: string },
+      options?: OpeningOptions
     ) => Effect.Effect<PartitionIndex, IndexLost | SnapshotUnreadable, Scope.Scope>
     /** Has every thread collect its garbage, when it has nothing else to do. */
     readonly collect: () => void
@@ -229,46 +242,70 @@ export class VectorIndex extends Context.Service<
         const count = options.threads || Math.max(1, availableParallelism() - 1)
         const context = yield* Effect.context<never>()
         const patience = options.searchWaitMillis ? new Patience(options.searchWaitMillis) : undefined
+        const start = (name: string) =>
+          new ThreadClient({
+            name,
+            entry: options.entry ?? new URL("./vectorThread.ts", import.meta.url),
+            thread: {
+              insertSliceMillis: options.insertSliceMillis ?? 4,
+              graphFrom: options.graphFrom,
+              blockCacheBytes: options.blockCacheBytes ?? defaultSettings.blockCacheBytes,
+              sketchFrom: options.sketchFrom
+            },
+            patience,
+            pendingMax: options.threadPendingMax ?? 4_096,
+            heapMegabytes: options.threadHeapMegabytes,
+            onDeath: (detail, delayMillis) => {
+              const said = Effect.logError("A vector thread died and is replaced", {
+                thread: name,
+                detail,
+                delayMillis
+              })
+              Effect.runForkWith(context)(said)
+            }
+          })
         const threads = yield* Effect.acquireRelease(
-          Effect.sync(() =>
-            Array.from(
-              { length: count },
-              (_, i) =>
-                new ThreadClient({
-                  name: `vector-${i}`,
-                  entry: options.entry ?? new URL("./vectorThread.ts", import.meta.url),
-                  thread: {
-                    insertSliceMillis: options.insertSliceMillis ?? 4,
-                    graphFrom: options.graphFrom,
-                    blockCacheBytes: options.blockCacheBytes ?? defaultSettings.blockCacheBytes,
-                    sketchFrom: options.sketchFrom
-                  },
-                  patience,
-                  pendingMax: options.threadPendingMax ?? 4_096,
-                  heapMegabytes: options.threadHeapMegabytes,
-                  onDeath: (detail, delayMillis) => {
-                    const said = Effect.logError("A vector thread died and is replaced", {
-                      thread: i,
-                      detail,
-                      delayMillis
-                    })
-                    Effect.runForkWith(context)(said)
-                  }
-                })
-            )
-          ),
+          Effect.sync(() => Array.from({ length: count }, (_, i) => start(`vector-${i}`))),
           (threads) => Effect.promise(() => Promise.all(threads.map((thread) => thread.stop())))
         )
         const leastLoaded = () => threads.reduce((least, thread) => (thread.load < least.load ? thread : least))
+        /** Of one partition each. */
+        const isolated = new Set<ThreadClient>()
+        let restartsThere = 0
+        const ownThread = Effect.acquireRelease(
+          Effect.sync(() => {
+            const thread = start("vector-isolated")
+            isolated.add(thread)
+            return thread
+          }),
+          (thread) =>
+            Effect.promise(() => {
+              isolated.delete(thread)
+              restartsThere += thread.restarts
+              return thread.stop()
+            })
+        )
+        const place = (asked: OpeningOptions | undefined) =>
+          Effect.suspend(
+            (): Effect.Effect<ThreadClient, never, Scope.Scope> =>
+              asked?.isolated === true && isolated.size < isolatedThreadsMax ? ownThread : Effect.succeed(leastLoaded())
+          )
         return VectorIndex.of({
-          open: (spec, snapshot) => Effect.suspend(() => leastLoaded().open(spec, snapshot && { ...snapshot })),
-          openMapped: (spec, { records, sketch }) =>
-            Effect.suspend(() => leastLoaded().open(spec, { records, graph: undefined, sketch })),
+          open: (spec, snapshot, asked) =>
+            Effect.flatMap(place(asked), (thread) => thread.open(spec, snapshot && { ...snapshot }, asked?.onFault)),
+          openMapped: (spec, { records, sketch }, asked) =>
+            Effect.flatMap(place(asked), (thread) =>
+              thread.open(spec, { records, graph: undefined, sketch }, asked?.onFault)
+            ),
           collect: () => {
             for (const thread of threads) thread.collect()
           },
           threads: Effect.sync(() =>
-            threads.map(({ partitions, bytes, restarts }) => ({ partitions, bytes, restarts }))
+            [...threads, ...isolated].map(({ partitions, bytes, restarts }, i) => ({
+              partitions,
+              bytes,
+              restarts: restarts + (i === 0 ? restartsThere : 0)
+            }))
           )
         })
       })

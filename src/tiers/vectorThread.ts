@@ -15,6 +15,7 @@ import { type Hits, Resident } from "./index/Resident.ts"
 import { SearchDesk } from "./index/SearchDesk.ts"
 import {
   type Answer,
+  atWork,
   type Command,
   type FromThread,
   hitWords,
@@ -183,6 +184,7 @@ const concatenated = (parts: ReadonlyArray<Float32Array>, length: number): Float
 // --- The lane of searches ----------------------------------------------------------------------------------------------
 
 const search = ({ request, seat, vector, k, ef, filter, flags }: Search): void => {
+  Atomics.store(shared, atWork, seat.number)
   const { partition } = seat
   const { dimensions } = partition.spec
   if (vector.length !== dimensions) {
@@ -224,6 +226,7 @@ const read = (command: Command & { readonly kind: "get" | "stats" }): void => {
     answer({ kind: "failed", request, reason: "lost", detail: "the partition is closed" })
     return
   }
+  Atomics.store(shared, atWork, seat.number)
   try {
     if (command.kind === "stats") answer({ kind: "stats", request, stats: seat.partition.stats })
     else answer(seat.partition.read(request, command.ids))
@@ -277,6 +280,7 @@ const runSlice = (): void => {
   const began = performance.now()
   const seat = nextSeat()
   running = seat
+  Atomics.store(shared, atWork, seat.number)
   while (hasStep(seat)) {
     if (seat.jobs.length > 0) jobStep(seat)
     else if (!backgroundStep(seat)) break
@@ -344,6 +348,7 @@ const jobStep = (seat: Seat, resumed?: { readonly value?: unknown; readonly erro
 const resume = (seat: Seat, settledWith: { readonly value?: unknown; readonly error?: unknown }): void => {
   seat.waiting = false
   if (!enter()) return
+  Atomics.store(shared, atWork, seat.number)
   if (seat.closed) {
     leaving.delete(seat)
     vacate(seat)
@@ -491,7 +496,7 @@ const clearDesk = (): void => {
 
 /** Whether nothing can come but what is said at the desk's bell, soon after a search that lay there. */
 const mayLinger = (): boolean => {
-  if (desk === undefined || scheduled || isStopping || leaving.size > 0) return false
+  if (scheduled || isStopping || leaving.size > 0) return false
   for (const seat of seats.values()) if (seat.waiting) return false
   return performance.now() - deskUsedAt < lingerMillis
 }
@@ -601,6 +606,7 @@ const enter = (): boolean => {
 }
 
 const leave = (): void => {
+  Atomics.store(shared, atWork, 0)
   Atomics.store(shared, isBusy, 0)
   Atomics.notify(shared, isBusy)
 }
@@ -613,11 +619,12 @@ const end = (): void => {
 }
 
 const turn = (): void => {
+  if (desk === undefined) return void work()
   let rung: number
   do {
-    rung = desk?.rung ?? 0
+    rung = desk.rung
     if (!work()) return
-  } while (mayLinger() && desk!.linger(rung, lingerMillis))
+  } while ((mayLinger() && desk.linger(rung, lingerMillis)) || !desk.leave(rung))
 }
 
 /** False where there must be no more. */

@@ -20,6 +20,7 @@ import { localPromoterId, type TierEvent, TierPromoter } from "../../src/protoco
 import type { WarmReport, WarmRequest } from "../../src/protocol/Warming.ts"
 import { Admission } from "../../src/shards/Admission.ts"
 import { CacheEvents } from "../../src/shards/CacheEvents.ts"
+import { CellDirectory } from "../../src/shards/CellDirectory.ts"
 import * as Cluster from "../../src/shards/Cluster.ts"
 import { LocalActors } from "../../src/shards/LocalActors.ts"
 import { groupByPartition } from "../../src/shards/PartitionMap.ts"
@@ -75,7 +76,7 @@ beforeAll(async () => {
     Layer.provideMerge(Router.layer({ createOnInsert: "default" })),
     Layer.provideMerge(Admission.layer),
     Layer.provideMerge(Layer.mergeAll(LocalActors.layer, Shedding.layer)),
-    Layer.provideMerge(Cluster.layerAlone),
+    Layer.provideMerge(Layer.merge(Cluster.layerAlone, CellDirectory.layerNone)),
     Layer.provideMerge(
       Layer.mergeAll(
         VectorIndex.layer,

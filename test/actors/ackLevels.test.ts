@@ -3,6 +3,7 @@ import { afterAll, assert, beforeAll, describe, it } from "@effect/vitest"
 import { Context, Effect, Fiber, Layer, Logger, Stream } from "effect"
 import { Redis } from "ioredis"
 import { type Change, IndexPartition, partitionId } from "../../src/protocol/IndexPartition.ts"
+import { requestIdOf } from "../../src/shards/RequestIds.ts"
 import { AheadLog } from "../../src/tiers/AheadLog.ts"
 import { encodeSegment } from "../../src/tiers/LogSegment.ts"
 import { ObjectStore } from "../../src/tiers/ObjectStore.ts"
@@ -185,6 +186,39 @@ describe.skipIf(skipRedis)("acknowledged as warm, with Redis", { timeout: 30_000
     second = await startActors(inner)
     assert.strictEqual(await read(second, "a"), 2)
     for (let n = 0; n < 10; n++) assert.strictEqual(await read(second, `w${n}`), n + 10)
+    release()
+    await first.stop()
+    await second.stop()
+  })
+
+  it("what is brought back is known by its request, and not done again", async () => {
+    const { inner, store, hold, release } = await heldStore()
+    const settings = { redisUrl: server.url, redisPrefix: "requests" }
+    const first = await startActors(store, settings)
+    await Effect.runPromise(first.router.createCollection("c", { dimensions: 2 }))
+    await Effect.runPromise(insert(first, "a", "cold", 1))
+    hold()
+    const request = { memory: requestIdOf("c", "memory"), warm: requestIdOf("c", "warm") }
+    const made = (node: RunningActors, ack: "memory" | "warm", value: number) =>
+      node.router.upsert("c", [{ id: ack, vector: Float32Array.of(1, value), metadata: "" }], ack, request[ack])
+    await Effect.runPromise(made(first, "warm", 2))
+    await Effect.runPromise(made(first, "memory", 2))
+    // Known at the owner that acknowledged them, though not in the log.
+    await Effect.runPromise(insert(first, "warm", "memory", 3))
+    assert.strictEqual(await Effect.runPromise(made(first, "warm", 2)), 1)
+    assert.strictEqual(await read(first, "warm"), 3)
+    let second = await startActors(inner, settings)
+    assert.strictEqual(await read(second, "warm"), 2)
+    assert.isUndefined(await read(second, "memory"))
+    await Effect.runPromise(insert(second, "warm", "cold", 4))
+    await Effect.runPromise(made(second, "warm", 2))
+    assert.strictEqual(await read(second, "warm"), 4, "brought back, so done")
+    await Effect.runPromise(made(second, "memory", 2))
+    assert.strictEqual(await read(second, "memory"), 2, "lost, so done now")
+    await second.stop()
+    second = await startActors(inner)
+    await Effect.runPromise(made(second, "warm", 2))
+    assert.strictEqual(await read(second, "warm"), 4)
     release()
     await first.stop()
     await second.stop()

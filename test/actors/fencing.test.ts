@@ -1,17 +1,19 @@
 /**
  * Fencing as writers see it: several writers that each take themselves for the owner of one partition, over real logs on
  * the simulated store, each with an index that takes its time. What was acknowledged is in the one history and was visible
- * when it was acknowledged; batches are whole; a patch changes the record that precedes it in that history.
+ * when it was acknowledged; batches are whole; a patch changes the record that precedes it in that history. Writes with a
+ * request's id are made again, by whoever and at whichever owner: each is in the history once, and answered as it was.
  */
 import { readFile, writeFile } from "node:fs/promises"
 import { assert, describe, it } from "@effect/vitest"
 import { Deferred, Effect, Fiber, Result, Stream } from "effect"
 import { vi } from "vitest"
 import * as PartitionWriter from "../../src/actors/PartitionWriter.ts"
-import { VersionClock } from "../../src/protocol/Version.ts"
-import { decodeSegment, type LogOp } from "../../src/tiers/LogSegment.ts"
+import { formatVersion, VersionClock } from "../../src/protocol/Version.ts"
+import { decodeRequests, decodeSegment, type LogOp } from "../../src/tiers/LogSegment.ts"
 import { ObjectStore } from "../../src/tiers/ObjectStore.ts"
 import * as PartitionLog from "../../src/tiers/PartitionLog.ts"
+import { RequestWindow } from "../../src/tiers/RequestWindow.ts"
 import type { PartitionIndex } from "../../src/tiers/VectorIndex.ts"
 import { prefix } from "../tiers/partitionOwner.ts"
 import { illnessOf, type Machine, Simulation } from "../tiers/Simulation.ts"
@@ -35,18 +37,21 @@ describe("writers of one partition", () => {
     let failed = 0
     let late = 0
     let patched = 0
+    let repeated = 0
     for (let seed = firstSeed; seed < firstSeed + seeds; seed++) {
       const outcome = await runWriters(seed)
       acknowledged += outcome.acknowledged
       failed += outcome.failed
       late += outcome.late
       patched += outcome.patched
+      repeated += outcome.repeated
     }
     if (only !== undefined) return
     assert.isAbove(acknowledged, seeds * 5)
     assert.isAbove(failed, seeds)
     assert.isAbove(patched, seeds)
     assert.isAbove(late, seeds / 20, "writes that failed and are in the history")
+    assert.isAbove(repeated, seeds, "requests that were answered more than once")
   })
 })
 
@@ -55,6 +60,7 @@ interface Outcome {
   readonly failed: number
   readonly late: number
   readonly patched: number
+  readonly repeated: number
 }
 
 /** Runs one seed. Throws, with the seed and what happened last, where a promise is broken. */
@@ -76,12 +82,27 @@ interface Entry {
   readonly state: number
   readonly metadata: string
   readonly time: string
+  /** The request that it was for, where that had an id, and whether it deleted a visible record. */
+  readonly request?: string | undefined
+  readonly deleted?: boolean
 }
 
 interface Write {
   readonly state: number
   readonly kind: LogOp["kind"]
   readonly ids: ReadonlyArray<string>
+  readonly request: PartitionWriter.WriteRequest | undefined
+}
+
+/** What a write was answered. */
+type Answer = number | { readonly metadata: string; readonly version: string } | undefined
+
+/** Of ids that clients chose, and of given ones. */
+const requestOf = (state: number, isGiven: boolean): PartitionWriter.WriteRequest => {
+  const bytes = Buffer.alloc(16)
+  bytes.writeUInt32LE(state, 4)
+  if (isGiven) bytes[0] = 0x80
+  return { id: bytes.toString("base64url"), digest: isGiven ? 0 : state }
 }
 
 const idsOfAll = ["a", "b", "c", "d", "e"]
@@ -93,31 +114,44 @@ const simulate = async (simulation: Simulation): Promise<Outcome> => {
   const writes = new Map<number, Write>()
   const acknowledged = new Set<number>()
   const failed = new Set<number>()
+  /** Writes that can be made again, and what each was answered. */
+  const again: Array<Write> = []
+  const answers = new Map<string, Array<Answer>>()
+  // Where the log is pruned at once, a patch that is made again is answered with the record as it is by then.
+  const retainMillis = simulation.chance(0.3) ? 0 : 1_000_000_000
   let states = 0
+
+  const fresh = (): Write => {
+    const kind = simulation.chance(0.5) ? "upsert" : simulation.chance(0.6) ? "metadata" : "delete"
+    const first = simulation.below(idsOfAll.length)
+    const count = kind === "metadata" ? 1 : 1 + simulation.below(3)
+    const ids = idsOfAll.slice(first, first + count)
+    const state = ++states
+    const request = simulation.chance(0.6) ? requestOf(state, simulation.chance(0.5)) : undefined
+    const write = { state, kind, ids, request } as const
+    writes.set(state, write)
+    if (request !== undefined) again.push(write)
+    return write
+  }
 
   const client = Effect.fnUntraced(function* (name: string, writer: PartitionWriter.PartitionWriter, index: FakeIndex) {
     const steps = 1 + simulation.below(5)
     for (let step = 0; step < steps; step++) {
       if (simulation.chance(0.2)) yield* Effect.sleep(simulation.below(300))
-      const kind = simulation.chance(0.5) ? "upsert" : simulation.chance(0.6) ? "metadata" : "delete"
-      const first = simulation.below(idsOfAll.length)
-      const count = kind === "metadata" ? 1 : 1 + simulation.below(3)
-      const ids = idsOfAll.slice(first, first + count)
-      const state = ++states
-      writes.set(state, { state, kind, ids })
-      const written: Effect.Effect<boolean, PartitionWriter.WriteError> =
+      const isAgain = again.length > 0 && simulation.chance(0.4)
+      const { state, kind, ids, request } = isAgain ? (again[simulation.below(again.length)] as Write) : fresh()
+      const written: Effect.Effect<Answer, PartitionWriter.WriteError> =
         kind === "metadata"
-          ? Effect.map(writer.patch(ids[0] as string, { patch: state }), (found) => found !== undefined)
-          : Effect.as(
-              writer.write(
-                ids.map(
-                  (id): PartitionWriter.Draft =>
-                    kind === "upsert"
-                      ? { kind, id, vector: new Float32Array([state]), metadata: `{"state":${state}}` }
-                      : { kind, id }
-                )
+          ? writer.patch(ids[0] as string, { patch: state }, request)
+          : writer.write(
+              ids.map(
+                (id): PartitionWriter.Draft =>
+                  kind === "upsert"
+                    ? { kind, id, vector: new Float32Array([state]), metadata: `{"state":${state}}` }
+                    : { kind, id }
               ),
-              true
+              "cold",
+              request
             )
       const outcome = yield* Effect.result(written)
       if (Result.isFailure(outcome)) {
@@ -126,10 +160,11 @@ const simulate = async (simulation: Simulation): Promise<Outcome> => {
         if (outcome.failure._tag === "NotOwner") return
         continue
       }
-      if (!outcome.success) {
-        writes.delete(state)
+      if (outcome.success === undefined) {
+        if (request === undefined) writes.delete(state)
         continue
       }
+      if (request !== undefined) answers.set(request.id, [...(answers.get(request.id) ?? []), outcome.success])
       simulation.note(`${name} acknowledges ${kind} ${state} of ${ids}`)
       acknowledged.add(state)
       // A deletion's operations have no room for its number: its writer's effect is looked at by its ids below.
@@ -140,9 +175,9 @@ const simulate = async (simulation: Simulation): Promise<Outcome> => {
   const life = (machine: Machine) =>
     Effect.scoped(
       Effect.gen(function* () {
-        const opened = yield* Effect.result(openIndex(simulation, machine, leaseMillis))
+        const opened = yield* Effect.result(openIndex(simulation, machine, { leaseMillis, retainMillis }))
         if (Result.isFailure(opened)) return
-        const { log, index } = opened.success
+        const { log, index, window } = opened.success
         const lost = yield* Deferred.make<void>()
         const writer = yield* PartitionWriter.make({
           log,
@@ -150,6 +185,7 @@ const simulate = async (simulation: Simulation): Promise<Outcome> => {
           clock: new VersionClock("r", index.maxTime, 0),
           dimensions: 1,
           bounds: { commitBytesMax: 300, writeQueueBytesMax: 100_000, applyBacklogBytesMax: 200 },
+          window,
           onApplied: () => {},
           onFatal: () => Effect.asVoid(Deferred.succeed(lost, undefined))
         })
@@ -159,7 +195,7 @@ const simulate = async (simulation: Simulation): Promise<Outcome> => {
         )
         if (simulation.chance(0.5)) {
           yield* Effect.sleep(simulation.below(400))
-          yield* Effect.result(index.snapshot(log, writer.appliedSeq()))
+          yield* Effect.result(index.snapshot(log, writer))
         }
         yield* Effect.race(Fiber.awaitAll(clients), Deferred.await(lost))
         yield* Fiber.awaitAll(clients)
@@ -177,7 +213,7 @@ const simulate = async (simulation: Simulation): Promise<Outcome> => {
   const last: { index?: FakeIndex } = {}
   for (const name of ["Y", "Z"]) {
     const machine = simulation.machine(name)
-    const opening = Effect.map(openIndex(simulation, machine, 0), ({ index }) => {
+    const opening = Effect.map(openIndex(simulation, machine, { leaseMillis: 0, retainMillis }), ({ index }) => {
       if (last.index !== undefined) assert.deepStrictEqual(index.entries, last.index.entries)
       last.index = index
     })
@@ -187,14 +223,49 @@ const simulate = async (simulation: Simulation): Promise<Outcome> => {
   }
   const { entries } = last.index as FakeIndex
   checkEntries(entries, writes, acknowledged)
+  checkAnswers(entries, answers, retainMillis > 0)
   const there = new Set(entries.map(({ state }) => state))
   return {
     acknowledged: acknowledged.size,
     failed: failed.size,
     late: [...failed].filter((state) => there.has(state)).length,
-    patched: [...acknowledged].filter((state) => writes.get(state)?.kind === "metadata").length
+    patched: [...acknowledged].filter((state) => writes.get(state)?.kind === "metadata").length,
+    repeated: [...answers.values()].filter((given) => given.length > 1).length
   }
 }
+
+/** What a request was answered, each time, is what it did in the history, once. */
+const checkAnswers = (
+  entries: ReadonlyArray<Entry>,
+  answers: ReadonlyMap<string, ReadonlyArray<Answer>>,
+  isLogKept: boolean
+) => {
+  const done = Map.groupBy(
+    entries.filter(({ request }) => request !== undefined),
+    ({ request }) => request as string
+  )
+  for (const [id, found] of done) {
+    assert.strictEqual(new Set(found.map(({ seq }) => seq)).size, 1, `${id} was done more than once`)
+    assert.strictEqual(new Set(found.map(({ id }) => id)).size, found.length, `${id} was done more than once`)
+  }
+  for (const [id, given] of answers) {
+    const found = done.get(id)
+    assert.isDefined(found, `${id} was answered and is not there`)
+    const [first] = found as [Entry]
+    if (first.kind === "metadata" && !isLogKept) continue
+    const answer: Answer =
+      first.kind === "metadata"
+        ? { metadata: first.metadata, version: formatVersion({ time: BigInt(first.time), region: "r", counter: 0 }) }
+        : first.kind === "delete"
+          ? (found as Array<Entry>).filter(({ deleted }) => deleted).length
+          : (found as Array<Entry>).length
+    for (const one of given) assert.deepStrictEqual(plainOf(one), plainOf(answer), `the answer to ${id}`)
+  }
+}
+
+/** Without the counter of a version, which entries do not have. */
+const plainOf = (answer: Answer) =>
+  typeof answer === "object" ? { ...answer, version: answer.version.split(/[-.:@]/)[0] } : answer
 
 const checkEntries = (
   entries: ReadonlyArray<Entry>,
@@ -265,23 +336,32 @@ class FakeIndex {
 
   takeSegment(bytes: Uint8Array): Uint8Array {
     const { seq, ops } = decodeSegment(bytes)
+    const requests = decodeRequests(bytes)?.requests ?? []
     return new Uint8Array(
-      ops.map((op) => {
+      ops.map((op, i) => {
+        const request = requests.find(({ first, count }) => i >= first && i < first + count)?.id
         const metadata = op.kind === "delete" ? "" : op.metadata
         const fields = metadata === "" ? {} : (JSON.parse(metadata) as { state?: number; patch?: number })
         const state = op.kind === "metadata" ? fields.patch : fields.state
         const visible = this.records.has(op.id)
-        this.take({ seq, kind: op.kind, id: op.id, state: state ?? 0, metadata, time: String(op.version.time) })
+        const time = String(op.version.time)
+        const deleted = op.kind === "delete" && visible
+        this.take({ seq, kind: op.kind, id: op.id, state: state ?? 0, metadata, time, request, deleted })
         return op.kind === "delete" ? (visible ? 3 : 4) : visible ? 2 : 1
       })
     )
   }
 
-  snapshot(log: PartitionLog.PartitionLogHandle, seq: number) {
+  snapshot(log: PartitionLog.PartitionLogHandle, writer: PartitionWriter.PartitionWriter) {
     return Effect.gen({ self: this }, function* () {
+      const seq = writer.appliedSeq()
       if (this.#last !== undefined) yield* Fiber.await(this.#last)
       const entries = this.entries.filter((entry) => entry.seq <= seq)
-      const files = { records: `records-${this.#machine.name}`, graph: `graph-${this.#machine.name}` }
+      const { name } = this.#machine
+      const window = yield* writer.requests
+      const requests = window === undefined ? undefined : `requests-${name}`
+      const files = { records: `records-${name}`, graph: `graph-${name}`, requests }
+      if (window !== undefined && requests !== undefined) yield* Effect.promise(() => writeFile(requests, window))
       yield* Effect.promise(() => writeFile(files.records, JSON.stringify(entries)))
       yield* Effect.promise(() => writeFile(files.graph, "graph"))
       yield* log.commitSnapshot(seq, files)
@@ -319,14 +399,22 @@ class FakeIndex {
   }
 }
 
-const openIndex = Effect.fnUntraced(function* (simulation: Simulation, machine: Machine, leaseMillis: number) {
+const openIndex = Effect.fnUntraced(function* (
+  simulation: Simulation,
+  machine: Machine,
+  options: PartitionLog.PartitionLogOptions
+) {
   const store = yield* ObjectStore
-  const log = yield* PartitionLog.open(prefix, { leaseMillis })
+  const log = yield* PartitionLog.open(prefix, options)
   const index = new FakeIndex(simulation, machine)
+  const window = new RequestWindow({ requestWindowMillis: 1_000_000_000, requestWindowMax: 1_000 })
+  if (log.snapshot?.requests !== undefined) window.load((yield* store.get(log.snapshot.requests.key)).body)
   if (log.snapshot !== undefined) {
     const text = yield* store.withFile(log.snapshot.records.key, (path) => Effect.promise(() => readFile(path, "utf8")))
     for (const entry of JSON.parse(text) as ReadonlyArray<Entry>) index.take(entry)
   }
-  yield* Stream.runForEach(log.tail, ({ bytes }) => Effect.sync(() => index.takeSegment(bytes)))
-  return { log, index }
+  yield* Stream.runForEach(log.tail, ({ seq, bytes }) =>
+    Effect.sync(() => window.observe(seq, decodeRequests(bytes), { effects: index.takeSegment(bytes) }))
+  )
+  return { log, index, window }
 })

@@ -4,7 +4,7 @@ import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { afterAll, assert, beforeAll, describe, it } from "@effect/vitest"
 import { Schema } from "effect"
-import { VectorDB, VectorDBError, type VectorDBOptions } from "../../src/client/index.ts"
+import { VectorDB, VectorDBError, type VectorDBOptions, type WebSocketLike } from "../../src/client/index.ts"
 import { VectorDB as EmbeddedDB } from "../../src/index.ts"
 import { type RunningNode, startNode } from "../support/Node.ts"
 import { startTcpProxy } from "../support/TcpProxy.ts"
@@ -215,6 +215,74 @@ describe.each(["over a WebSocket", "over HTTP", "embedded"] as const)("VectorDB,
 })
 
 describe("VectorDB in trouble", () => {
+  it.each(["over a WebSocket", "over HTTP"])(
+    "does once what it repeats because the answer was lost, %s",
+    async (how) => {
+      const node = await startNode()
+      const other = new VectorDB({ endpoint: node.base })
+      let lose = false
+      /** What somebody else does before the client tries again. */
+      const between = () => other.insert("a", [0, 1], { metadata: { by: "other" } })
+      const lost = async (): Promise<boolean> => {
+        if (!lose) return false
+        lose = false
+        await between()
+        return true
+      }
+      const db = new VectorDB({
+        endpoint: node.base,
+        streaming: how === "over a WebSocket",
+        reconnectBaseMillis: 5,
+        fetch: async (input, init) => {
+          const response = await fetch(input, init)
+          if (init?.method !== "GET" && (await lost())) throw new TypeError("the answer is lost")
+          return response
+        },
+        webSocket: (url, protocols) => {
+          const socket = new WebSocket(url, [...protocols]) as unknown as WebSocketLike
+          return new Proxy(socket, {
+            get: (target, name) => {
+              const value: unknown = Reflect.get(target, name)
+              return typeof value === "function" ? value.bind(target) : value
+            },
+            set: (target, name, value: (message: { data: unknown }) => void) => {
+              if (name !== "onmessage") return Reflect.set(target, name, value)
+              target.onmessage = async (message) => {
+                if (String(message.data).includes("inserted") && (await lost())) socket.close()
+                else value(message)
+              }
+              return true
+            }
+          })
+        }
+      })
+      const metadataOf = async (id: string) => (await other.get(id))?.metadata
+      lose = true
+      await db.insert("a", [1, 0], { metadata: { by: "client" } })
+      assert.isFalse(lose)
+      assert.deepStrictEqual(await metadataOf("a"), { by: "other" })
+      lose = true
+      await db.update("a", { metadata: { by: "client" } })
+      assert.deepStrictEqual(await metadataOf("a"), { by: "other" })
+      lose = true
+      assert.strictEqual(await db.delete("a"), 1)
+      assert.deepStrictEqual(await metadataOf("a"), { by: "other" })
+      // Two calls are two writes, unless they have one key.
+      await db.delete("a")
+      assert.isUndefined(await metadataOf("a"))
+      for (let call = 0; call < 2; call++) {
+        await db.insert("a", [1, 0], { idempotencyKey: "order 7" })
+        await other.delete("a")
+      }
+      assert.isUndefined(await metadataOf("a"))
+      await db.insert("a", [1, 0])
+      assert.deepStrictEqual(await metadataOf("a"), {})
+      await db.close()
+      await other.close()
+      await node.stop()
+    }
+  )
+
   it("repeats what a cut connection left unanswered: no insert lost, every call answered", {
     timeout: 30_000
   }, async () => {

@@ -157,7 +157,8 @@ describe("a key", () => {
       ["GET", "/api/v1/keys"],
       ["GET", "/api/v1/tiers"],
       ["GET", "/metrics"],
-      ["GET", "/api/v1/load"]
+      ["GET", "/api/v1/load"],
+      ["GET", "/api/v1/load/events"]
     ] as const) {
       assert.strictEqual((await call(writer.key, method, path)).status, 403, path)
     }
@@ -632,6 +633,7 @@ describe("without a credential", () => {
       for (const path of [
         "/metrics",
         "/api/v1/load",
+        "/api/v1/load/events",
         "/api/v1/collections",
         "/api/v1/keys",
         "/api/v1/stream/search?query_vector_id=a",

@@ -222,5 +222,25 @@ describe("at level 95", () => {
     while (!answer.startsWith("HTTP/1.1 200")) answer = await get("/api/v1/collections")
     // At a lower level all are answered again, but for what is not asked here; it is left a moment later.
     while ((await get("/health/ready")).includes("load_level")) await new Promise((resolve) => setTimeout(resolve, 20))
+
+    // All of it in events, for who follows from the first one on.
+    const abort = new AbortController()
+    const stream = await fetch(`${node.base}/api/v1/load/events?after=0`, { signal: abort.signal })
+    assert.match(stream.headers.get("content-type") ?? "", /^text\/event-stream/)
+    let text = ""
+    const levels = () =>
+      [...text.matchAll(/"event":"level_changed".*?"from":(\d+),"to":(\d+)/g)].map(([, from, to]) => [from, to])
+    for await (const chunk of (stream.body as ReadableStream<Uint8Array>).pipeThrough(new TextDecoderStream())) {
+      text += chunk
+      if (levels().at(-1)?.[1] === "0") break
+    }
+    abort.abort()
+    assert.match(text, /^id: \d+\ndata: \{"event":"following"/)
+    assert.include(
+      levels().map(([, to]) => to),
+      "95"
+    )
+    const wrong = await get("/api/v1/load/events?since=1")
+    assert.match(wrong, /^HTTP\/1\.1 400 /)
   })
 })

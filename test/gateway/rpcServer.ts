@@ -197,6 +197,7 @@ export const mapRouter = (seen: Seen): Router["Service"] => {
     deleteCollection: (name) => Effect.map(find(name), () => void collections.delete(name)),
     count: ({ name }) => Effect.map(find(name), ({ records }) => records.size),
     stats: () => Effect.succeed([]),
+    release: () => Effect.succeed(false),
     activate: () => Effect.void,
     upsert: Effect.fnUntraced(function* (name, records) {
       if (name === "default") yield* create(name, { dimensions: records[0]?.vector.length ?? 1 })

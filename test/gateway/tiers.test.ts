@@ -4,7 +4,7 @@ import { afterAll, assert, beforeAll, describe, it } from "@effect/vitest"
 import { Context, Effect, Fiber, Layer, type Scope, Stream } from "effect"
 import { RpcClient, RpcSerialization } from "effect/rpc"
 import { Socket } from "effect/socket"
-import { framesOf } from "../../src/gateway/TiersApi.ts"
+import { framesOf } from "../../src/gateway/NodeEvents.ts"
 import { RuvectorRpcs } from "../../src/protocol/Rpcs.ts"
 import type { TierEvent } from "../../src/protocol/TierPromoter.ts"
 import { type RunningNode, startNode } from "../support/Node.ts"
@@ -138,7 +138,7 @@ describe("Server-Sent Events", () => {
       Effect.scoped(
         Effect.gen(function* () {
           const quiet = Stream.concat(Stream.make(event(1)), Stream.never)
-          const frames = yield* framesOf(quiet, () => draining, options)
+          const frames = yield* framesOf("tiers", quiet, () => draining, options)
           const reading = yield* Effect.forkScoped(Stream.runCollect(frames))
           yield* Effect.sleep(900)
           assert.strictEqual(cuts, 0)
@@ -153,7 +153,7 @@ describe("Server-Sent Events", () => {
         Effect.gen(function* () {
           let made = 0
           const many = Stream.fromEffectRepeat(Effect.sync(() => event(++made)))
-          const frames = yield* framesOf(many, () => draining, options)
+          const frames = yield* framesOf("tiers", many, () => draining, options)
           const stuck = Stream.runForEach(frames, () => Effect.never)
           yield* Effect.forkScoped(stuck)
           yield* Effect.sleep(50)

@@ -173,6 +173,32 @@ const errorOf = (exit: Exit.Exit<unknown, unknown>): unknown => {
 }
 
 describe("the door", () => {
+  test("sees an overload by many sources that each ask little, and refuses nearly all of it before it is read", async () => {
+    const { admission, clock, endOne, search } = await openDoor({ searchQueueMin: 4 })
+    let atTheDoor = 0
+    let later = 0
+    let arrived = 0
+    // One a millisecond is answered, and three come, of a thousand sources in turn.
+    for (let millisecond = 0; millisecond < 2_000; millisecond++) {
+      clock.now += 1
+      for (let i = 0; i < 3; i++) {
+        const source = `s${arrived++ % 1_000}`
+        const isLate = millisecond >= 1_000
+        if (admission.isPressed() && admission.refusal({ tier: "standard" }, source) !== undefined) {
+          if (isLate) atTheDoor += 1
+        } else {
+          search(source, "standard", 10_000, source).fiber.addObserver((exit) => {
+            if (isLate && Exit.isFailure(exit)) later += 1
+          })
+        }
+      }
+      await endOne()
+    }
+    assert.isAtMost(admission.state().waiting, 8)
+    assert.isAbove(atTheDoor, 1_500)
+    assert.isBelow(later, atTheDoor / 10)
+  })
+
   test("lets begin as many as the limit says, the others in the order they came", async () => {
     const { admission, begun, search } = await openDoor()
     const all = ["a", "b", "c"].map((name) => search(name))

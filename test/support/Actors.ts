@@ -24,6 +24,7 @@ export interface RunningActors {
 }
 
 export const startActors = async (
+  /** With what else the actors are to use instead of their own. */
   store: Context.Context<ObjectStore>,
   settings: Partial<SettingValues> = {}
 ): Promise<RunningActors> => {

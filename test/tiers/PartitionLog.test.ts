@@ -4,7 +4,7 @@ import { assert, describe, it } from "@effect/vitest"
 import { Deferred, Effect, Exit, Fiber, Layer, Option, Scope, Stream } from "effect"
 import { TestClock } from "effect/testing"
 import * as FileObjectStore from "../../src/tiers/FileObjectStore.ts"
-import { verifySegment } from "../../src/tiers/LogSegment.ts"
+import { segmentFormat, verifySegment } from "../../src/tiers/LogSegment.ts"
 import { ObjectStore, StoreFailure } from "../../src/tiers/ObjectStore.ts"
 import * as PartitionLog from "../../src/tiers/PartitionLog.ts"
 import { decodeManifest, encodeManifest } from "../../src/tiers/PartitionManifest.ts"
@@ -274,7 +274,7 @@ describe("partition log, damage", () => {
         yield* written(3)
         const newer = (bytes: Uint8Array) => {
           const view = new DataView(bytes.buffer)
-          view.setUint16(4, 2, true)
+          view.setUint16(4, segmentFormat + 1, true)
           view.setUint32(60, crc32(bytes.subarray(0, 60)), true)
           return bytes
         }
@@ -282,7 +282,7 @@ describe("partition log, damage", () => {
           yield* damage(logKey(seq), newer)
           const error = yield* failureOf(openAndReplay)
           assert.isTrue(error._tag === "NewerFormat" && error.object.startsWith(`${prefix}/log/`), String(error))
-          assert.include(error.message, "format 2, this version reads up to 1")
+          assert.include(error.message, `format ${segmentFormat + 1}, this version reads up to ${segmentFormat}`)
         }
         yield* damage(manifestKey, (bytes) => {
           const text = Buffer.from(bytes).toString().replace('"format": 1', '"format": 7')

@@ -66,7 +66,16 @@ describe("a partition in a vector thread", () => {
       seeded(seedOf(seed), (source) =>
         model({ ...specOf(5, metric), quantization }, source).pipe(
           Effect.scoped,
-          Effect.provide(VectorIndex.layerWith({ threads: 2, graphFrom: 500, sketchFrom: 1, blockCacheBytes: 65_536 })),
+          Effect.provide(
+            VectorIndex.layerWith({
+              threads: 2,
+              graphFrom: 500,
+              sketchFrom: 1,
+              blockCacheBytes: 65_536,
+              // Some wait for their searches, as an embedded engine does.
+              searchWaitMillis: seed % 2 === 0 ? 4 : 0
+            })
+          ),
           Effect.runPromise
         )
       )

@@ -24,7 +24,7 @@ const answered = 4
 /** Words before the memory for a query or an answer. */
 const state = 0
 const bell = 1
-const lingers = 2
+const attends = 2
 const engaged = 3
 const bodyAt = 4
 
@@ -79,10 +79,10 @@ export class SearchDesk {
     return Atomics.load(this.#words, engaged) !== 0
   }
 
-  /** Calls the thread; false where it does not linger at the desk, and a message has to call it. */
+  /** Calls the thread; false where it does not attend the desk, and a message has to call it. */
   ring(): boolean {
     Atomics.add(this.#words, bell, 1)
-    if (Atomics.load(this.#words, lingers) === 0) return false
+    if (Atomics.load(this.#words, attends) === 0) return false
     Atomics.notify(this.#words, bell)
     return true
   }
@@ -151,18 +151,23 @@ export class SearchDesk {
 
   /** Waits until the bell is rung more often than that; false where it is not within the time. */
   linger(rung: number, millis: number): boolean {
-    const words = this.#words
-    Atomics.store(words, lingers, 1)
-    Atomics.wait(words, bell, rung, millis)
-    Atomics.store(words, lingers, 0)
-    return Atomics.load(words, bell) !== rung
+    Atomics.store(this.#words, attends, 1)
+    Atomics.wait(this.#words, bell, rung, millis)
+    return Atomics.load(this.#words, bell) !== rung
   }
 
-  /** The query that lies there; the same each time until it is answered or given back. */
+  /** Attends the desk no more; false where the bell has been rung more often than that, and nobody else would hear. */
+  leave(rung: number): boolean {
+    Atomics.store(this.#words, attends, 0)
+    return Atomics.load(this.#words, bell) === rung
+  }
+
+  /** The query that lies there; the same each time until it is answered or given back. From then on the desk is attended. */
   peek(): DeskQuery | undefined {
     const words = this.#words
     const now = Atomics.load(words, state)
     if (now !== awaited && now !== left) return undefined
+    Atomics.store(words, attends, 1)
     const components = words[bodyAt + 5]!
     const floatsAt = bodyAt + queryWords
     const textAt = (floatsAt + components) * 4

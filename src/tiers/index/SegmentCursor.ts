@@ -6,7 +6,7 @@
 import { isUtf8 } from "node:buffer"
 import { crc32 } from "node:zlib"
 import type { Version } from "../../protocol/Version.ts"
-import { decodeSegmentHeader, type SegmentHeader } from "../LogSegment.ts"
+import { decodeSegmentHeader, operationsEnd, type SegmentHeader } from "../LogSegment.ts"
 
 export type OpKind = "upsert" | "metadata" | "delete"
 
@@ -16,13 +16,17 @@ export class SegmentCursor {
   readonly #view: DataView
   readonly #regions: Array<string> = []
   #at = headerBytes
+  /** Where the operations end. */
+  readonly #end: number
 
   /** Throws where the bytes are no whole segment of vectors of so many components. */
   constructor(input: Uint8Array, dimensions: number) {
-    const aligned = input.byteOffset % 4 === 0 ? input : input.slice()
+    // Not `slice`, which for a Buffer is a view at the same unaligned place.
+    const aligned = input.byteOffset % 4 === 0 ? input : new Uint8Array(input)
     this.#bytes = Buffer.from(aligned.buffer, aligned.byteOffset, aligned.byteLength)
     this.#view = new DataView(aligned.buffer, aligned.byteOffset, aligned.byteLength)
     this.header = decodeSegmentHeader(aligned)
+    this.#end = operationsEnd(aligned)
     if (this.header.count > 0 && this.header.dimensions !== dimensions) {
       throw new Error(`a segment of ${this.header.dimensions} dimensions for an index of ${dimensions}`)
     }
@@ -43,7 +47,7 @@ export class SegmentCursor {
   /** Reads the next operation into the fields above; false after the last one. */
   next(): boolean {
     const at = this.#at
-    if (at >= this.#bytes.length) return false
+    if (at >= this.#end) return false
     const view = this.#view
     this.kind = kinds[view.getUint8(at)]!
     const idAt = at + opHeaderBytes
@@ -70,7 +74,7 @@ export class SegmentCursor {
   #check(): void {
     const bytes = this.#bytes
     const view = this.#view
-    const end = bytes.length
+    const end = this.#end
     let at = headerBytes
     const need = (length: number) => {
       if (at + length > end) throw new Error("a segment that ends inside of an operation")

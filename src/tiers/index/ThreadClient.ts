@@ -24,6 +24,7 @@ import { SearchDesk } from "./SearchDesk.ts"
 import { forEachChange } from "./StandingMatches.ts"
 import {
   type Answer,
+  atWork,
   type Command,
   type FromThread,
   type Hits,
@@ -32,6 +33,7 @@ import {
   type Matches,
   mustStop,
   type OpenFiles,
+  sharedWords,
   type ThreadOptions,
   type ToThread,
   withMetadata,
@@ -61,18 +63,14 @@ interface Waiting {
   readonly lost: (error: IndexLost) => void
 }
 
-interface Asked {
-  readonly request: number
-  readonly seat: Seat
-  readonly query: IndexQuery
-}
-
 /** A partition, and why it is there no longer. */
 interface Seat {
   readonly number: number
   readonly spec: IndexSpec
   form: IndexForm
   lost: IndexLost | undefined
+  /** Told once where the thread dies, or gives the partition up, at work on it. */
+  onFault: ((detail: string) => void) | undefined
   /** Standing queries by their number. */
   readonly watches: Map<number, StandingListener>
 }
@@ -88,7 +86,7 @@ export class ThreadClient {
   readonly #waiting = new Map<number, Waiting>()
   readonly #seats = new Map<number, Seat>()
   #worker: Worker | undefined
-  #shared = new Int32Array(new SharedArrayBuffer(8))
+  #shared = newShared()
   #desk: SearchDesk | undefined
   #stopped = false
   #restartTimer: NodeJS.Timeout | undefined
@@ -104,7 +102,7 @@ export class ThreadClient {
 
   // What is asked in this turn.
   #flushing = false
-  #searches: Array<Asked> = []
+  #searches: Array<{ readonly request: number; readonly seat: Seat; readonly query: IndexQuery }> = []
   #commands: Array<Command> = []
   #cancelled: Array<number> = []
 
@@ -136,11 +134,12 @@ export class ThreadClient {
 
   open(
     spec: IndexSpec,
-    snapshot: OpenFiles | undefined
+    snapshot: OpenFiles | undefined,
+    onFault?: (detail: string) => void
   ): Effect.Effect<PartitionIndex, IndexLost | SnapshotUnreadable, Scope.Scope> {
     return Effect.flatMap(
       Effect.acquireRelease(
-        Effect.sync(() => this.#takeSeat(spec)),
+        Effect.sync(() => this.#takeSeat(spec, onFault)),
         (seat) => Effect.sync(() => this.#leaveSeat(seat))
       ),
       (seat) =>
@@ -280,8 +279,10 @@ export class ThreadClient {
         answer: (answer) => resume(failureOf(answer) as Effect.Effect<never, IndexLost>),
         lost: (error) => resume(Effect.fail(error))
       })
-      this.#searches.push({ request, seat, query })
-      this.#schedule()
+      if (!this.#waited(request, seat, query)) {
+        this.#searches.push({ request, seat, query })
+        this.#schedule()
+      }
       return Effect.sync(() => this.#forget(request))
     })
   }
@@ -318,12 +319,13 @@ export class ThreadClient {
     this.#schedule()
   }
 
-  #takeSeat(spec: IndexSpec): Seat {
+  #takeSeat(spec: IndexSpec, onFault: ((detail: string) => void) | undefined): Seat {
     const seat: Seat = {
       number: this.#nextSeat++,
       spec,
       form: "full",
       lost: this.#stopped ? new IndexLost({ detail: "the vector threads are stopped" }) : undefined,
+      onFault,
       watches: new Map()
     }
     if (!this.#stopped) this.#seats.set(seat.number, seat)
@@ -378,7 +380,7 @@ export class ThreadClient {
       maxYoungGenerationSizeMb: youngGenerationMegabytes,
       ...(heapMegabytes === undefined ? {} : { maxOldGenerationSizeMb: heapMegabytes })
     }
-    this.#shared = new Int32Array(new SharedArrayBuffer(8))
+    this.#shared = newShared()
     this.#desk = this.#options.patience === undefined ? undefined : new SearchDesk()
     const workerData: ThreadOptions = { ...thread, shared: this.#shared, desk: this.#desk?.memory }
     // Flags of a program that embeds the engine (`--input-type`, loaders) are not for its threads.
@@ -401,6 +403,8 @@ export class ThreadClient {
   #died(detail: string): void {
     this.#worker = undefined
     if (this.#stopped) return
+    const worked = this.#seats.get(Atomics.load(this.#shared, atWork))
+    if (worked !== undefined) blame(worked, `its vector thread died at work on it: ${detail}`)
     if (performance.now() - this.#startedAt > calmMillis) this.#deathsInARow = 0
     this.#deathsInARow += 1
     this.#restarts += 1
@@ -419,38 +423,26 @@ export class ThreadClient {
   #schedule(): void {
     if (this.#flushing) return
     this.#flushing = true
-    if (this.#desk === undefined) setImmediate(() => this.#flush())
-    // What is asked together with it has been asked by then.
-    else queueMicrotask(() => this.#attend())
+    setImmediate(() => this.#flush())
   }
 
-  /** Waits for a search that is alone, where the thread has nothing else to do; sends all else when the turn is over. */
-  #attend(): void {
-    const alone =
-      this.#searches.length === 1 &&
-      this.#waiting.size === 1 &&
-      this.#commands.length === 0 &&
-      this.#cancelled.length === 0
-    if (!alone || !this.#waited(this.#searches[0]!)) setImmediate(() => this.#flush())
-  }
-
-  /** False where it was not asked; else it is answered by now, or will be by a message. */
-  #waited({ request, seat, query }: Asked): boolean {
+  /**
+   * Waits for a search at the desk, where nothing else is asked of the thread and it has nothing long to do. False where it has
+   * to be sent; else it is answered by now, or will be by a message.
+   */
+  #waited(request: number, seat: Seat, query: IndexQuery): boolean {
     const { patience } = this.#options
     const desk = this.#desk
-    const waiting = this.#waiting.get(request)
-    if (desk === undefined || patience === undefined || waiting === undefined || this.#worker === undefined)
-      return false
+    if (desk === undefined || patience === undefined || this.#worker === undefined) return false
+    if (this.#flushing || this.#waiting.size > 1 || desk.isEngaged) return false
     const millis = patience.left
-    if (millis === 0 || desk.isEngaged) return false
-    if (!desk.ask(request, seat.number, query)) return false
-    this.#flushing = false
-    this.#searches = []
+    if (millis === 0 || !desk.ask(request, seat.number, query)) return false
     const started = performance.now()
     if (!desk.ring()) this.#worker.postMessage(callMessage)
     const hits = desk.wait(millis)
     patience.spent(performance.now() - started)
-    if (hits !== undefined) {
+    const waiting = this.#waiting.get(request)
+    if (hits !== undefined && waiting !== undefined) {
       this.#settle(request, waiting)
       waiting.hits?.(hits)
     }
@@ -548,7 +540,7 @@ export class ThreadClient {
 
   #gone(seat: Seat | undefined, detail: string): void {
     if (seat === undefined) return
-    this.#seats.delete(seat.number)
+    if (this.#seats.delete(seat.number)) blame(seat, detail)
     seat.lost ??= new IndexLost({ detail })
     tellLost(seat)
   }
@@ -560,6 +552,13 @@ const tellLost = ({ watches, lost }: Seat): void => {
   watches.clear()
   if (lost !== undefined) for (const { onLost } of listeners) onLost(lost)
 }
+
+const blame = (seat: Seat, detail: string): void => {
+  seat.onFault?.(detail)
+  seat.onFault = undefined
+}
+
+const newShared = () => new Int32Array(new SharedArrayBuffer(sharedWords * Int32Array.BYTES_PER_ELEMENT))
 
 const stopMessage: ToThread = { stop: true }
 

@@ -7,7 +7,7 @@ export interface ThreadOptions {
   readonly graphFrom: number | undefined
   readonly blockCacheBytes: number
   readonly sketchFrom: number | undefined
-  /** Two words shared by both sides, see {@link isBusy} and {@link mustStop}. */
+  /** Words shared by both sides, see {@link isBusy}, {@link mustStop} and {@link atWork}. */
   readonly shared: Int32Array<SharedArrayBuffer>
   /** Of a `SearchDesk`, where the main thread waits for searches. */
   readonly desk: SharedArrayBuffer | undefined
@@ -19,6 +19,9 @@ export interface ThreadOptions {
  */
 export const isBusy = 0
 export const mustStop = 1
+/** The partition that the thread works on, 0 for none: where it dies, of that. */
+export const atWork = 2
+export const sharedWords = 3
 
 export interface ToThread {
   readonly searches?: Searches
