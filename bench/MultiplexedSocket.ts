@@ -37,10 +37,11 @@ export class MultiplexedSocket {
     return this.#socket.readyState === WebSocket.OPEN
   }
 
-  /** Ten nearest; `session` empty for the connection's own. */
-  search(session: string, query: string): Promise<void> {
+  /** Ten nearest; `session` empty for the connection's own, `collection` for the default one. */
+  search(session: string, query: string, collection = ""): Promise<void> {
     const id = String(this.#asked++)
-    const named = session === "" ? "" : `"session":"${session}",`
+    const named =
+      (session === "" ? "" : `"session":"${session}",`) + (collection === "" ? "" : `"collection":"${collection}",`)
     return new Promise((resolve, reject) => {
       this.#waiting.set(id, { resolve, reject })
       this.#socket.send(`{"type":"search","id":"${id}",${named}"query":${query},"k":10}`)
@@ -48,10 +49,10 @@ export class MultiplexedSocket {
   }
 
   /** The same, asked again while it is refused, when the server says. How often it was. */
-  async insist(session: string, query: string): Promise<number> {
+  async insist(session: string, query: string, collection = ""): Promise<number> {
     for (let refused = 0; ; refused++) {
       try {
-        await this.search(session, query)
+        await this.search(session, query, collection)
         return refused
       } catch (error) {
         if (!this.isOpen || !(error instanceof Refused)) throw error

@@ -106,7 +106,13 @@ export const settings = {
   ),
   databaseConnectionsMax: integer("connections to it", "connections", 4, 2, 100),
   databaseConnectMillis: integer("for a connection to it", "ms", 5_000, 100, 600_000),
-  databaseQueryMillis: integer("for its answer, before it counts as gone", "ms", 1_500, 50, 600_000),
+  databaseQueryMillis: integer(
+    "for its answer, before it counts as gone; at most a quarter of shard-lock-millis",
+    "ms",
+    2_500,
+    50,
+    600_000
+  ),
   databaseOutageMillis: integer(
     "that runners keep their shards while it is gone; then they give them up until it is back",
     "ms",
@@ -158,6 +164,14 @@ export const settings = {
     600_000
   ),
   shardRefreshMillis: integer("between two looks at which runner owns what", "ms", 250, 50, 60_000),
+  prepareMillis: integer(
+    "that a runner which comes or goes gives the next owners of its partitions to prepare for them",
+    "ms",
+    3_000,
+    0,
+    600_000
+  ),
+  standbyMillis: integer("that what was prepared is kept until it is needed", "ms", 30_000, 0, 600_000),
   ownerCheckMillis: integer(
     "between two looks at whether partitions are still this runner's, while the database is gone",
     "ms",
@@ -810,8 +824,8 @@ export const readSettings = (
       `--${flagOf("runnerHeartbeatMillis")}: expected ${expected}, got ${read.runnerHeartbeatMillis}`
     )
   }
-  if (read.databaseQueryMillis * 2 > read.shardLockMillis / 3) {
-    const expected = `at most a sixth of ${flagOf("shardLockMillis")} (${read.shardLockMillis})`
+  if (read.databaseQueryMillis * 4 > read.shardLockMillis) {
+    const expected = `at most a quarter of ${flagOf("shardLockMillis")} (${read.shardLockMillis})`
     throw new SettingError(`--${flagOf("databaseQueryMillis")}: expected ${expected}, got ${read.databaseQueryMillis}`)
   }
   if (read.pingIntervalMillis >= read.idleTimeoutMillis) {

@@ -19,6 +19,7 @@ import {
 } from "../protocol/Errors.ts"
 import { IndexPartition, partitionId, partitionsGroup } from "../protocol/IndexPartition.ts"
 import { collectionsMax, invalidationsPendingMax } from "../protocol/Limits.ts"
+import { Calls } from "../shards/Calls.ts"
 import { CellDirectory } from "../shards/CellDirectory.ts"
 import { Placement } from "../shards/Placement.ts"
 import { type Catalogue, CatalogueText, catalogueFormat, catalogueKey, removedKept } from "../tiers/CatalogueObject.ts"
@@ -31,6 +32,7 @@ export const layer = Catalog.toLayer(
     const partitions = yield* IndexPartition.client
     const placement = yield* Placement
     const directory = yield* CellDirectory
+    const calls = yield* Calls
     const scope = yield* Effect.scope
     const gate = yield* Semaphore.make(1)
     let current: { readonly catalogue: Catalogue; readonly etag: string | undefined } | undefined
@@ -97,20 +99,12 @@ export const layer = Catalog.toLayer(
       for (const collection of catalogue.removing) {
         yield* Effect.forEach(
           Array.from({ length: collection.partitions }, (_, partition) => partition),
-          (partition) =>
-            partitions(partitionId({ collection: collection.name, uid: collection.uid, partition })).Remove({
-              collection
-            }),
+          (partition) => {
+            const id = partitionId({ collection: collection.name, uid: collection.uid, partition })
+            return calls.to({ group: partitionsGroup, id }, partitions(id).Remove({ collection }), notRemoved)
+          },
           { concurrency: 4, discard: true }
-        ).pipe(
-          Effect.mapError(
-            () =>
-              new StorageUnavailable({
-                detail: "A partition could not be removed; it will be.",
-                retryAfterMillis: 1_000
-              })
-          )
-        )
+        ).pipe(Effect.mapError(notRemoved))
         const now = yield* read
         const removing = now.catalogue.removing.filter((one) => one.uid !== collection.uid)
         yield* write({ ...now.catalogue, removing }, now.etag)
@@ -227,6 +221,9 @@ export const layer = Catalog.toLayer(
   }),
   { concurrency: "unbounded", disableFatalDefects: true, maxIdleTime: Duration.infinity }
 )
+
+const notRemoved = () =>
+  new StorageUnavailable({ detail: "A partition could not be removed; it will be.", retryAfterMillis: 1_000 })
 
 /** Between two tries to tell the directory of cells what is here. */
 const claimPauseMillis = 5_000

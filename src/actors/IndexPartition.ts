@@ -26,6 +26,7 @@ import {
   partitionAddressOf
 } from "../protocol/IndexPartition.ts"
 import type { PartitionWatch } from "../protocol/StandingQuery.ts"
+import { Calls } from "../shards/Calls.ts"
 import { LocalActors, type WatchListener } from "../shards/LocalActors.ts"
 import { Membership } from "../shards/Membership.ts"
 import { partitionPrefix } from "../tiers/CatalogueObject.ts"
@@ -73,7 +74,7 @@ export const layer = Layer.unwrap(
         settings.partitionIdleMillis === 0 ? Duration.infinity : Duration.millis(settings.partitionIdleMillis)
     })
   )
-).pipe(Layer.provide(PartitionOpener.layer))
+)
 
 const makePartition = Effect.gen(function* () {
   const { entityId } = yield* Entity.CurrentAddress
@@ -84,6 +85,7 @@ const makePartition = Effect.gen(function* () {
   const opener = yield* PartitionOpener
   const local = yield* LocalActors
   const membership = yield* Membership
+  const calls = yield* Calls
   const catalog = (yield* Catalog.client)(catalogId)
   const entityScope = yield* Effect.scope
   const prefix = partitionPrefix(uid, partition)
@@ -135,13 +137,12 @@ const makePartition = Effect.gen(function* () {
     })
 
   const readCollection = Effect.gen(function* () {
-    const collection = yield* catalog
-      .Read({ name })
+    const unreachable = () => unavailable("The catalogue cannot be reached.")
+    const collection = yield* calls
+      .to({ group: "default", id: catalogId }, catalog.Read({ name }), unreachable)
       .pipe(
         Effect.mapError((error) =>
-          error._tag === "CollectionNotFound" || error._tag === "StorageUnavailable"
-            ? error
-            : unavailable("The catalogue cannot be reached.")
+          error._tag === "CollectionNotFound" || error._tag === "StorageUnavailable" ? error : unreachable()
         )
       )
     if (collection.uid !== uid) return yield* new CollectionNotFound({ collection: name })
@@ -204,6 +205,8 @@ const makePartition = Effect.gen(function* () {
           quarantine.opened(Date.now())
           const of = exit.value
           const here = {
+            collection: of.collection,
+            handOver: of.handOver,
             search: (query: PartitionQuery) => again(of, of.search(query), (next) => next.search(query)),
             get: (ids: ReadonlyArray<string>) => again(of, of.get(ids), (next) => next.get(ids)),
             revision: of.writer.revision,

@@ -50,6 +50,7 @@ import {
   type IndexLost,
   type IndexRecord,
   type IndexSpec,
+  type OpeningOptions,
   type PartitionIndex,
   SnapshotUnreadable,
   type StandingSpec,
@@ -60,6 +61,7 @@ import * as PartitionCaches from "./PartitionCaches.ts"
 import * as PartitionChanges from "./PartitionChanges.ts"
 import * as PartitionWriter from "./PartitionWriter.ts"
 import * as SnapshotPolicy from "./SnapshotPolicy.ts"
+import * as Standby from "./Standby.ts"
 
 /** How much wider a standing query's searches are than others: what one of them misses is missed until it changes. */
 const standingBeamFactor = 2
@@ -78,6 +80,8 @@ export interface OpenPartition {
   readonly position: () => number
   /** Whether nobody else owns it by now. */
   readonly confirm: Effect.Effect<boolean, StoreFailure>
+  /** Before another process takes it over. */
+  readonly handOver: Effect.Effect<void>
   readonly writer: PartitionWriter.PartitionWriter
   readonly changes: LocalChanges
 }
@@ -101,6 +105,11 @@ export class PartitionOpener extends Context.Service<
       collection: Collection,
       options: OpenOptions
     ) => Effect.Effect<OpenPartition, PartitionError, Scope.Scope>
+    /**
+     * Opens the newest snapshot, in the form that there is memory for, without a claim: whoever owns the partition goes on. It is
+     * there for the next `open`, or gone after `standbyMillis`. Nothing where it cannot be.
+     */
+    readonly prepare: (address: PartitionAddress, collection: Collection) => Effect.Effect<void>
   }
 >()("ruvector/actors/PartitionOpener") {
   static readonly layer = Layer.effect(
@@ -135,9 +144,11 @@ export class PartitionOpener extends Context.Service<
       // As many snapshots are made at once as there are threads to make them: each takes memory meanwhile.
       const { threads } = yield* Settings
       const snapshots = yield* Semaphore.make(threads || Math.max(1, availableParallelism() - 1))
+      const standby = yield* Standby.make((yield* Settings).standbyMillis)
       return PartitionOpener.of({
+        prepare: (address, collection) => Effect.provideContext(prepare(address, collection, standby), services),
         open: (address, collection, options) =>
-          open(address, collection, options, { promotions, snapshots }).pipe(
+          open(address, collection, options, { promotions, snapshots, standby }).pipe(
             Effect.annotateLogs({ collection: address.collection, partition: address.partition }),
             Effect.provideContext(services)
           )
@@ -170,13 +181,107 @@ interface Opening {
   readonly index: ResidentIndex.ResidentIndex
   /** The requests of the snapshot. */
   readonly window: RequestWindow
+  /** The log after what the index was opened from. */
+  readonly tail: PartitionLog.PartitionLogHandle["tail"]
 }
+
+/** The log after a snapshot that is not the newest. */
+const tailAfter = (log: PartitionLog.PartitionLogHandle, seq: number): PartitionLog.PartitionLogHandle["tail"] =>
+  Stream.mapError(log.read(seq + 1), (error) =>
+    error._tag === "Compacted"
+      ? new PartitionLog.LogCorrupt({
+          object: log.prefix,
+          fault: "missing",
+          detail: `the log begins at ${error.oldestSeq}, after ${seq} of what was prepared`
+        })
+      : error
+  )
+
+const specOf = ({ dimensions, metric, index }: Collection): IndexSpec => ({
+  dimensions,
+  metric,
+  m: index.m,
+  efConstruction: index.ef_construction,
+  quantization: index.quantization
+})
+
+/** The form is open in the scope that this runs in; the files are needed only while it is opened. */
+const formOf = (
+  {
+    vectors,
+    store,
+    verify,
+    options
+  }: {
+    readonly vectors: VectorIndex["Service"]
+    readonly store: ObjectStore["Service"]
+    /** What is wrong with the snapshot's files. */
+    readonly verify: Effect.Effect<string | undefined, StoreFailure>
+    readonly options?: OpeningOptions
+  },
+  spec: IndexSpec,
+  snapshot: Snapshot | undefined,
+  form: IndexForm
+): Effect.Effect<PartitionIndex, OpenFault, Scope.Scope> =>
+  Effect.gen(function* () {
+    if (snapshot === undefined) return yield* vectors.open(spec, undefined, options)
+    const { sketch } = snapshot
+    const formScope = yield* Effect.scope
+    if (form === "mapped" && sketch !== undefined) {
+      return yield* Effect.scoped(
+        Effect.flatMap(
+          Effect.all([store.localPath(snapshot.records.key), store.localPath(sketch.key)], { concurrency: 2 }),
+          ([records, file]) => Scope.provide(vectors.openMapped(spec, { records, sketch: file }, options), formScope)
+        )
+      )
+    }
+    const fault = yield* verify
+    if (fault !== undefined) return yield* new SnapshotUnreadable({ detail: fault })
+    return yield* Effect.scoped(
+      Effect.flatMap(
+        Effect.all([store.localPath(snapshot.records.key), store.localPath(snapshot.graph.key)], { concurrency: 2 }),
+        ([records, graph]) => Scope.provide(vectors.open(spec, { records, graph }, options), formScope)
+      )
+    )
+  })
+
+/** See {@link PartitionOpener}. */
+const prepare = Effect.fnUntraced(
+  function* (address: PartitionAddress, collection: Collection, standby: Standby.Standby) {
+    const store = yield* ObjectStore
+    const vectors = yield* VectorIndex
+    const budget = yield* MemoryBudget
+    const prefix = partitionPrefix(address.uid, address.partition)
+    const found = yield* PartitionLog.peekFiles(prefix)
+    // Without a snapshot there is nothing to open: what there is is in the log.
+    if (found === undefined) return
+    const { snapshot, verify } = found
+    // In the mapped form where there is one: it is there in milliseconds, and its blocks are read as they are needed.
+    const form: IndexForm = snapshot.sketch === undefined ? "full" : "mapped"
+    const bytes = snapshot.sketch === undefined ? fullBytesOf(snapshot) : mappedBytesOf(snapshot.sketch)
+    if (!budget.fits(bytes)) return
+    yield* standby.put(
+      partitionId(address),
+      snapshot.seq,
+      formOf({ vectors, store, verify }, specOf(collection), snapshot, form)
+    )
+  },
+  Effect.catchCause((cause) => Effect.logDebug("A partition could not be prepared", cause))
+)
 
 const open = Effect.fnUntraced(function* (
   address: PartitionAddress,
   collection: Collection,
   options: OpenOptions,
-  { promotions, snapshots }: { readonly promotions: Semaphore.Semaphore; readonly snapshots: Semaphore.Semaphore }
+  {
+    promotions,
+    snapshots,
+    standby
+  }: {
+    readonly promotions: Semaphore.Semaphore
+    readonly snapshots: Semaphore.Semaphore
+    readonly standby: Standby.Standby
+  }
 ) {
   const started = performance.now()
   const settings = yield* Settings
@@ -187,42 +292,14 @@ const open = Effect.fnUntraced(function* (
   const scope = yield* Effect.scope
   const prefix = partitionPrefix(address.uid, address.partition)
   const faults = faultsOf(address)
-  const spec: IndexSpec = {
-    dimensions: collection.dimensions,
-    metric: collection.metric,
-    m: collection.index.m,
-    efConstruction: collection.index.ef_construction,
-    quantization: collection.index.quantization
-  }
+  const spec = specOf(collection)
   const hasFull = (collection.index.quantization ?? "none") === "none"
 
-  /** The form is open in the scope that this runs in; the files are needed only while it is opened. */
   const openForm = (
     log: Pick<PartitionLog.PartitionLogHandle, "verifySnapshot">,
     snapshot: Snapshot | undefined,
     form: IndexForm
-  ): Effect.Effect<PartitionIndex, OpenFault, Scope.Scope> =>
-    Effect.gen(function* () {
-      if (snapshot === undefined) return yield* vectors.open(spec, undefined, options)
-      const { sketch } = snapshot
-      const formScope = yield* Effect.scope
-      if (form === "mapped" && sketch !== undefined) {
-        return yield* Effect.scoped(
-          Effect.flatMap(
-            Effect.all([store.localPath(snapshot.records.key), store.localPath(sketch.key)], { concurrency: 2 }),
-            ([records, file]) => Scope.provide(vectors.openMapped(spec, { records, sketch: file }, options), formScope)
-          )
-        )
-      }
-      const fault = yield* log.verifySnapshot
-      if (fault !== undefined) return yield* new SnapshotUnreadable({ detail: fault })
-      return yield* Effect.scoped(
-        Effect.flatMap(
-          Effect.all([store.localPath(snapshot.records.key), store.localPath(snapshot.graph.key)], { concurrency: 2 }),
-          ([records, graph]) => Scope.provide(vectors.open(spec, { records, graph }, options), formScope)
-        )
-      )
-    })
+  ) => formOf({ vectors, store, verify: log.verifySnapshot, options }, spec, snapshot, form)
 
   /** What a snapshot has of the window of requests. */
   const openWindow = (snapshot: Snapshot | undefined) =>
@@ -272,6 +349,23 @@ const open = Effect.fnUntraced(function* (
           Effect.result
         )
       })
+      const prepared = passedOver === undefined && !options.verify ? standby.take(partitionId(address)) : undefined
+      if (prepared !== undefined) {
+        const isUsable =
+          !prepared.form.lost() && prepared.seq <= log.snapshotSeq() && log.oldestSeq() <= prepared.seq + 1
+        // Of the newest snapshot also where the form is of an earlier one: what is replayed in between is known to it.
+        const window = isUsable ? yield* Effect.result(openWindow(snapshot)) : undefined
+        if (window !== undefined && Result.isSuccess(window)) {
+          if (ahead !== undefined) yield* ahead.giveUp
+          return {
+            log,
+            index: yield* ResidentIndex.make(prepared.form, prepared.scope),
+            window: window.success,
+            tail: prepared.seq === log.snapshotSeq() ? log.tail : tailAfter(log, prepared.seq)
+          }
+        }
+        yield* Scope.close(prepared.scope, Exit.void)
+      }
       const isAhead = snapshot !== undefined && ahead?.snapshot.records.key === snapshot.records.key
       if (ahead !== undefined && !isAhead) yield* ahead.giveUp
       const windowed = yield* isAhead
@@ -290,7 +384,7 @@ const open = Effect.fnUntraced(function* (
         error = window.failure
       } else {
         const index = yield* ResidentIndex.make(opened.success.form, opened.success.formScope)
-        return { log, index, window: window.success }
+        return { log, index, window: window.success, tail: log.tail }
       }
       if (error._tag !== "SnapshotUnreadable" || snapshot === undefined) return yield* faults.ofOpening(error, prefix)
       yield* Effect.logWarning("A snapshot cannot be opened; the one before is", error.detail)
@@ -324,12 +418,13 @@ const open = Effect.fnUntraced(function* (
   const expected =
     newest === undefined ? emptyBytes : newest.sketch === undefined ? fullBytesOf(newest) : mappedBytesOf(newest.sketch)
   yield* Scope.provide(budget.reserve(expected), opening)
-  const ahead = newest?.sketch === undefined || options.verify ? undefined : yield* openAhead(newest)
-  const { log, index, window } = yield* openNewest(undefined, ahead)
+  const isPrepared = standby.has(partitionId(address))
+  const ahead = newest?.sketch === undefined || options.verify || isPrepared ? undefined : yield* openAhead(newest)
+  const { log, index, window, tail } = yield* openNewest(undefined, ahead)
 
   // Replay: handed to the thread as they are read, a bounded number ahead of what it has applied.
   let replayed = 0
-  yield* log.tail.pipe(
+  yield* tail.pipe(
     Stream.mapEffect(
       ({ seq, bytes }) => {
         const made = decodeRequests(bytes)
@@ -606,6 +701,7 @@ const open = Effect.fnUntraced(function* (
     watch,
     position: () => visibleSeq,
     confirm: log.confirm,
+    handOver: Effect.asVoid(policy.handOver),
     writer: {
       ...writer,
       // Another form may find others.

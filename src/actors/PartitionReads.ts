@@ -5,8 +5,10 @@ import {
   IndexPartition,
   type PartitionError,
   type PartitionRecord,
-  partitionAddressOf
+  partitionAddressOf,
+  partitionsGroup
 } from "../protocol/IndexPartition.ts"
+import { Calls } from "../shards/Calls.ts"
 import { LocalActors } from "../shards/LocalActors.ts"
 
 export class PartitionReads extends Context.Service<
@@ -29,22 +31,26 @@ export class PartitionReads extends Context.Service<
 
 const make = Effect.gen(function* () {
   const local = yield* LocalActors
+  const calls = yield* Calls
   const client = yield* IndexPartition.client
   const get: PartitionReads["Service"]["get"] = (partition, ids) =>
     Effect.suspend(() => {
       const resident = local.partitions.get(partition)
       if (resident !== undefined) return resident.get(ids)
-      return Effect.mapError(client(partition).Get({ ids: [...ids] }), (error): PartitionError => {
+      const { collection, partition: number } = partitionAddressOf(partition)
+      const unavailable = (detail: string) =>
+        new PartitionUnavailable({ collection, partition: number, detail, retryAfterMillis: 1_000 })
+      const call = calls.to({ group: partitionsGroup, id: partition }, client(partition).Get({ ids: [...ids] }), () =>
+        unavailable("It has not answered in time.")
+      )
+      return Effect.mapError(call, (error): PartitionError => {
         switch (error._tag) {
           case "MailboxFull":
             return new Overloaded({ bound: "mailbox", retryAfterMillis: 250 })
           case "AlreadyProcessingMessage":
           case "PersistenceError":
-          case "EntityNotAssignedToRunner": {
-            const { collection, partition: number } = partitionAddressOf(partition)
-            const detail = "It cannot be reached now."
-            return new PartitionUnavailable({ collection, partition: number, detail, retryAfterMillis: 1_000 })
-          }
+          case "EntityNotAssignedToRunner":
+            return unavailable("It cannot be reached now.")
           default:
             return error
         }

@@ -16,6 +16,8 @@ export interface SnapshotPolicy {
   readonly pending: () => number
   /** Takes a snapshot where there is news. Answers whether the newest snapshot has all by then; failures are logged and counted. */
   readonly snapshot: Effect.Effect<boolean>
+  /** Takes one for whoever opens the partition next, who waits when it closes: then none is taken but for much that is new. */
+  readonly handOver: Effect.Effect<boolean>
 }
 
 /** Takes snapshots until the scope closes; then, unless it closes with an error, a last one, for which `drainMillis` are given. */
@@ -39,6 +41,7 @@ export const make = Effect.fnUntraced(function* (options: {
   const gate = yield* Semaphore.make(1)
   let pending = options.replayed
   let lastWriteAt = Date.now()
+  let handedOver = false
 
   const take = Effect.gen(function* () {
     const seq = options.appliedSeq()
@@ -99,7 +102,7 @@ export const make = Effect.fnUntraced(function* (options: {
   // Closing with a snapshot makes the next opening short. Bounded: what is not snapshotted is in the log.
   yield* Scope.addFinalizerExit(scope, (exit) =>
     // A node that is told to stop closes by interruption; only what is removed closes with an error.
-    Option.isSome(Exit.findErrorOption(exit)) || index.lost()
+    Option.isSome(Exit.findErrorOption(exit)) || index.lost() || (handedOver && pending < settings.snapshotOps)
       ? Effect.void
       : Effect.asVoid(Effect.timeoutOption(snapshot, settings.drainMillis))
   )
@@ -110,7 +113,8 @@ export const make = Effect.fnUntraced(function* (options: {
       lastWriteAt = Date.now()
     },
     pending: () => pending,
-    snapshot
+    snapshot,
+    handOver: Effect.tap(snapshot, (isWhole) => Effect.sync(() => (handedOver = isWhole)))
   }
   return policy
 })

@@ -362,11 +362,36 @@ const encoder = new TextEncoder()
 
 /** Length of the JSON, JSON, zeros to a multiple of four, floats (little-endian). */
 const binaryFrame = (text: string, floats: Float32Array): Uint8Array<ArrayBuffer> => {
+  return text.length <= shortText ? (asciiFrame(text, floats) ?? anyFrame(text, floats)) : anyFrame(text, floats)
+}
+
+/** Characters up to which writing them one by one is quicker than the encoder, by half. */
+const shortText = 1_024
+
+/** `undefined` where it is not ASCII, a byte a character, as a search nearly always is. */
+const asciiFrame = (text: string, floats: Float32Array): Uint8Array<ArrayBuffer> | undefined => {
+  const { length } = text
+  const frame = emptyFrame(length, floats)
+  for (let i = 0; i < length; i++) {
+    const code = text.charCodeAt(i)
+    if (code > 0x7f) return undefined
+    frame[4 + i] = code
+  }
+  return frame
+}
+
+const anyFrame = (text: string, floats: Float32Array): Uint8Array<ArrayBuffer> => {
   const json = encoder.encode(text)
-  const at = 4 + ((json.length + 3) & ~3)
-  const frame = new Uint8Array(at + floats.byteLength)
-  new DataView(frame.buffer).setUint32(0, json.length, true)
+  const frame = emptyFrame(json.length, floats)
   frame.set(json, 4)
+  return frame
+}
+
+/** All but the JSON. */
+const emptyFrame = (jsonBytes: number, floats: Float32Array): Uint8Array<ArrayBuffer> => {
+  const at = 4 + ((jsonBytes + 3) & ~3)
+  const frame = new Uint8Array(at + floats.byteLength)
+  new DataView(frame.buffer).setUint32(0, jsonBytes, true)
   frame.set(new Uint8Array(floats.buffer, floats.byteOffset, floats.byteLength), at)
   return frame
 }

@@ -3,8 +3,10 @@ import { join } from "node:path"
 import { Effect, Layer, Option } from "effect"
 import * as AgentChannelActor from "../actors/AgentChannel.ts"
 import * as CatalogActor from "../actors/Catalog.ts"
+import * as Handover from "../actors/Handover.ts"
 import * as IndexPartitionActor from "../actors/IndexPartition.ts"
 import * as LoadShedderActor from "../actors/LoadShedder.ts"
+import { PartitionOpener } from "../actors/OpenPartition.ts"
 import { PartitionReads } from "../actors/PartitionReads.ts"
 import * as StreamSessionActor from "../actors/StreamSession.ts"
 import * as TaskQueueActor from "../actors/TaskQueue.ts"
@@ -89,9 +91,15 @@ const shardActors = Layer.mergeAll(
   TaskQueueActor.layer
 )
 
+/** What is handed over is handed over before any of them stops: not beside them, since they all stop at once. */
+const runnerActors = Handover.layer.pipe(
+  Layer.provideMerge(Layer.mergeAll(shardActors, ownActors)),
+  Layer.provide(PartitionOpener.layer)
+)
+
 /** The actors of one process. They stop, and snapshot what they hold, before the threads and the store they rest on. */
 export const actors = Layer.unwrap(
-  Effect.map(Settings, ({ role }) => (role === "gateway" ? ownActors : Layer.mergeAll(shardActors, ownActors)))
+  Effect.map(Settings, ({ role }) => (role === "gateway" ? ownActors : runnerActors))
 ).pipe(
   Layer.provideMerge(Layer.mergeAll(StandingQueries.layer, PartitionReads.layer)),
   Layer.provideMerge(Layer.mergeAll(ChangeFeeds.layer, TopicFeeds.layer)),
@@ -99,8 +107,9 @@ export const actors = Layer.unwrap(
   Layer.provideMerge(Router.layer({ createOnInsert: defaultCollection })),
   Layer.provideMerge(LoadMeter.layer),
   Layer.provideMerge(Admission.layer),
-  Layer.provideMerge(Layer.mergeAll(LocalActors.layer, CacheEvents.layer, Shedding.layer)),
+  Layer.provideMerge(Layer.mergeAll(CacheEvents.layer, Shedding.layer)),
   Layer.provideMerge(Layer.merge(Cluster.layer, CellDirectory.layer)),
+  Layer.provideMerge(LocalActors.layer),
   Layer.provideMerge(PartitionForms.layer),
   Layer.provideMerge(resultStore),
   Layer.provideMerge(budgetedCaches),

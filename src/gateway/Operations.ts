@@ -6,6 +6,7 @@ import { PrometheusMetrics } from "effect/observability"
 import { Settings } from "../config.ts"
 import { LocalActors } from "../shards/LocalActors.ts"
 import { ResultCache } from "../shards/ResultCache.ts"
+import { Membership } from "../shards/Membership.ts"
 import { Shedding } from "../shards/Shedding.ts"
 import { MemoryBudget } from "../tiers/MemoryBudget.ts"
 import { RecordCache, recordCacheMetrics } from "../tiers/RecordCache.ts"
@@ -55,6 +56,7 @@ export const layer = HttpRouter.use(
   Effect.fnUntraced(function* (router) {
     const settings = yield* Settings
     const readiness = yield* Readiness
+    const membership = yield* Membership
     const load = yield* Load
     const shedding = yield* Shedding
     const results = yield* ResultCache
@@ -76,10 +78,15 @@ export const layer = HttpRouter.use(
         const state = readiness.get()
         const ready = state.state === "ready"
         const level = shedding.level()
+        const outage = membership.outage()
         return HttpServerResponse.jsonUnsafe(
           {
             status: state.state,
             ...("detail" in state ? { detail: state.detail } : {}),
+            // What there is goes on; to take nodes out that could serve would make an outage of it.
+            ...(ready && outage !== undefined
+              ? { detail: `the cluster's database is gone since ${new Date(outage.sinceMillis).toISOString()}` }
+              : {}),
             // An overloaded node is ready all the same: to take it out would put its load on the others.
             ...(level === 0 ? {} : { load_level: level })
           },

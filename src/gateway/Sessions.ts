@@ -7,7 +7,9 @@ import { Context, Effect, Layer } from "effect"
 import { Settings, type SettingValues } from "../config.ts"
 import { type ApiError, Overloaded } from "../protocol/Errors.ts"
 import { type SearchAnswer, type SessionQuery, StreamSession } from "../protocol/StreamSession.ts"
+import { Calls } from "../shards/Calls.ts"
 import { LocalActors } from "../shards/LocalActors.ts"
+import { Placement } from "../shards/Placement.ts"
 import { Router } from "../shards/Router.ts"
 import { instance } from "./Queries.ts"
 
@@ -37,7 +39,14 @@ export class Sessions extends Context.Service<
   static readonly layer = Layer.effect(
     Sessions,
     Effect.gen(function* () {
-      const room = new Room(yield* Settings, yield* Router, yield* LocalActors, yield* StreamSession.client)
+      const room = new Room({
+        settings: yield* Settings,
+        router: yield* Router,
+        local: yield* LocalActors,
+        client: yield* StreamSession.client,
+        calls: yield* Calls,
+        placement: yield* Placement
+      })
       const opened = (link: SessionLink | Overloaded) =>
         link instanceof Overloaded ? Effect.fail(link) : Effect.succeed(link)
 
@@ -45,7 +54,7 @@ export class Sessions extends Context.Service<
         open: Effect.suspend(() => opened(room.open())),
         openUnsafe: () => room.open(),
         openResumable: Effect.suspend(() => opened(room.openResumable())),
-        answer: (sessionId, queryId) => Effect.sync(() => room.local.sessions.get(sessionId)?.answer(queryId)),
+        answer: (sessionId, queryId) => room.answer(sessionId, queryId),
         count: () => room.count
       })
     })
@@ -54,20 +63,62 @@ export class Sessions extends Context.Service<
 
 type Client = Effect.Success<typeof StreamSession.client>
 
-/** What all sessions of this node share. */
-class Room {
+/** What sessions rest on. */
+interface Services {
   readonly settings: Pick<SettingValues, "sessionsMax" | "sessionSearchesMax">
   readonly router: Router["Service"]
   readonly local: LocalActors["Service"]
   readonly client: Client
+  readonly calls: Calls["Service"]
+  readonly placement: Placement["Service"]
+}
+
+/** The shards that resumable sessions are in. */
+const sessionsGroup = "default"
+
+/** Ids tried so that a session's actor is in this process, where this process has shards. */
+const mintsMax = 64
+
+/** For the answer of a session elsewhere that is to be resumed: then it is as if that were no more. */
+const resumeMillis = 2_000
+
+/** What all sessions of this node share. */
+class Room {
+  readonly settings: Services["settings"]
+  readonly router: Services["router"]
+  readonly local: Services["local"]
+  readonly #services: Services
   count = 0
   #minted = 0
 
-  constructor(settings: Room["settings"], router: Room["router"], local: Room["local"], client: Client) {
-    this.settings = settings
-    this.router = router
-    this.local = local
-    this.client = client
+  constructor(services: Services) {
+    this.#services = services
+    this.settings = services.settings
+    this.router = services.router
+    this.local = services.local
+  }
+
+  /** A call to a session's actor, wherever it is. */
+  call<A, E>(
+    id: string,
+    call: (session: ReturnType<Client>) => Effect.Effect<A, E>,
+    deadlineMillis?: number
+  ): Effect.Effect<A, E | Overloaded> {
+    const { calls, client } = this.#services
+    const late = () => new Overloaded({ bound: "clusterCallMillis", retryAfterMillis: 1_000 })
+    return calls.to({ group: sessionsGroup, id }, call(client(id)), late, deadlineMillis)
+  }
+
+  answer(id: string, queryId: string): Effect.Effect<SearchAnswer | undefined> {
+    const resident = this.local.sessions.get(id)
+    if (resident !== undefined) return Effect.succeed(resident.answer(queryId))
+    const { placement } = this.#services
+    // Alone there is no other process that might have it.
+    if (placement.ownerOf(sessionsGroup, id) === undefined) return Effect.undefined
+    return this.call(id, (session) => session.Resume({ queryId }), resumeMillis).pipe(
+      Effect.map((answer) => answer ?? undefined),
+      Effect.catch(() => Effect.undefined)
+    )
   }
 
   open(): SessionLink | Overloaded {
@@ -75,7 +126,7 @@ class Room {
   }
 
   openResumable(): SessionLink | Overloaded {
-    return this.#admit() ?? new ResumableLink(this, this.#mint())
+    return this.#admit() ?? new ResumableLink(this, this.#mintHere())
   }
 
   #admit(): Overloaded | undefined {
@@ -83,6 +134,15 @@ class Room {
       return new Overloaded({ bound: "sessionsMax", retryAfterMillis: 5_000 })
     this.count += 1
     return undefined
+  }
+
+  /** Of this process's shards, where it has some: what a session is asked then crosses to no other process. */
+  #mintHere(): string {
+    const { placement } = this.#services
+    let id = this.#mint()
+    if (!placement.hosts || placement.ownerOf(sessionsGroup, id) === undefined) return id
+    for (let n = 1; n < mintsMax && !placement.isHere(sessionsGroup, id); n++) id = this.#mint()
+    return id
   }
 
   #mint(): string {
@@ -132,18 +192,23 @@ class Link implements SessionLink {
 }
 
 class ResumableLink extends Link {
+  #isElsewhere = false
+
   override search(query: SessionQuery): Effect.Effect<SearchAnswer, ApiError> {
     const resident = this.room.local.sessions.get(this.id)
     if (resident !== undefined) return resident.search(query)
-    return Effect.mapError(this.room.client(this.id).Search(query), (error) =>
-      isApiError(error) ? error : new Overloaded({ bound: "residentEntitiesMax", retryAfterMillis: 1_000 })
+    this.#isElsewhere = true
+    return Effect.mapError(
+      this.room.call(this.id, (session) => session.Search(query)),
+      (error) =>
+        isApiError(error) ? error : new Overloaded({ bound: "residentEntitiesMax", retryAfterMillis: 1_000 })
     )
   }
 
   override get close(): Effect.Effect<void> {
     return Effect.suspend(() => {
-      if (!this.end() || !this.room.local.sessions.has(this.id)) return Effect.void
-      return Effect.ignore(this.room.client(this.id).Close())
+      if (!this.end() || !(this.#isElsewhere || this.room.local.sessions.has(this.id))) return Effect.void
+      return Effect.ignore(this.room.call(this.id, (session) => session.Close()))
     })
   }
 }

@@ -74,7 +74,8 @@ export class Admission extends Context.Service<
       const settings = yield* Settings
       const shedding = yield* Shedding
       const threads = yield* (yield* VectorIndex).threads
-      const door = new Door(settings, shedding, threads.length, () => performance.now())
+      const parallel = threads.length === 0 ? parallelElsewhere : threads.length
+      const door = new Door(settings, shedding, parallel, () => performance.now())
       yield* Effect.addFinalizer(() => Effect.sync(() => door.close()))
       return Admission.of(door)
     })
@@ -91,6 +92,9 @@ export class Admission extends Context.Service<
       })
     )
 }
+
+/** A process without threads of its own sends its searches to others': so many may be under way as if each were alone. */
+const parallelElsewhere = 8
 
 /** Periods of `loadSampleMillis` whose latencies are remembered. */
 const latencyPeriods = 10

@@ -21,8 +21,10 @@ import {
   endOfObject,
   IndexPartition,
   isBefore,
-  partitionId
+  partitionId,
+  partitionsGroup
 } from "../protocol/IndexPartition.ts"
+import { Calls } from "./Calls.ts"
 import { ChangeFeed } from "./ChangeFeed.ts"
 import { LocalActors, type LocalChanges } from "./LocalActors.ts"
 
@@ -97,6 +99,7 @@ export class ChangeFeeds extends Context.Service<
 const make = Effect.fnUntraced(function* (isOurs: (entityId: string) => boolean) {
   const settings = yield* Settings
   const local = yield* LocalActors
+  const calls = yield* Calls
   const client = yield* IndexPartition.client
   const catalog = (yield* Catalog.client)(catalogId)
   const run = Effect.runForkWith(yield* Effect.context<never>())
@@ -109,14 +112,21 @@ const make = Effect.fnUntraced(function* (isOurs: (entityId: string) => boolean)
     run,
     mirrorMax: settings.changeBufferMax,
     read: (of, partition, entityId, { seq, index }, limit) =>
-      Effect.mapError(client(entityId).ReadChanges({ seq, index, limit }), (error) =>
-        isDelivery(error) ? unreachable(of, partition) : error
+      Effect.mapError(
+        calls.to({ group: partitionsGroup, id: entityId }, client(entityId).ReadChanges({ seq, index, limit }), () =>
+          unreachable(of, partition)
+        ),
+        (error) => (isDelivery(error) ? unreachable(of, partition) : error)
       ),
     follow: (entityId, { seq, index }) => client(entityId).Changes({ seq, index }),
     reading: (read) => reads.withPermit(read),
     stillThere: (of) =>
-      Effect.map(Effect.result(catalog.Read({ name: of.name })), (found) =>
-        found._tag === "Success" ? found.success.uid === of.uid : found.failure._tag !== "CollectionNotFound"
+      Effect.map(
+        Effect.result(
+          calls.to({ group: "default", id: catalogId }, catalog.Read({ name: of.name }), () => unreachable(of, 0))
+        ),
+        (found) =>
+          found._tag === "Success" ? found.success.uid === of.uid : found.failure._tag !== "CollectionNotFound"
       )
   }
 

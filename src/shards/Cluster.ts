@@ -15,8 +15,11 @@ import * as Sharding from "effect/cluster/Sharding"
 import * as ShardingConfig from "effect/cluster/ShardingConfig"
 import { Settings, type SettingValues } from "../config.ts"
 import { partitionsGroup } from "../protocol/IndexPartition.ts"
+import { Calls } from "./Calls.ts"
 import { ClusterNodes } from "./ClusterNodes.ts"
+import type { LocalActors } from "./LocalActors.ts"
 import { Membership, shardsPerGroup } from "./Membership.ts"
+import { Peers } from "./Peers.ts"
 import { Placement } from "./Placement.ts"
 
 /** The database of the cluster cannot be used. */
@@ -46,15 +49,16 @@ export const layerNode = Layer.unwrap(
 )
 
 /** The actors that are somewhere in the cluster; in this process where it is alone. */
-export const layer: Layer.Layer<Member, ClusterUnavailable, Settings> = Layer.unwrap(
-  Effect.map(Settings, (settings): Layer.Layer<Member, ClusterUnavailable, Settings> => {
+export const layer: Layer.Layer<Member, ClusterUnavailable, Settings | LocalActors> = Layer.unwrap(
+  Effect.map(Settings, (settings): Layer.Layer<Member, ClusterUnavailable, Settings | LocalActors> => {
     if (settings.databaseUrl === "") return layerAlone
     // Loaded only here: a node alone needs nothing of a database, nor of connections to other nodes.
     return Layer.unwrap(
       Effect.map(
         Effect.promise(() => import("./PostgresCluster.ts")),
         (members) =>
-          Placement.layer.pipe(
+          Calls.layer.pipe(
+            Layer.provideMerge(Placement.layer),
             Layer.provideMerge(settings.role === "gateway" ? members.gateway(settings) : members.runner(settings))
           )
       )
@@ -63,12 +67,14 @@ export const layer: Layer.Layer<Member, ClusterUnavailable, Settings> = Layer.un
 )
 
 /** What a process has of the cluster that it is in, or would be. */
-type Member = Sharding.Sharding | Membership | Placement | ClusterNodes
+type Member = Sharding.Sharding | Membership | Placement | Calls | Peers | ClusterNodes
 
 /** A process that is alone. */
 export const layerAlone = Placement.layer.pipe(
   Layer.provideMerge(layerNode),
   Layer.provideMerge(Membership.layerAlone),
+  Layer.provideMerge(Calls.layerAlone),
+  Layer.provideMerge(Peers.layerAlone),
   Layer.provideMerge(ClusterNodes.layerAlone)
 )
 

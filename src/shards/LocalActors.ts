@@ -5,6 +5,7 @@
  */
 import { Context, Effect, Layer, type Scope } from "effect"
 import type { QuarantinedPartition } from "../protocol/Cluster.ts"
+import type { Collection } from "../protocol/Collection.ts"
 import type { ApiError } from "../protocol/Errors.ts"
 import type {
   Change,
@@ -20,6 +21,9 @@ import type { PartitionWatch, WatchChange } from "../protocol/StandingQuery.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 
 export interface LocalPartition {
+  readonly collection: Collection
+  /** Before another process takes it over: a snapshot of what is new, so that there is little to replay there. */
+  readonly handOver: Effect.Effect<void>
   readonly search: (query: PartitionQuery) => Effect.Effect<PartitionHits, PartitionError>
   readonly get: (ids: ReadonlyArray<string>) => Effect.Effect<ReadonlyArray<PartitionRecord | null>, PartitionError>
   /**

@@ -45,6 +45,8 @@ export class Membership extends Context.Service<
     readonly outage: () => Outage | undefined
     /** Runs `check` whenever others may have taken what this process holds, for as long as the scope lives. */
     readonly confirming: (check: Effect.Effect<void>) => Effect.Effect<void, never, Scope.Scope>
+    /** Looks now at which runners there are. */
+    readonly look: Effect.Effect<void>
     /** From now on this runner may be given shards. Until then it is not among the runners. */
     readonly admit: Effect.Effect<void>
   }
@@ -60,6 +62,7 @@ export class Membership extends Context.Service<
       onChange: () => () => {},
       outage: () => undefined,
       confirming: () => Effect.void,
+      look: Effect.void,
       admit: Effect.void
     })
   )
@@ -381,6 +384,7 @@ const make = Effect.fnUntraced(function* (prefix: string) {
         }),
         () => Effect.sync(() => checks.delete(check))
       ),
+    look: Effect.ignore(getRunners),
     admit: Effect.asVoid(Deferred.succeed(admitted, undefined))
   })
   return Context.make(Membership, membership).pipe(Context.add(RunnerStorage.RunnerStorage, wrapped))

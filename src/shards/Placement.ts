@@ -12,6 +12,10 @@ import { Membership } from "./Membership.ts"
 export class Placement extends Context.Service<
   Placement,
   {
+    /** Whether this process is a runner of a cluster. */
+    readonly hosts: boolean
+    /** Of its group's shards the one that the actor is in, counted from 0. */
+    readonly shardOf: (group: string, entityId: string) => number
     /** Whether this process holds the shard of the actor. */
     readonly isHere: (group: string, entityId: string) => boolean
     /** The runner that owns it; `undefined` where there is none, or no cluster. */
@@ -36,6 +40,8 @@ export class Placement extends Context.Service<
       const membership = yield* Membership
       const shardOf = (group: string, entityId: string) => sharding.getShardId(entityId as EntityId.EntityId, group)
       return Placement.of({
+        hosts: membership.own !== undefined,
+        shardOf: (group, entityId) => shardOf(group, entityId).id - 1,
         isHere: (group, entityId) => sharding.hasShardId(shardOf(group, entityId)),
         ownerOf: (group, entityId) => membership.owners(group)[shardOf(group, entityId).id - 1],
         successorOf: (group, entityId) =>

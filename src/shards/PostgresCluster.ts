@@ -12,19 +12,23 @@ import {
   MessageStorage,
   RunnerAddress,
   RunnerHealth,
+  RunnerServer,
   Runners,
+  Sharding,
   ShardingConfig,
   SocketRunner,
   SqlRunnerStorage
 } from "effect/cluster"
-import { RpcClient, RpcSerialization } from "effect/rpc"
+import { RpcClient, RpcSerialization, RpcServer } from "effect/rpc"
 import * as Socket from "effect/socket/Socket"
 import { SqlClient } from "effect/sql"
 import type { SettingValues } from "../config.ts"
+import { PeerRpcs } from "../protocol/Peer.ts"
 import { ClusterUnavailable, sharedConfig } from "./Cluster.ts"
 import { ClusterNodes } from "./ClusterNodes.ts"
 import * as ClusterTables from "./ClusterTables.ts"
 import { Membership } from "./Membership.ts"
+import { Peers } from "./Peers.ts"
 import { RunnerMonitor } from "./RunnerMonitor.ts"
 
 /** Largest message between two nodes: a group of records that is inserted. */
@@ -40,14 +44,16 @@ const member = (settings: SettingValues) => ({
   refreshAssignmentsInterval: Duration.millis(settings.shardRefreshMillis),
   runnerHealthCheckInterval: Duration.millis(settings.runnerHealthMillis),
   runnerJoinDebounce: Duration.millis(settings.joinDebounceMillis),
-  // Nothing is stored for later, so there is nothing to poll for.
-  entityMessagePollInterval: Duration.minutes(10),
+  // Nothing is stored for later that were to be polled; but shards that were given up, and are this runner's again before that was
+  // done, are taken only when it is polled, and so are all after a failure.
+  entityMessagePollInterval: Duration.millis(settings.shardRefreshMillis * 4),
   sendRetryInterval: Duration.millis(50)
 })
 
 /** A member that holds no shard. */
 export const gateway = (settings: SettingValues) =>
   SocketRunner.layerClientOnly.pipe(
+    Layer.provideMerge(Peers.layer),
     Layer.provide(clientProtocol(settings)),
     Layer.provideMerge(MessageStorage.layerNoop),
     Layer.provideMerge(storage(settings, `gateway-${randomBytes(6).toString("hex")}`)),
@@ -61,10 +67,12 @@ export const runner = (settings: SettingValues) =>
     Effect.map(portOf(settings), (port) => {
       const address = RunnerAddress.make(settings.clusterHost, port)
       const listen = { host: settings.clusterListen === "" ? settings.clusterHost : settings.clusterListen, port }
-      return SocketRunner.layer.pipe(
+      return server.pipe(
+        Layer.provideMerge(Sharding.layer),
         Layer.provideMerge(RunnerMonitor.layer(`${tablePrefix(settings)}_runners`)),
         Layer.provide(Layer.effect(RunnerHealth.RunnerHealth, RunnerMonitor.health)),
         Layer.provide(Runners.layerRpc),
+        Layer.provideMerge(Peers.layer),
         Layer.provide([
           NodeSocketServer.layer({ ...listen, noDelay: true }).pipe(
             Layer.catch((error) =>
@@ -80,6 +88,13 @@ export const runner = (settings: SettingValues) =>
       )
     })
   )
+
+/** Effect Cluster's own server, which also answers what processes ask each other directly. */
+const server = RpcServer.layer(Runners.Rpcs.merge(PeerRpcs), {
+  spanPrefix: "RunnerServer",
+  disableTracing: true,
+  disableFatalDefects: true
+}).pipe(Layer.provide([RunnerServer.layerHandlers, Peers.handlers]), Layer.provide(RpcServer.layerProtocolSocketServer))
 
 const serialization = RpcSerialization.layerSchemaBinary({ maxFrameSize: frameBytesMax })
 

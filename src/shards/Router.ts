@@ -5,7 +5,7 @@
  * A partition resident in this process is asked directly; any other through its entity. A search waits no longer than its
  * deadline: partitions that are late or gone are named in the answer, and only if none answered does it fail.
  */
-import { Context, Effect, Exit, type Fiber, Layer, Option, Result } from "effect"
+import { Cause, Context, Effect, Exit, type Fiber, Layer, Option, Result } from "effect"
 import type { ClusterError } from "effect/cluster"
 import { Settings } from "../config.ts"
 import * as Catalog from "../protocol/Catalog.ts"
@@ -37,9 +37,11 @@ import {
   type PartitionRecord,
   type PartitionStats,
   partitionId,
+  partitionsGroup,
   type UpsertRecord
 } from "../protocol/IndexPartition.ts"
 import { answerComponentsMax } from "../protocol/Limits.ts"
+import type { NotHere } from "../protocol/Peer.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import { shownName } from "../protocol/Tenant.ts"
 import { AccessLog } from "../tiers/AccessLog.ts"
@@ -48,9 +50,12 @@ import { WarmStore } from "../tiers/WarmStore.ts"
 import { Admission } from "./Admission.ts"
 import { CacheEvents } from "./CacheEvents.ts"
 import { generationTag, searchTag, vectorTag } from "./CacheTags.ts"
+import { Calls } from "./Calls.ts"
 import type { Kind } from "./ConcurrencyLimit.ts"
 import { LocalActors } from "./LocalActors.ts"
 import { groupByPartition, partitionOf } from "./PartitionMap.ts"
+import { type PeerGone, Peers } from "./Peers.ts"
+import { Placement } from "./Placement.ts"
 import { giveRequestId } from "./RequestIds.ts"
 import { type KeptResult, ResultCache, type ResultKey, resultKey, sameQuery } from "./ResultCache.ts"
 import { decodeResult, encodeResult, ResultStore, storeKey } from "./ResultStore.ts"
@@ -143,6 +148,9 @@ export class Router extends Context.Service<
         const cache = yield* RecordCache
         const warm = yield* WarmStore
         const scope = yield* Effect.scope
+        const placement = yield* Placement
+        const peers = yield* Peers
+        const calls = yield* Calls
         const results = yield* ResultCache
         const resultStore = Option.getOrUndefined(yield* Effect.serviceOption(ResultStore))
         const events = yield* CacheEvents
@@ -163,13 +171,17 @@ export class Router extends Context.Service<
           error._tag === "PersistenceError" ||
           error._tag === "EntityNotAssignedToRunner"
 
+        const toCatalog = <A, E extends { readonly _tag: string }>(
+          call: Effect.Effect<A, E>
+        ): Effect.Effect<A, Exclude<E, DeliveryError> | StorageUnavailable> =>
+          Effect.mapError(calls.to({ group: "default", id: Catalog.catalogId }, call, catalogLate), (error) =>
+            isDelivery(error) ? undelivered(error) : (error as Exclude<E, DeliveryError> | StorageUnavailable)
+          )
+
         const collection = (name: string): Effect.Effect<Collection, CollectionNotFound | StorageUnavailable> => {
           const found = known.get(name)
           if (found !== undefined) return Effect.succeed(found)
-          return catalog.Read({ name }).pipe(
-            Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)),
-            Effect.tap((read) => Effect.sync(() => remember(read)))
-          )
+          return toCatalog(catalog.Read({ name })).pipe(Effect.tap((read) => Effect.sync(() => remember(read))))
         }
 
         const remember = (read: Collection) => {
@@ -220,19 +232,15 @@ export class Router extends Context.Service<
           name: string,
           request: CollectionRequest
         ) {
-          const result = yield* catalog
-            .Create({ name, request })
-            .pipe(Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)))
+          const result = yield* toCatalog(catalog.Create({ name, request }))
           remember(result.collection)
           return result
         })
 
         const deleteCollection = Effect.fn("Router.deleteCollection")(function* (name: string) {
           known.delete(name)
-          const before = yield* Effect.option(catalog.Read({ name }))
-          yield* catalog
-            .Delete({ name })
-            .pipe(Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)))
+          const before = yield* Effect.option(toCatalog(catalog.Read({ name })))
+          yield* toCatalog(catalog.Delete({ name }))
           known.delete(name)
           if (Option.isSome(before)) {
             forget(before.value.uid)
@@ -243,18 +251,19 @@ export class Router extends Context.Service<
         const delivered = <A, E extends { readonly _tag: string }>(
           of: Collection,
           partition: number,
-          call: Effect.Effect<A, E>
-        ): Effect.Effect<A, Exclude<E, DeliveryError> | PartitionUnavailable | Overloaded> =>
-          Effect.mapError(call, (error) => {
-            if (!isDelivery(error)) return error as Exclude<E, DeliveryError>
+          call: Effect.Effect<A, E>,
+          deadlineMillis?: number
+        ): Effect.Effect<A, Exclude<E, DeliveryError> | PartitionUnavailable | Overloaded> => {
+          const unavailable = (detail: string) =>
+            new PartitionUnavailable({ collection: of.name, partition, detail, retryAfterMillis: 1_000 })
+          const late = () => unavailable("It has not answered in time.")
+          const actor = { group: partitionsGroup, id: idOf(of, partition) }
+          return Effect.mapError(calls.to(actor, call, late, deadlineMillis), (error) => {
+            if (!isDelivery(error)) return error as Exclude<E, DeliveryError> | PartitionUnavailable
             if (error._tag === "MailboxFull") return new Overloaded({ bound: "mailbox", retryAfterMillis: 250 })
-            return new PartitionUnavailable({
-              collection: of.name,
-              partition,
-              detail: "It cannot be reached now.",
-              retryAfterMillis: 1_000
-            })
+            return unavailable("It cannot be reached now.")
           })
+        }
 
         /** Made once: as keys of maps, texts that are made anew have to be hashed anew. */
         const entityIds = new WeakMap<Collection, ReadonlyArray<string>>()
@@ -300,7 +309,14 @@ export class Router extends Context.Service<
 
         const activate = (of: Collection) =>
           Effect.asVoid(
-            eachPartition(of, (partition) => delivered(of, partition, partitionClient(idOf(of, partition)).Activate()))
+            eachPartition(of, (partition) =>
+              delivered(
+                of,
+                partition,
+                partitionClient(idOf(of, partition)).Activate(),
+                settings.activationDeadlineMillis
+              )
+            )
           )
 
         const release = (name: string, partition: number): Effect.Effect<boolean, ApiError> =>
@@ -461,7 +477,11 @@ export class Router extends Context.Service<
           access.touchPartition(entityId)
           const resident = local.partitions.get(entityId)
           if (resident !== undefined) return resident.search(query)
-          return delivered(of, partition, partitionClient(entityId).Search(query))
+          const byMessage = delivered(of, partition, partitionClient(entityId).Search(query))
+          const owner = placement.ownerOf(partitionsGroup, entityId)
+          if (owner === undefined) return byMessage
+          // A message finds it wherever it is by now, and wakes it.
+          return Effect.catchIf(peers.search(owner, entityId, query), isElsewhere, () => byMessage)
         }
 
         const partitionQueryOf = (of: Collection, query: SessionQuery, vector: Float32Array): PartitionQuery => ({
@@ -493,7 +513,12 @@ export class Router extends Context.Service<
               continue
             }
             const error = Exit.findErrorOption(exit)
-            if (Option.isNone(error)) return yield* Effect.failCause(exit.cause)
+            if (Option.isNone(error)) {
+              if (!Cause.hasInterruptsOnly(exit.cause)) return yield* Effect.failCause(exit.cause)
+              // The process that was asked has stopped.
+              missing.push(partition)
+              continue
+            }
             // What is wrong with the request is wrong everywhere; what is wrong with one partition is that one's.
             if (error.value._tag === "InvalidInput" || error.value._tag === "CollectionNotFound")
               return yield* error.value
@@ -751,9 +776,7 @@ export class Router extends Context.Service<
         const invalidate = Effect.fn("Router.invalidate")(function* (name: string, request: InvalidateRequest) {
           const { collection: of, effective_ms } =
             request.scope === "all"
-              ? yield* catalog
-                  .Invalidate({ name, notice_ms: request.notice_ms ?? 0 })
-                  .pipe(Effect.mapError((error) => (isDelivery(error) ? undelivered(error) : error)))
+              ? yield* toCatalog(catalog.Invalidate({ name, notice_ms: request.notice_ms ?? 0 }))
               : { collection: yield* collection(name), effective_ms: Date.now() }
           remember(of)
           const { generation } = cacheStateAt(of, effective_ms)
@@ -785,7 +808,7 @@ export class Router extends Context.Service<
               known.delete(name)
               return collection(name)
             }),
-          collections: Effect.mapError(catalog.List(), (error) => (isDelivery(error) ? undelivered(error) : error)),
+          collections: toCatalog(catalog.List()),
           deleteCollection,
           count: (of) => Effect.map(stats(of), (all) => all.reduce((sum, one) => sum + one.count, 0)),
           stats,
@@ -803,6 +826,12 @@ export class Router extends Context.Service<
       })
     )
 }
+
+const catalogLate = () =>
+  new StorageUnavailable({ detail: "The catalogue has not answered in time.", retryAfterMillis: 1_000 })
+
+const isElsewhere = (error: PartitionError | NotHere | PeerGone): error is NotHere | PeerGone =>
+  error._tag === "NotHere" || error._tag === "PeerGone"
 
 /** A search under way, and how many wait for it. */
 interface Flight {

@@ -19,9 +19,16 @@ import {
   Overloaded,
   PartitionUnavailable
 } from "../protocol/Errors.ts"
-import { IndexPartition, type PartitionError, partitionAddressOf, partitionId } from "../protocol/IndexPartition.ts"
+import {
+  IndexPartition,
+  type PartitionError,
+  partitionAddressOf,
+  partitionId,
+  partitionsGroup
+} from "../protocol/IndexPartition.ts"
 import { standingMembersMax } from "../protocol/Limits.ts"
 import type { PartitionWatch, StandingMember, WatchChange } from "../protocol/StandingQuery.ts"
+import { Calls } from "./Calls.ts"
 import { LocalActors, type LocalPartition } from "./LocalActors.ts"
 import { Router } from "./Router.ts"
 import { mergeMembers, StandingShare } from "./StandingShare.ts"
@@ -75,7 +82,8 @@ export class StandingQueries extends Context.Service<
   static readonly layer = Layer.effect(
     StandingQueries,
     Effect.gen(function* () {
-      const { standingQueriesMax, standingRetryMillis } = yield* Settings
+      const { standingQueriesMax, standingRetryMillis, activationDeadlineMillis } = yield* Settings
+      const calls = yield* Calls
       const local = yield* LocalActors
       const router = yield* Router
       const clientOf = yield* IndexPartition.client
@@ -91,7 +99,15 @@ export class StandingQueries extends Context.Service<
 
       /** Makes the partition resident, also where it only seems to be. */
       const wake = (hub: Hub): Effect.Effect<unknown, PartitionError> =>
-        Effect.mapError(clientOf(hub.entityId).Activate(), (error) => delivered(hub.entityId, error))
+        Effect.mapError(
+          calls.to(
+            { group: partitionsGroup, id: hub.entityId },
+            clientOf(hub.entityId).Activate(),
+            () => unreachable(hub.entityId),
+            activationDeadlineMillis
+          ),
+          (error) => delivered(hub.entityId, error)
+        )
 
       const hubOf = (entityId: string): Hub => {
         let hub = hubs.get(entityId)

@@ -28,11 +28,13 @@ export class StandingShare {
   }
 }
 
-/** The best `k` of lists in order. */
+/** The best `k` of lists in order, which do not change any more. */
 export const mergeMembers = (
   lists: ReadonlyArray<ReadonlyArray<StandingMember>>,
   k: number
 ): ReadonlyArray<StandingMember> => {
+  const [only] = lists
+  if (only !== undefined && lists.length === 1) return only.length <= k ? only : only.slice(0, k)
   const heads = new Array<number>(lists.length).fill(0)
   const merged: Array<StandingMember> = []
   while (merged.length < k) {

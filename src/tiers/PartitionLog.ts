@@ -204,6 +204,32 @@ export const peekSnapshot: (prefix: string) => Effect.Effect<Snapshot | undefine
   })
 
 /**
+ * The same for who opens it beside its owner: `verify` reads its files and compares their
+ * checksums. What is wrong with them; `undefined` for nothing.
+ */
+export const peekFiles: (prefix: string) => Effect.Effect<
+  | {
+      readonly snapshot: Snapshot
+      readonly verify: Effect.Effect<string | undefined, StoreFailure>
+    }
+  | undefined,
+  StoreFailure,
+  ObjectStore
+> = Effect.fnUntraced(function* (prefix: string) {
+  const store = yield* ObjectStore
+  const snapshot = yield* peekSnapshot(prefix)
+  if (snapshot === undefined) return undefined
+  const verify = Effect.gen(function* () {
+    for (const object of objectsOf(snapshot)) {
+      const fault = yield* objectFault(store, object.key, object)
+      if (fault !== undefined) return fault
+    }
+    return undefined
+  })
+  return { snapshot, verify }
+})
+
+/**
  * Deletes everything of a partition, the manifest first, so that an owner stops. Idempotent: after a failure, or where
  * an owner went on for a moment, it is called again.
  */
@@ -455,17 +481,8 @@ class Log {
     return undefined
   })
 
-  /** What is wrong with a snapshot's object; `undefined` where it is whole. */
   #objectFault(object: SnapshotObject): Effect.Effect<string | undefined, StoreFailure> {
-    const key = this.#keyOf(object.key)
-    return this.#store
-      .withFile(key, (path) =>
-        Effect.map(checksumFile(path, key), (found) => {
-          if (found.bytes !== object.bytes) return `${object.key} has ${found.bytes} bytes, not ${object.bytes}`
-          return found.crc32 === object.crc32 ? undefined : `the checksum of ${object.key} differs`
-        })
-      )
-      .pipe(Effect.catchTag("ObjectMissing", () => Effect.succeed(`${object.key} is missing`)))
+    return objectFault(this.#store, this.#keyOf(object.key), object)
   }
 
   /** Bytes of each segment after a position; they have to follow each other without a gap. */
@@ -1015,6 +1032,21 @@ const withStoreKeys = (prefix: string, snapshot: Snapshot | undefined): Snapshot
   const requests = snapshot.requests === undefined ? {} : { requests: withKey(snapshot.requests) }
   return { ...snapshot, records: withKey(snapshot.records), graph: withKey(snapshot.graph), ...sketch, ...requests }
 }
+
+/** What is wrong with a snapshot's object; `undefined` where it is whole. */
+const objectFault = (
+  store: Store,
+  key: string,
+  object: SnapshotObject
+): Effect.Effect<string | undefined, StoreFailure> =>
+  store
+    .withFile(key, (path) =>
+      Effect.map(checksumFile(path, key), (found) => {
+        if (found.bytes !== object.bytes) return `${object.key} has ${found.bytes} bytes, not ${object.bytes}`
+        return found.crc32 === object.crc32 ? undefined : `the checksum of ${object.key} differs`
+      })
+    )
+    .pipe(Effect.catchTag("ObjectMissing", () => Effect.succeed(`${object.key} is missing`)))
 
 interface SeenManifest {
   readonly manifest: PartitionManifest

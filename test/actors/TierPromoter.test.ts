@@ -9,6 +9,7 @@ import type { Sharding } from "effect/cluster"
 import * as CatalogActor from "../../src/actors/Catalog.ts"
 import { EventLog } from "../../src/actors/EventLog.ts"
 import * as IndexPartitionActor from "../../src/actors/IndexPartition.ts"
+import { PartitionOpener } from "../../src/actors/OpenPartition.ts"
 import { PartitionReads } from "../../src/actors/PartitionReads.ts"
 import * as TierPromoterActor from "../../src/actors/TierPromoter.ts"
 import { warm } from "../../src/actors/Warming.ts"
@@ -72,6 +73,7 @@ beforeAll(async () => {
     warmsMax: 1
   }
   const layer = Layer.mergeAll(IndexPartitionActor.layer, CatalogActor.layer, TierPromoterActor.layer).pipe(
+    Layer.provide(PartitionOpener.layer),
     Layer.provideMerge(PartitionReads.layer),
     Layer.provideMerge(Router.layer({ createOnInsert: "default" })),
     Layer.provideMerge(Admission.layer),

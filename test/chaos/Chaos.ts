@@ -17,7 +17,7 @@ import { Prober } from "./Prober.ts"
 import { changesOf, checkEffects, checkOwners, type PartitionHistory } from "./partitionHistory.ts"
 import { readLogs } from "./readLogs.ts"
 import { checkRegisters } from "./registers.ts"
-import { type Fault, type FaultKind, networkFaults, scheduleOf, settleMillis } from "./Schedule.ts"
+import { type Fault, type FaultKind, networkFaults, scheduleOf } from "./Schedule.ts"
 
 export interface ChaosOptions {
   readonly seed: number
@@ -34,6 +34,8 @@ export interface ChaosOptions {
   readonly quietMillis?: number
   readonly pausesMillis?: readonly [number, number]
   readonly postgresDownMillis?: number
+  /** In place of a schedule by the seed; each begins when it is its time and the one before has ended. */
+  readonly faults?: ReadonlyArray<Fault>
   readonly shardLockMillis?: number
   readonly flags?: ReadonlyArray<string>
   readonly namespaces?: boolean
@@ -47,6 +49,8 @@ export interface Injected extends Fault {
   readonly end: number
   /** From the beginning until every partition answered again; `undefined`: it did not, before the next fault. */
   readonly recoveredMillis: number | undefined
+  /** The longest time in which one partition did not answer. */
+  readonly pauseMillis: number
   /** What went wrong in doing it. */
   readonly failed: string | undefined
 }
@@ -61,7 +65,7 @@ export interface Verdict {
   readonly operations: number
   readonly readsChecked: number
   readonly changesChecked: number
-  /** Of calls that began outside of the windows of faults. */
+  /** Of calls no part of which was in the window of a fault. */
   readonly callsOutside: number
   readonly failedOutside: number
   /** Of all calls. */
@@ -72,6 +76,9 @@ export interface Verdict {
 
 /** A window of a fault ends so long after the fault. */
 export const windowMillis = 10_000
+
+/** After a fault's end it is waited so long, at most, for every partition to answer. */
+const settleMillis = 10_000
 
 /** Followers and subscribers may take so long to have everything, once nothing is written. */
 const catchUpMillis = 60_000
@@ -132,7 +139,7 @@ export const runChaos = async (options: ChaosOptions): Promise<Verdict> => {
       now
     })
 
-    const schedule = scheduleOf({
+    const planned = scheduleOf({
       source: random(seed),
       durationMillis: options.durationMillis,
       kinds: kinds.filter((kind) => !skipped.includes(kind)),
@@ -141,10 +148,10 @@ export const runChaos = async (options: ChaosOptions): Promise<Verdict> => {
       shardLockMillis,
       quietMillis: options.quietMillis ?? 10_000,
       postgresDownMillis: options.postgresDownMillis ?? 60_000,
-      pauseMillis: options.pausesMillis ?? [10_000, 20_000]
+      pauseMillis: options.pausesMillis ?? [20_000, 30_000]
     })
     const faults: Array<Injected> = []
-    for (const fault of schedule) {
+    for (const fault of options.faults ?? planned) {
       await until(() => now() >= fault.beginMillis)
       faults.push(await inject(fault, nodes, prober, now, note))
     }
@@ -153,18 +160,21 @@ export const runChaos = async (options: ChaosOptions): Promise<Verdict> => {
     note("no more writes")
     prober.close()
     await clients.quiet()
+    note("reading every key")
     await clients.readAll()
     const violations: Array<Violation> = [...history.violations, ...checkRegisters(history.writes, history.reads)]
     const db = new VectorDB({ endpoint: bases, collection })
     const { uid } = (await db.collections.get(collection, { deadlineMillis: 60_000 })) ?? { uid: "" }
+    note("reading the logs")
     const logs = await readLogs(join(nodes.data, "objects"), uid, partitions)
     violations.push(...(await checkLogs(logs, history, clients, db)))
     await db.close()
     note("stopping")
-    for (const node of nodes.all) {
-      const code = await node.end("SIGTERM")
-      if (code !== 0) violations.push({ kind: "ownership", what: `${node.name} ended with ${code} by SIGTERM` })
-    }
+    const codes = await Promise.all(nodes.all.map((node) => node.end("SIGTERM")))
+    codes.forEach((code, n) => {
+      const what = `${nodes.all[n]?.name} ended by ${code === "SIGKILL" ? "nothing but SIGKILL" : code} when it was told to stop`
+      if (code !== 0) violations.push({ kind: "stop", what })
+    })
 
     const verdict = verdictOf(options, nodes, faults, skipped, violations, history, logs)
     writeFileSync(join(directory, "violations.txt"), violations.map(({ kind, what }) => `${kind}: ${what}\n`).join(""))
@@ -208,6 +218,7 @@ const inject = async (
   await pause(2_500)
   await until(() => recovered() !== undefined, settleMillis - 2_500)
   const recoveredMillis = recovered()
+  const pauseMillis = prober.pause(begin, now() - 1_500, exempt)
   note(
     `${name} has ended after ${((end - begin) / 1_000).toFixed(1)} s; ` +
       (recoveredMillis === undefined
@@ -215,9 +226,10 @@ const inject = async (
         : recoveredMillis === 0
           ? "every partition answered all the time"
           : `every partition answered again ${(recoveredMillis / 1_000).toFixed(1)} s after it began`) +
+      `, the longest wait was ${(pauseMillis / 1_000).toFixed(1)} s` +
       (failed === undefined ? "" : `; ${failed}`)
   )
-  return { ...fault, begin, end, recoveredMillis, failed }
+  return { ...fault, begin, end, recoveredMillis, pauseMillis, failed }
 }
 
 /** What is in the logs, against what was acknowledged and what followers and subscribers were told. */
@@ -270,8 +282,9 @@ const verdictOf = (
   history: History,
   logs: ReadonlyArray<PartitionHistory>
 ): Verdict => {
-  const isWithin = (at: number) => faults.some(({ begin, end }) => at >= begin && at <= end + windowMillis)
-  const outside = history.calls.filter(({ invoked }) => !isWithin(invoked))
+  const outside = history.calls.filter(({ completed, invoked }) =>
+    faults.every(({ begin, end }) => completed < begin || invoked > end + windowMillis)
+  )
   const failed = history.calls.filter((call) => call.failed !== undefined)
   const failures: Record<string, number> = {}
   for (const { failed: code } of failed) failures[code as string] = (failures[code as string] ?? 0) + 1

@@ -49,6 +49,9 @@ export interface Subscription {
   failed: string | undefined
 }
 
+/** Keys read at once in the end. */
+const readersAtOnce = 8
+
 export const collection = "chaos"
 export const dimensions = 16
 const members = 10
@@ -141,7 +144,13 @@ export const startClients = (options: ClientsOptions): Clients => {
     },
     readAll: async () => {
       const db = connected(0)
-      for (const key of everyKey) await readOnce({ db, client: -1, history, now }, key, "final", 60_000)
+      const left = [...everyKey]
+      const read = async () => {
+        for (let key = left.pop(); key !== undefined; key = left.pop()) {
+          await readOnce({ db, client: -1, history, now }, key, "final", 60_000)
+        }
+      }
+      await Promise.all(Array.from({ length: readersAtOnce }, read))
     },
     feeds,
     subscriptions,

@@ -65,6 +65,7 @@ export interface Violation {
     | "feed order"
     | "standing query"
     | "ownership"
+    | "stop"
   readonly what: string
 }
 

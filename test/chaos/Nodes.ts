@@ -25,7 +25,7 @@ export interface ClusterNode {
   readonly base: string
   /** Starts the process, and waits until it is ready. */
   readonly start: () => Promise<void>
-  /** Ends it; its exit code, or the signal that ended it. */
+  /** Ends it; its exit code, or the signal that ended it: SIGKILL too where it does not end by SIGTERM. */
   readonly end: (signal: "SIGKILL" | "SIGTERM") => Promise<number | string>
   readonly freeze: () => void
   readonly thaw: () => void
@@ -58,8 +58,9 @@ export interface NodesOptions {
   readonly namespaces?: boolean
 }
 
-/** That a node may take to start. */
+/** That a node may take to start, and to end when it is told to. */
 const startMillis = 120_000
+const endMillis = 60_000
 
 const main = new URL("../../src/main.ts", import.meta.url).pathname
 const weatherModule = new URL("./weather.mjs", import.meta.url).pathname
@@ -76,7 +77,14 @@ export const startNodes = async (options: NodesOptions): Promise<Nodes> => {
   const postgres = await startPostgres({ host: network.addressOf("postgres") })
   const redis = await startRedis([], network.addressOf("redis"))
   const all: Array<ClusterNode> = []
+  // Where this process is told to end, what it started ends with it.
+  const abandon = () => {
+    void postgres.kill()
+    void redis.kill()
+  }
+  process.once("exit", abandon)
   const stop = async () => {
+    process.removeListener("exit", abandon)
     for (const node of all) node.thaw()
     await Promise.all(all.map((node) => node.end("SIGKILL")))
     await redis.stop()
@@ -184,8 +192,12 @@ const nodeOf = ({ name, role, base, words, directory, network }: NodeOptions): C
     },
     end: async (signal) => {
       if (!isRunning()) return "SIGKILL"
-      child?.kill(signal)
-      return await exited
+      const ending = child
+      ending?.kill(signal)
+      const late = setTimeout(() => ending?.kill("SIGKILL"), endMillis)
+      const code = await exited
+      clearTimeout(late)
+      return code
     },
     freeze: () => void child?.kill("SIGSTOP"),
     thaw: () => void child?.kill("SIGCONT"),

@@ -62,6 +62,24 @@ export class Prober {
     return latest
   }
 
+  /** The longest time between `begin` and `until` in which a partition that was asked did not answer. */
+  pause(begin: number, until: number, exempt: ReadonlyArray<string>): number {
+    let longest = 0
+    for (let partition = 0; partition < this.#options.ids.length; partition++) {
+      let since: number | undefined
+      for (const probe of this.probes) {
+        if (probe.partition !== partition || exempt.includes(probe.gateway)) continue
+        if (probe.invoked < begin - lateMillis || probe.invoked >= until) continue
+        since ??= probe.invoked
+        if (probe.completed === undefined) continue
+        longest = Math.max(longest, probe.completed - since)
+        since = undefined
+      }
+      if (since !== undefined) longest = Math.max(longest, until - since)
+    }
+    return longest
+  }
+
   close(): void {
     clearInterval(this.#timer)
   }

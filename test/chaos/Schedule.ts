@@ -54,12 +54,9 @@ export interface ScheduleOptions {
   readonly quietMillis: number
   /** That Postgres is down. */
   readonly postgresDownMillis: number
-  /** Least and most between the end of one and the beginning of the next; a third of the second is the least of the first. */
+  /** Least and most between the end of one and the beginning of the next, what a node takes to start included. */
   readonly pauseMillis: readonly [number, number]
 }
-
-/** A fault is waited for at most this much longer than it holds: a node that starts again takes its time. */
-export const settleMillis = 10_000
 
 export const scheduleOf = (options: ScheduleOptions): ReadonlyArray<Fault> => {
   const { durationMillis, kinds, pauseMillis, quietMillis, source } = options
@@ -79,7 +76,7 @@ export const scheduleOf = (options: ScheduleOptions): ReadonlyArray<Fault> => {
       break
     }
     faults.push(fault)
-    at = end + settleMillis + least + source.below(Math.max(1, most - least))
+    at = end + least + source.below(Math.max(1, most - least))
   }
   return faults
 }

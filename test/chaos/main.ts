@@ -4,6 +4,7 @@
  *     --seed N         of the schedule and of what clients do; printed where it is left out
  *     --minutes M      2 where it is left out
  *     --faults a,b     only these kinds
+ *     --clients N      6 where it is left out
  *     --keep           keeps the directory with logs, history and data, also where all is well
  *     --loopback       no network namespaces: without faults of the network
  */
@@ -20,6 +21,7 @@ const { values } = parseArgs({
     seed: { type: "string" },
     minutes: { type: "string", default: "2" },
     faults: { type: "string" },
+    clients: { type: "string", default: "6" },
     keep: { type: "boolean", default: false },
     loopback: { type: "boolean", default: false },
     help: { type: "boolean", default: false }
@@ -29,7 +31,7 @@ const { values } = parseArgs({
 const usage = (): never => {
   const kinds = faultKinds.map((kind) => `  ${kind.padEnd(16)} ${faultWords[kind]}`).join("\n")
   process.stdout.write(
-    `npm run chaos -- [--seed N] [--minutes M] [--faults a,b] [--keep] [--loopback]\n\nFaults:\n${kinds}\n`
+    `npm run chaos -- [--seed N] [--minutes M] [--faults a,b] [--clients N] [--keep] [--loopback]\n\nFaults:\n${kinds}\n`
   )
   process.exit(values.help ? 0 : 2)
 }
@@ -38,7 +40,9 @@ const kinds = values.faults === undefined ? faultKinds : values.faults.split(","
 const seed = values.seed === undefined ? Math.floor(Math.random() * 1e9) : Number(values.seed)
 const minutes = Number(values.minutes)
 if (values.help || !kinds.every((kind) => faultKinds.includes(kind as FaultKind))) usage()
-if (!Number.isSafeInteger(seed) || !(minutes > 0)) usage()
+if (!Number.isSafeInteger(seed) || !(minutes > 0) || !(Number(values.clients) > 0)) usage()
+
+for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => process.exit(1))
 
 const directory = mkdtempSync(join(tmpdir(), "ruvector-chaos-"))
 process.stdout.write(`chaos: seed ${seed}, ${minutes} min, logs in ${directory}\n`)
@@ -47,6 +51,7 @@ const verdict = await runChaos({
   durationMillis: minutes * 60_000,
   kinds: kinds as ReadonlyArray<FaultKind>,
   directory,
+  clients: Number(values.clients),
   postgresDownMillis: Math.min(60_000, minutes * 12_000),
   ...(values.loopback ? { namespaces: false } : {}),
   print: (line) => void process.stdout.write(`${line}\n`)

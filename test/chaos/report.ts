@@ -32,11 +32,11 @@ export const reportOf = (verdict: Verdict): string => {
     row("calls that succeed, all", percent(1 - verdict.failed / Math.max(1, verdict.calls)), ""),
     row("  failed", `${verdict.failed}${failures.length === 0 ? "" : ` (${failures.join(", ")})`}`, ""),
     "",
-    "time until every partition answers again, from the fault's beginning, seconds",
-    row("", "times, p50, worst", ""),
+    "seconds from the fault's beginning until every partition answers again, and for which a partition did not answer",
+    row("", "times, p50, worst", "longest wait"),
     ...faultKinds.flatMap((kind) => {
       const of = faults.filter((fault) => fault.kind === kind)
-      return of.length === 0 ? [] : [row(`  ${kind}`, recoveryOf(of), "")]
+      return of.length === 0 ? [] : [row(`  ${kind}`, recoveryOf(of), longestOf(of))]
     })
   ]
   for (const { failed, kind, targets } of faults) {
@@ -53,6 +53,9 @@ export const reportOf = (verdict: Verdict): string => {
 
 const row = (what: string, found: string, asked: string): string =>
   `${what.padEnd(48)}${found.padEnd(26)}${asked}`.trimEnd()
+
+const longestOf = (faults: ReadonlyArray<Injected>): string =>
+  (Math.max(...faults.map(({ pauseMillis }) => pauseMillis)) / 1_000).toFixed(1)
 
 const recoveryOf = (faults: ReadonlyArray<Injected>): string => {
   const times = faults.map(({ recoveredMillis }) => recoveredMillis ?? Number.POSITIVE_INFINITY).sort((a, b) => a - b)

@@ -35,7 +35,10 @@ describe("a program with a client", () => {
   let url = ""
   beforeAll(async () => {
     server = createServer((_, response) => {
-      response.writeHead(503, { "content-type": "application/problem+json", "retry-after": String(retryAfterMillis / 1_000) })
+      response.writeHead(503, {
+        "content-type": "application/problem+json",
+        "retry-after": String(retryAfterMillis / 1_000)
+      })
       response.end(JSON.stringify({ code: "overloaded", status: 503, retry_after_ms: retryAfterMillis }))
     })
     const sockets = new WebSocketServer({ server })

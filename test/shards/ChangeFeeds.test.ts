@@ -3,6 +3,7 @@ import { assert, describe, it } from "@effect/vitest"
 import { Context, Effect, Exit, Layer, Scope } from "effect"
 import { defaultSettings, Settings } from "../../src/config.ts"
 import type { ChangePosition } from "../../src/protocol/IndexPartition.ts"
+import { Calls } from "../../src/shards/Calls.ts"
 import { ChangeFeeds, type ChangeFollower, type Followed, type FollowFrom } from "../../src/shards/ChangeFeeds.ts"
 import { LocalActors } from "../../src/shards/LocalActors.ts"
 import { ObjectStore } from "../../src/tiers/ObjectStore.ts"
@@ -14,7 +15,7 @@ const partitions = 3
 const feedsElsewhere = (node: RunningActors, mirrorMax: number, scope: Scope.Scope) =>
   Effect.runPromise(
     ChangeFeeds.layerWith(() => false).pipe(
-      Layer.provide(LocalActors.layer),
+      Layer.provide(Layer.mergeAll(LocalActors.layer, Calls.layerAlone)),
       Layer.provide(Layer.succeed(Settings, { ...defaultSettings, changeBufferMax: mirrorMax })),
       Layer.provide(Layer.succeedContext(node.context)),
       Layer.buildWithScope(scope),

@@ -9,6 +9,7 @@ import { defaultSettings, Settings } from "../../src/config.ts"
 import * as Cluster from "../../src/shards/Cluster.ts"
 import { ClusterNodes } from "../../src/shards/ClusterNodes.ts"
 import * as ClusterTables from "../../src/shards/ClusterTables.ts"
+import { LocalActors } from "../../src/shards/LocalActors.ts"
 import { tablePrefix } from "../../src/shards/PostgresCluster.ts"
 import { type Postgres, skipPostgres, startPostgres } from "../support/Postgres.ts"
 
@@ -77,7 +78,9 @@ describe.skipIf(skipPostgres)("the tables of a cell", () => {
     const runner = Effect.exit(
       Effect.scoped(
         Effect.gen(function* () {
-          const context = yield* Layer.build(Cluster.layer.pipe(Layer.provide(Layer.succeed(Settings, settings))))
+          const context = yield* Layer.build(
+            Cluster.layer.pipe(Layer.provide([LocalActors.layer, Layer.succeed(Settings, settings)]))
+          )
           return yield* Effect.provideContext(
             Effect.flatMap(ClusterNodes, (nodes) => nodes.all),
             context

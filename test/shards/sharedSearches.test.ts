@@ -49,7 +49,9 @@ const stage = async (partitions: number, use: (on: Stage) => Promise<void>) => {
         Effect.succeed(ids.map((id) => ({ id, vector: Float32Array.of(1, 0), metadata: "", version: "" }))),
       revision: () => revisions[partition],
       watch: () => Effect.die("not asked"),
-      position: () => 0
+      position: () => 0,
+      collection,
+      handOver: Effect.void
     }
     const id = partitionId({ collection: "c", uid: collection.uid, partition })
     const register = Context.get(context, LocalActors).registerPartition(id, played)

@@ -1,7 +1,12 @@
 /** Searches that the main thread waits for: the same answers as by message, and its event loop has its turns. */
 import { assert, describe, it } from "@effect/vitest"
 import { Context, Effect, Exit, Fiber, Layer } from "effect"
-import { type IndexQuery, type PartitionIndex, VectorIndex, type VectorIndexOptions } from "../../src/tiers/VectorIndex.ts"
+import {
+  type IndexQuery,
+  type PartitionIndex,
+  VectorIndex,
+  type VectorIndexOptions
+} from "../../src/tiers/VectorIndex.ts"
 import { type Random, random, seedOf } from "../support/Seeded.ts"
 import { segmentOf, stamper } from "./index/indexSupport.ts"
 
