@@ -5,7 +5,7 @@
  * A partition resident in this process is asked directly; any other through its entity. A search waits no longer than its
  * deadline: partitions that are late or gone are named in the answer, and only if none answered does it fail.
  */
-import { Cause, Context, Effect, Exit, type Fiber, Layer, Option, Result } from "effect"
+import { Cause, Context, Effect, Exit, type Fiber, Layer, Metric, Option, Result } from "effect"
 import type { ClusterError } from "effect/cluster"
 import { Settings } from "../config.ts"
 import * as Catalog from "../protocol/Catalog.ts"
@@ -52,6 +52,7 @@ import { CacheEvents } from "./CacheEvents.ts"
 import { generationTag, searchTag, vectorTag } from "./CacheTags.ts"
 import { Calls } from "./Calls.ts"
 import type { Kind } from "./ConcurrencyLimit.ts"
+import { Lateness } from "./Lateness.ts"
 import { LocalActors } from "./LocalActors.ts"
 import { groupByPartition, partitionOf } from "./PartitionMap.ts"
 import { type PeerGone, Peers } from "./Peers.ts"
@@ -480,9 +481,75 @@ export class Router extends Context.Service<
           const byMessage = delivered(of, partition, partitionClient(entityId).Search(query))
           const owner = placement.ownerOf(partitionsGroup, entityId)
           if (owner === undefined) return byMessage
-          // A message finds it wherever it is by now, and wakes it.
-          return Effect.catchIf(peers.search(owner, entityId, query), isElsewhere, () => byMessage)
+          return hedged(latenessOf(of, partition), peers.search(owner, entityId, query), byMessage)
         }
+
+        /** What is late of each partition's searches elsewhere. */
+        const lateness = new WeakMap<Collection, Array<Lateness>>()
+        const latenessOf = (of: Collection, partition: number): Lateness => {
+          let all = lateness.get(of)
+          if (all === undefined) {
+            all = Array.from({ length: of.partitions }, () => new Lateness())
+            lateness.set(of, all)
+          }
+          return all[partition] as Lateness
+        }
+
+        /**
+         * Asks directly, and by a message where the partition is not there, the connection has broken, or the answer is late by what
+         * is usual: a message goes by another connection, to whoever owns the partition by then. The first good answer counts.
+         */
+        const hedged = (
+          late: Lateness,
+          direct: Effect.Effect<PartitionHits, PartitionError | NotHere | PeerGone>,
+          byMessage: Effect.Effect<PartitionHits, PartitionError>
+        ): Effect.Effect<PartitionHits, PartitionError> =>
+          Effect.withFiber((parent) =>
+            Effect.callback((resume) => {
+              const fork = Effect.runForkWith(parent.context as Context.Context<never>)
+              const started = performance.now()
+              let second: Fiber.Fiber<PartitionHits, PartitionError> | undefined
+              let isFirstWaiting = true
+              let failure: Exit.Exit<PartitionHits, PartitionError> | undefined
+              const end = (exit: Exit.Exit<PartitionHits, PartitionError>) => {
+                clearTimeout(timer)
+                resume(exit)
+                first.interruptUnsafe()
+                second?.interruptUnsafe()
+              }
+              const askAgain = () => {
+                if (second !== undefined) return
+                second = fork(byMessage)
+                second.addObserver((exit) => {
+                  if (Exit.isSuccess(exit) || !isFirstWaiting) return end(exit)
+                  failure = exit
+                })
+              }
+              const timer = setTimeout(() => {
+                if (!late.mayAskAgain()) return
+                hedges.updateUnsafe(1, Context.empty())
+                askAgain()
+              }, late.millis)
+              const first = fork(direct)
+              first.addObserver((exit) => {
+                isFirstWaiting = false
+                if (Exit.isSuccess(exit)) {
+                  late.took(performance.now() - started)
+                  return end(Exit.succeed(exit.value))
+                }
+                const error = Exit.findErrorOption(exit)
+                if (Option.isSome(error) && !isElsewhere(error.value)) return end(Exit.fail(error.value))
+                clearTimeout(timer)
+                if (failure === undefined) askAgain()
+                else end(failure)
+              })
+              return Effect.sync(() => {
+                clearTimeout(timer)
+                first.interruptUnsafe()
+                second?.interruptUnsafe()
+              })
+            })
+          )
 
         const partitionQueryOf = (of: Collection, query: SessionQuery, vector: Float32Array): PartitionQuery => ({
           vector,
@@ -832,6 +899,10 @@ const catalogLate = () =>
 
 const isElsewhere = (error: PartitionError | NotHere | PeerGone): error is NotHere | PeerGone =>
   error._tag === "NotHere" || error._tag === "PeerGone"
+
+const hedges = Metric.counter("ruvector_searches_hedged", {
+  description: "Searches of a partition elsewhere that were asked a second time, being late"
+})
 
 /** A search under way, and how many wait for it. */
 interface Flight {
