@@ -1,11 +1,11 @@
 /**
- * A memory that agents share: three processes do tasks, and each looks first whether any of them has done a similar one.
+ * A memory that agents share: three processes take tasks from one queue, and each looks first whether any of them has done a
+ * similar one. An agent that dies loses its lease: another does the task.
  *
  *     npx ruvector serve
  *     node examples/task-memory/main.ts [http://127.0.0.1:8080]
  */
-import { type ChildProcess, fork } from "node:child_process"
-import { once } from "node:events"
+import { fork } from "node:child_process"
 import { VectorDB } from "ruvector-streaming"
 import type { Done, Task } from "./agent.ts"
 
@@ -23,24 +23,30 @@ const afternoon = [
   "An invoice was sent with the wrong address in it"
 ]
 
-const db = new VectorDB({ endpoint })
+await using db = new VectorDB({ endpoint })
 await db.collections.delete("task-memory")
 await db.collections.create("task-memory", { dimensions: 256 })
-await db.close()
+await db.topics.delete("support")
+await db.topics.create("support", { leaseMillis: 5_000 })
+const tasks = db.tasks<Task>("support")
 
 const agents = ["ada", "bob", "cyd"].map((name) => fork(new URL("agent.ts", import.meta.url), [name, endpoint]))
 
-/** One task each; all are done when it resolves. */
-const hand = (texts: ReadonlyArray<string>, part: string) =>
-  Promise.all(
-    agents.map(async (agent: ChildProcess, i) => {
-      const task: Task = { id: `${part}-${i}`, text: texts[i] as string }
-      agent.send(task)
-      const [done] = (await once(agent, "message")) as [Done]
-      const how = done.rememberedFrom === undefined ? "worked it out" : `remembered it from ${done.rememberedFrom}`
-      return `${done.by} ${how}: ${task.text} -> ${done.answer}`
-    })
-  )
+/** Has them done by whoever is free, and tells how. */
+const done = async (texts: ReadonlyArray<string>) => {
+  const ids = await tasks.enqueueMany(texts.map((text) => ({ task: { text } })))
+  const left = new Set(ids)
+  // Agents tell of what they have done on the topic that is there for that.
+  for await (const { message } of db
+    .channel<Done>("agent-coordination")
+    .subscribe({ subscriber: "main", from: "oldest" })) {
+    if (!left.delete(message.id)) continue
+    const how = message.rememberedFrom === undefined ? "worked it out" : `remembered it from ${message.rememberedFrom}`
+    console.log(`${message.by} ${how}: ${message.text} -> ${message.answer}`)
+    if (left.size === 0) break
+  }
+}
 
-for (const line of [...(await hand(morning, "morning")), ...(await hand(afternoon, "afternoon"))]) console.log(line)
+await done(morning)
+await done(afternoon)
 for (const agent of agents) agent.disconnect()

@@ -349,7 +349,9 @@ const open = Effect.fnUntraced(function* (
           Effect.result
         )
       })
-      const prepared = passedOver === undefined && !options.verify ? standby.take(partitionId(address)) : undefined
+      // One that is suspect is opened anew, in a thread of its own.
+      const mayBePrepared = passedOver === undefined && !options.verify && !options.isolated
+      const prepared = mayBePrepared ? standby.take(partitionId(address)) : undefined
       if (prepared !== undefined) {
         const isUsable =
           !prepared.form.lost() && prepared.seq <= log.snapshotSeq() && log.oldestSeq() <= prepared.seq + 1

@@ -1,8 +1,9 @@
 /** Effects and streams as promises and async iterables, which a signal ends. */
 import { Effect, Exit, Stream } from "effect"
 
-/** Ends a call before its deadline: it then rejects with the signal's reason. */
+/** What ends a call early. */
 export interface Aborts {
+  /** Ends the call before its deadline: it then rejects with the signal's reason. */
   readonly signal?: AbortSignal
 }
 

@@ -200,8 +200,7 @@ class ResumableLink extends Link {
     this.#isElsewhere = true
     return Effect.mapError(
       this.room.call(this.id, (session) => session.Search(query)),
-      (error) =>
-        isApiError(error) ? error : new Overloaded({ bound: "residentEntitiesMax", retryAfterMillis: 1_000 })
+      (error) => (isApiError(error) ? error : new Overloaded({ bound: "residentEntitiesMax", retryAfterMillis: 1_000 }))
     )
   }
 

@@ -8,6 +8,7 @@ import { Context, Data, Effect, Layer, Option, Schedule, Schema } from "effect"
 import * as SqlClient from "effect/sql/SqlClient"
 import { Settings, type SettingValues } from "../config.ts"
 import { NodeReport, type NodeState } from "../protocol/Cluster.ts"
+import { answerWithin } from "./answerWithin.ts"
 
 export class ClusterNodes extends Context.Service<
   ClusterNodes,
@@ -77,15 +78,14 @@ export class ClusterNodes extends Context.Service<
           })
         )
         const forgotten = sql`DELETE FROM ${table} WHERE seen < NOW() - ${span(forgottenMillis)}`
-        yield* Effect.andThen(write, forgotten).pipe(
-          Effect.timeout(settings.nodeReportMillis * silentReports),
+        yield* answerWithin(settings.databaseQueryMillis, Effect.andThen(write, forgotten)).pipe(
           Effect.catchCause((cause) => Effect.logDebug("The node's report was not written", cause)),
           Effect.andThen(Effect.sleep(settings.nodeReportMillis)),
           Effect.forever,
           Effect.forkScoped
         )
         yield* Effect.addFinalizer(() =>
-          Effect.ignore(Effect.timeout(sql`DELETE FROM ${table} WHERE node = ${node}`, farewellMillis))
+          Effect.ignore(answerWithin(farewellMillis, sql`DELETE FROM ${table} WHERE node = ${node}`))
         )
 
         const all = sql<Row>`
@@ -105,10 +105,9 @@ export class ClusterNodes extends Context.Service<
                 ...report
               }
             })
-          ),
-          Effect.timeout(settings.databaseConnectMillis)
+          )
         )
-        return ClusterNodes.of({ ...self.service, all })
+        return ClusterNodes.of({ ...self.service, all: answerWithin(settings.databaseQueryMillis, all) })
       })
     )
 }

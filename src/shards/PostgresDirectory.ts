@@ -4,6 +4,7 @@ import { Cause, Duration, Effect, Layer, Redacted, Semaphore } from "effect"
 import { Migrator, SqlClient } from "effect/sql"
 import type { SettingValues } from "../config.ts"
 import { StorageUnavailable } from "../protocol/Errors.ts"
+import { answerWithin } from "./answerWithin.ts"
 import { CellDirectory, type CellPlace } from "./CellDirectory.ts"
 
 /** Makes its tables, nothing where they are; `grantTo` is a role that may use them then. */
@@ -31,15 +32,16 @@ export const layer = (settings: SettingValues): Layer.Layer<CellDirectory, Error
         ON CONFLICT (cell) DO UPDATE SET url = ${cellUrl}`
       const gate = yield* Semaphore.make(lookupsMax)
       const asked = <A>(work: Effect.Effect<A, unknown>): Effect.Effect<A, StorageUnavailable> =>
-        gate.withPermit(work).pipe(
-          Effect.timeout(settings.databaseQueryMillis),
-          Effect.catchCause((cause) =>
-            Effect.andThen(
-              Effect.logWarning("The directory of cells does not answer", Cause.squash(cause)),
-              new StorageUnavailable({ detail: "The directory of cells does not answer.", retryAfterMillis: 1_000 })
+        gate
+          .withPermit(answerWithin(settings.databaseQueryMillis, work))
+          .pipe(
+            Effect.catchCause((cause) =>
+              Effect.andThen(
+                Effect.logWarning("The directory of cells does not answer", Cause.squash(cause)),
+                new StorageUnavailable({ detail: "The directory of cells does not answer.", retryAfterMillis: 1_000 })
+              )
             )
           )
-        )
       const place = (name: string) =>
         Effect.map(
           sql<CellPlace>`

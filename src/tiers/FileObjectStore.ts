@@ -805,13 +805,20 @@ class ObjectFiles {
     const above = dirname(folder)
     const making = this.#makeDirectory(above)
       .then(() => this.#calls.mkdir(folder))
+      .catch(async (cause) => {
+        if (codeOf(cause) !== "ENOENT") throw cause
+        // Another process has removed what is above, since it was empty.
+        this.#forgetWithParents(above)
+        await this.#makeDirectory(above)
+        await this.#calls.mkdir(folder)
+      })
       .catch((cause) => {
         if (codeOf(cause) !== "EEXIST") throw cause
       })
       // Also where it was there: who made it may have died before its name was on disk.
       .then(() => this.#sync(above))
     this.#made.set(folder, making)
-    making.catch(() => this.#forget(folder))
+    making.catch(() => this.#forgetWithParents(folder))
     return making
   }
 

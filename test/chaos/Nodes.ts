@@ -1,6 +1,6 @@
 /** A cluster of real processes: gateways and runners, and the Postgres and Redis they meet in. Each writes a log of its own. */
 import { type ChildProcess, spawn } from "node:child_process"
-import { closeSync, mkdirSync, openSync, writeFileSync } from "node:fs"
+import { closeSync, mkdirSync, openSync, readFileSync, writeFileSync } from "node:fs"
 import { createServer } from "node:net"
 import { join } from "node:path"
 import { nodeFlags } from "../../scripts/nodeOptions.mjs"
@@ -159,7 +159,8 @@ const nodeOf = ({ name, role, base, words, directory, network }: NodeOptions): C
     isReady,
     pid: () => child?.pid,
     start: async () => {
-      const log = openSync(join(directory, "logs", `${name}.log`), "a")
+      const logFile = join(directory, "logs", `${name}.log`)
+      const log = openSync(logFile, "a")
       const command = [process.execPath, ...nodeFlags, main, "serve", ...words]
       const [program, ...rest] = network.command(name, command)
       const { PORT: _, NODE_OPTIONS: __, ...inherited } = process.env
@@ -185,7 +186,10 @@ const nodeOf = ({ name, role, base, words, directory, network }: NodeOptions): C
       const until = performance.now() + startMillis
       while (!(await isReady())) {
         if (child !== started) return
-        if (!isRunning()) throw new Error(`${name} ended with ${await exited} before it was ready: see its log`)
+        if (!isRunning()) {
+          const last = readFileSync(logFile, "utf8").trimEnd().split("\n").slice(-3).join("\n")
+          throw new Error(`${name} ended with ${await exited} before it was ready: ${last}`)
+        }
         if (performance.now() > until) throw new Error(`${name} was not ready within ${startMillis} ms`)
         await new Promise((resolve) => setTimeout(resolve, 100))
       }

@@ -41,14 +41,11 @@ export class Prober {
    * `exempt`; 0 where none failed to, `undefined` where one does not yet.
    */
   recovered(begin: number, until: number, exempt: ReadonlyArray<string>): number | undefined {
+    const recent = this.#since(begin)
     let latest = 0
     for (let partition = 0; partition < this.#options.ids.length; partition++) {
-      const seen = this.probes.filter(
-        (probe) =>
-          probe.partition === partition &&
-          probe.invoked >= begin - lateMillis &&
-          probe.invoked < until &&
-          !exempt.includes(probe.gateway)
+      const seen = recent.filter(
+        (probe) => probe.partition === partition && probe.invoked < until && !exempt.includes(probe.gateway)
       )
       const failed = seen.findLast(
         ({ completed, invoked }) => completed === undefined || completed - invoked > lateMillis
@@ -64,12 +61,12 @@ export class Prober {
 
   /** The longest time between `begin` and `until` in which a partition that was asked did not answer. */
   pause(begin: number, until: number, exempt: ReadonlyArray<string>): number {
+    const recent = this.#since(begin)
     let longest = 0
     for (let partition = 0; partition < this.#options.ids.length; partition++) {
       let since: number | undefined
-      for (const probe of this.probes) {
-        if (probe.partition !== partition || exempt.includes(probe.gateway)) continue
-        if (probe.invoked < begin - lateMillis || probe.invoked >= until) continue
+      for (const probe of recent) {
+        if (probe.partition !== partition || exempt.includes(probe.gateway) || probe.invoked >= until) continue
         since ??= probe.invoked
         if (probe.completed === undefined) continue
         longest = Math.max(longest, probe.completed - since)
@@ -82,6 +79,11 @@ export class Prober {
 
   close(): void {
     clearInterval(this.#timer)
+  }
+
+  /** Those that may still have been under way at the beginning, and all after it. */
+  #since(begin: number): ReadonlyArray<Probe> {
+    return this.probes.slice(this.probes.findLastIndex(({ invoked }) => invoked < begin - lateMillis) + 1)
   }
 
   #ask(): void {

@@ -57,8 +57,6 @@ describe.skipIf(skipPostgres || skipRedis)("chaos", () => {
         partitions: 3,
         quietMillis: 2_000,
         pausesMillis: [500, 1_500],
-        // A node that stands still for this long on a busy machine keeps its shards.
-        shardLockMillis: 5_000,
         print: (line) => void lines.push(line)
       })
       const told = `${lines.join("\n")}\n${reportOf(verdict)}`

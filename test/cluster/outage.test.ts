@@ -3,10 +3,10 @@
  * database does.
  */
 import { randomBytes } from "node:crypto"
-import { afterAll, assert, beforeAll, describe, it } from "@effect/vitest"
 import { mkdtemp, rm } from "node:fs/promises"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
+import { afterAll, assert, beforeAll, describe, it } from "@effect/vitest"
 import { type Postgres, skipPostgres, startPostgres } from "../support/Postgres.ts"
 import { ready, type ServerProcess, startServer } from "../support/ServerProcess.ts"
 
@@ -84,7 +84,10 @@ describe.skipIf(skipPostgres)("a cluster", { timeout: 120_000 }, () => {
     runners = await Promise.all([start("runner"), start("runner")])
     gateways = await Promise.all([start("gateway"), start("gateway")])
     await Promise.all([...runners, ...gateways].map(({ base }) => ready(base)))
-    const made = await call(gateways[0] as ServerProcess, "PUT", "/api/v1/collections/c", { dimensions: 3, partitions: 4 })
+    const made = await call(gateways[0] as ServerProcess, "PUT", "/api/v1/collections/c", {
+      dimensions: 3,
+      partitions: 4
+    })
     assert.strictEqual(made.status, 201, JSON.stringify(made))
     await insert(gateways[0] as ServerProcess, "first")
     assert.strictEqual((await search(gateways[0] as ServerProcess)).status, 200)
