@@ -757,7 +757,8 @@ export const settings = {
     0,
     600_000
   ),
-  drainMillis: integer("for open requests to end when shutting down, that included", "ms", 8_000, 0, 600_000)
+  drainMillis: integer("for open requests to end when shutting down, that included", "ms", 8_000, 0, 600_000),
+  stopMillis: integer("for a process that is told to stop to end, or it ends at once", "ms", 29_000, 1_000, 3_600_000)
 } as const satisfies Record<string, SettingSpec<string> | SettingSpec<number>>
 
 /** A setting's name, as in a program; `docs/operating.md` has them all, with unit, default and bound. */

@@ -44,9 +44,25 @@ const serve = Command.make("serve", flags, (given) =>
       try: () => readSettings(named, process.env),
       catch: (error) => new Refused({ message: (error as Error).message })
     })
+    endsWithin(values.stopMillis)
     yield* Effect.provide(run(values), logging(values))
   })
 ).pipe(Command.withDescription("Serve collections, searches and streams from a data directory"))
+
+/**
+ * Once told to stop the process ends in time, whatever hangs: what was acknowledged is safe, and who has told it would only end
+ * it by force.
+ */
+const endsWithin = (stopMillis: number): void => {
+  const began = () => {
+    setTimeout(() => {
+      process.stderr.write(`ruvector: not stopped after ${stopMillis} ms: ended as it is\n`)
+      process.exit(1)
+    }, stopMillis).unref()
+  }
+  process.once("SIGTERM", began)
+  process.once("SIGINT", began)
+}
 
 /** Opens everything, says where, and serves until it is told to stop. */
 const run = (values: SettingValues) =>
