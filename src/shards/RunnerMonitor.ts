@@ -11,6 +11,10 @@ import { Settings } from "../config.ts"
 /** Answers to a ping that may be missed: one that is refused fails at once, one that is not answered after a while. */
 const pingTries = 3
 
+/** Intervals of its heartbeat after which a runner is asked whether it lives, and after which it is dead if it does not answer. */
+const suspectHeartbeats = 1.5
+const deadHeartbeats = 2.5
+
 export const RunnerMonitor = {
   /** Looks after the other runners for as long as the layer lives. `table`: of the runners. */
   layer: (table: string) =>
@@ -22,20 +26,33 @@ export const RunnerMonitor = {
         const sql = (yield* SqlClient.SqlClient).withoutTransforms()
         const { runnerAddress } = yield* ShardingConfig.ShardingConfig
         const own = runnerAddress._tag === "Some" ? `${runnerAddress.value.host}:${runnerAddress.value.port}` : ""
-        /** Milliseconds without a heartbeat: more than two were missed. */
-        const silentMillis = Math.ceil(2.5 * settings.runnerHeartbeatMillis)
-        const silent = sql<{ readonly address: string }>`
-          SELECT address FROM ${sql(table)}
-          WHERE healthy AND last_heartbeat < NOW() - ${silentMillis} * INTERVAL '1 millisecond'`
+        /** Runners without a heartbeat for so many intervals of it. */
+        const silent = (heartbeats: number) =>
+          Effect.map(
+            sql<{ readonly address: string }>`
+              SELECT address FROM ${sql(table)}
+              WHERE healthy AND last_heartbeat <
+                NOW() - ${Math.ceil(heartbeats * settings.runnerHeartbeatMillis)} * INTERVAL '1 millisecond'`,
+            (rows) => new Set(rows.map(({ address }) => address))
+          )
 
         const look = Effect.gen(function* () {
-          const addresses = new Set((yield* silent).map(({ address }) => address))
-          if (addresses.size === 0) return
+          const suspects = yield* silent(suspectHeartbeats)
+          if (suspects.size === 0) return
           const all = yield* storage.getRunners
           for (const [{ address }, healthy] of all) {
             const name = `${address.host}:${address.port}`
-            if (!healthy || name === own || !addresses.has(name)) continue
-            if (yield* isAlive(runners, address, settings.runnerPingMillis)) continue
+            if (!healthy || name === own || !suspects.has(name)) continue
+            // Of a machine that is gone nothing comes back, so that it is not waited for each of the answers.
+            const answered = isAlive(runners, address, settings.runnerPingMillis)
+            if (
+              yield* Effect.timeoutOrElse(answered, {
+                duration: settings.runnerPingMillis,
+                orElse: () => Effect.succeed(false)
+              })
+            )
+              continue
+            if (!(yield* silent(deadHeartbeats)).has(name)) continue
             yield* Effect.logWarning("A runner is dead: it does not answer, nor does it say that it lives", {
               runner: name
             })
