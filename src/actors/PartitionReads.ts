@@ -9,6 +9,7 @@ import {
   partitionsGroup
 } from "../protocol/IndexPartition.ts"
 import { Calls } from "../shards/Calls.ts"
+import { isDelivery } from "../shards/Delivery.ts"
 import { LocalActors } from "../shards/LocalActors.ts"
 
 export class PartitionReads extends Context.Service<
@@ -44,16 +45,10 @@ const make = Effect.gen(function* () {
         unavailable("It has not answered in time.")
       )
       return Effect.mapError(call, (error): PartitionError => {
-        switch (error._tag) {
-          case "MailboxFull":
-            return new Overloaded({ bound: "mailbox", retryAfterMillis: 250 })
-          case "AlreadyProcessingMessage":
-          case "PersistenceError":
-          case "EntityNotAssignedToRunner":
-            return unavailable("It cannot be reached now.")
-          default:
-            return error
-        }
+        if (!isDelivery(error)) return error
+        return error._tag === "MailboxFull"
+          ? new Overloaded({ bound: "mailbox", retryAfterMillis: 250 })
+          : unavailable("It cannot be reached now.")
       })
     })
   return PartitionReads.of({ get, isResident: (partition) => local.partitions.has(partition) })

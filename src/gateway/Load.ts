@@ -2,8 +2,8 @@
 import { Context, Effect, Layer, Stream } from "effect"
 import { type ApiError, Overloaded } from "../protocol/Errors.ts"
 import { type LoadEvent, LoadShedder, type LoadState, localShedderId } from "../protocol/LoadShedder.ts"
-
 import { layerNode } from "../shards/Cluster.ts"
+import { isDelivery } from "../shards/Delivery.ts"
 export class Load extends Context.Service<
   Load,
   {
@@ -20,7 +20,7 @@ export class Load extends Context.Service<
         state: Effect.mapError(client.State(), () => undelivered()),
         events: (after) =>
           Stream.mapError(client.Events(after === undefined ? {} : { after }), (error) =>
-            isDelivery(error) ? undelivered() : (error as unknown as ApiError)
+            isDelivery(error) ? undelivered() : error
           )
       })
     })
@@ -28,9 +28,3 @@ export class Load extends Context.Service<
 }
 
 const undelivered = () => new Overloaded({ bound: "mailbox", retryAfterMillis: 1_000 })
-
-const isDelivery = (error: { readonly _tag: string }): boolean =>
-  error._tag === "MailboxFull" ||
-  error._tag === "AlreadyProcessingMessage" ||
-  error._tag === "PersistenceError" ||
-  error._tag === "EntityNotAssignedToRunner"

@@ -7,6 +7,7 @@ import { shownError, shownName, storedName, tenantOf } from "../protocol/Tenant.
 import { localPromoterId, type TierEvent, TierPromoter, type TierState } from "../protocol/TierPromoter.ts"
 import type { WarmReport, WarmRequest } from "../protocol/Warming.ts"
 import { layerNode } from "../shards/Cluster.ts"
+import { type DeliveryError, isDelivery } from "../shards/Delivery.ts"
 import type { Access } from "./Access.ts"
 
 export class Promoter extends Context.Service<
@@ -108,11 +109,5 @@ export const untilEnded = <A>(
     })
   )
 
-const toApiError = <E extends { readonly _tag: string }>(error: E): ApiError =>
-  isDelivery(error) ? new Overloaded({ bound: "mailbox", retryAfterMillis: 1_000 }) : (error as unknown as ApiError)
-
-const isDelivery = (error: { readonly _tag: string }): boolean =>
-  error._tag === "MailboxFull" ||
-  error._tag === "AlreadyProcessingMessage" ||
-  error._tag === "PersistenceError" ||
-  error._tag === "EntityNotAssignedToRunner"
+const toApiError = (error: ApiError | DeliveryError): ApiError =>
+  isDelivery(error) ? new Overloaded({ bound: "mailbox", retryAfterMillis: 1_000 }) : error

@@ -8,6 +8,7 @@ import { Settings, type SettingValues } from "../config.ts"
 import { type ApiError, Overloaded } from "../protocol/Errors.ts"
 import { type SearchAnswer, type SessionQuery, StreamSession } from "../protocol/StreamSession.ts"
 import { Calls } from "../shards/Calls.ts"
+import { isDelivery } from "../shards/Delivery.ts"
 import { LocalActors } from "../shards/LocalActors.ts"
 import { Placement } from "../shards/Placement.ts"
 import { Router } from "../shards/Router.ts"
@@ -200,7 +201,7 @@ class ResumableLink extends Link {
     this.#isElsewhere = true
     return Effect.mapError(
       this.room.call(this.id, (session) => session.Search(query)),
-      (error) => (isApiError(error) ? error : new Overloaded({ bound: "residentEntitiesMax", retryAfterMillis: 1_000 }))
+      (error) => (isDelivery(error) ? new Overloaded({ bound: "residentEntitiesMax", retryAfterMillis: 1_000 }) : error)
     )
   }
 
@@ -211,9 +212,3 @@ class ResumableLink extends Link {
     })
   }
 }
-
-const isApiError = (error: { readonly _tag: string }): error is ApiError =>
-  error._tag !== "MailboxFull" &&
-  error._tag !== "AlreadyProcessingMessage" &&
-  error._tag !== "PersistenceError" &&
-  error._tag !== "EntityNotAssignedToRunner"

@@ -26,6 +26,7 @@ import {
 } from "../protocol/IndexPartition.ts"
 import { Calls } from "./Calls.ts"
 import { ChangeFeed } from "./ChangeFeed.ts"
+import { isDelivery } from "./Delivery.ts"
 import { LocalActors, type LocalChanges } from "./LocalActors.ts"
 
 /** How far a follower is. The same object for all who are equally far and follow closely. */
@@ -602,13 +603,3 @@ const unreachable = (of: Collection, partition: number) =>
     detail: "It cannot be reached now.",
     retryAfterMillis: 1_000
   })
-
-interface Delivery {
-  readonly _tag: "MailboxFull" | "AlreadyProcessingMessage" | "PersistenceError" | "EntityNotAssignedToRunner"
-}
-
-const isDelivery = (error: { readonly _tag: string }): error is Delivery =>
-  error._tag === "MailboxFull" ||
-  error._tag === "AlreadyProcessingMessage" ||
-  error._tag === "PersistenceError" ||
-  error._tag === "EntityNotAssignedToRunner"

@@ -6,7 +6,6 @@
  * deadline: partitions that are late or gone are named in the answer, and only if none answered does it fail.
  */
 import { Cause, Context, Effect, Exit, type Fiber, Layer, Metric, Option, Result } from "effect"
-import type { ClusterError } from "effect/cluster"
 import { Settings } from "../config.ts"
 import * as Catalog from "../protocol/Catalog.ts"
 import {
@@ -52,6 +51,7 @@ import { CacheEvents } from "./CacheEvents.ts"
 import { generationTag, searchTag, vectorTag } from "./CacheTags.ts"
 import { Calls } from "./Calls.ts"
 import type { Kind } from "./ConcurrencyLimit.ts"
+import { type DeliveryError, isDelivery } from "./Delivery.ts"
 import { Lateness } from "./Lateness.ts"
 import { LocalActors } from "./LocalActors.ts"
 import { groupByPartition, partitionOf } from "./PartitionMap.ts"
@@ -60,13 +60,6 @@ import { Placement } from "./Placement.ts"
 import { giveRequestId } from "./RequestIds.ts"
 import { type KeptResult, ResultCache, type ResultKey, resultKey, sameQuery } from "./ResultCache.ts"
 import { decodeResult, encodeResult, ResultStore, storeKey } from "./ResultStore.ts"
-
-/** What a mailbox or the transport can refuse a call with. */
-type DeliveryError =
-  | ClusterError.MailboxFull
-  | ClusterError.AlreadyProcessingMessage
-  | ClusterError.PersistenceError
-  | ClusterError.EntityNotAssignedToRunner
 
 /** An answer to a search that a URL names. */
 export interface UrlAnswer {
@@ -165,12 +158,6 @@ export class Router extends Context.Service<
 
         const undelivered = (_: DeliveryError) =>
           new StorageUnavailable({ detail: "The catalogue cannot be reached now.", retryAfterMillis: 1_000 })
-
-        const isDelivery = (error: { readonly _tag: string }): error is DeliveryError =>
-          error._tag === "MailboxFull" ||
-          error._tag === "AlreadyProcessingMessage" ||
-          error._tag === "PersistenceError" ||
-          error._tag === "EntityNotAssignedToRunner"
 
         const toCatalog = <A, E extends { readonly _tag: string }>(
           call: Effect.Effect<A, E>

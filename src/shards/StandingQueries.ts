@@ -9,7 +9,6 @@
  */
 import { createHash } from "node:crypto"
 import { Context, Deferred, Effect, Exit, Fiber, Layer, Option, Stream } from "effect"
-import type { ClusterError } from "effect/cluster"
 import { Settings } from "../config.ts"
 import type { Collection } from "../protocol/Collection.ts"
 import {
@@ -29,6 +28,7 @@ import {
 import { standingMembersMax } from "../protocol/Limits.ts"
 import type { PartitionWatch, StandingMember, WatchChange } from "../protocol/StandingQuery.ts"
 import { Calls } from "./Calls.ts"
+import { type DeliveryError, isDelivery } from "./Delivery.ts"
 import { LocalActors, type LocalPartition } from "./LocalActors.ts"
 import { Router } from "./Router.ts"
 import { mergeMembers, StandingShare } from "./StandingShare.ts"
@@ -496,21 +496,9 @@ const unreachable = (entityId: string): PartitionUnavailable => {
   })
 }
 
-const delivered = (entityId: string, error: PartitionError | ClusterFault): PartitionError => {
-  switch (error._tag) {
-    case "MailboxFull":
-      return new Overloaded({ bound: "mailbox", retryAfterMillis: 250 })
-    case "AlreadyProcessingMessage":
-    case "PersistenceError":
-    case "EntityNotAssignedToRunner":
-      return unreachable(entityId)
-    default:
-      return error
-  }
+const delivered = (entityId: string, error: PartitionError | DeliveryError): PartitionError => {
+  if (!isDelivery(error)) return error
+  return error._tag === "MailboxFull"
+    ? new Overloaded({ bound: "mailbox", retryAfterMillis: 250 })
+    : unreachable(entityId)
 }
-
-type ClusterFault =
-  | ClusterError.MailboxFull
-  | ClusterError.AlreadyProcessingMessage
-  | ClusterError.PersistenceError
-  | ClusterError.EntityNotAssignedToRunner

@@ -18,15 +18,11 @@ import { shownName } from "../protocol/Tenant.ts"
 import type { Topic, TopicRequest } from "../protocol/Topic.ts"
 import { TopicCatalog, topicCatalogId } from "../protocol/TopicCatalog.ts"
 import { Calls } from "./Calls.ts"
+import { type DeliveryError, isDelivery } from "./Delivery.ts"
 import { groupByPartition, partitionOf } from "./PartitionMap.ts"
 
 type Channel = ReturnType<Effect.Success<typeof AgentChannel.client>>
 type Queue = ReturnType<Effect.Success<typeof TaskQueue.client>>
-
-/** What goes wrong on the way to an entity. */
-interface DeliveryError {
-  readonly _tag: "MailboxFull" | "AlreadyProcessingMessage" | "PersistenceError" | "EntityNotAssignedToRunner"
-}
 
 export interface TakeRequest {
   readonly takeId: string
@@ -315,9 +311,3 @@ class Publisher {
 
 /** Before a call that waits for news is made again. */
 const retryMillis = 200
-
-const isDelivery = (error: { readonly _tag: string }): error is DeliveryError =>
-  error._tag === "MailboxFull" ||
-  error._tag === "AlreadyProcessingMessage" ||
-  error._tag === "PersistenceError" ||
-  error._tag === "EntityNotAssignedToRunner"
