@@ -35,7 +35,7 @@ import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import type { SubscribeRequest } from "../protocol/Subscription.ts"
 import { shownCollection, shownError } from "../protocol/Tenant.ts"
 import type { TierEvent } from "../protocol/TierPromoter.ts"
-import type { answers, TopicOperation } from "../protocol/Topic.ts"
+import type { TopicAnswers, TopicOperation } from "../protocol/Topic.ts"
 import { overloadedBy, Shedding } from "../shards/Shedding.ts"
 import type { StandingMember } from "../shards/StandingQueries.ts"
 import { Access } from "./Access.ts"
@@ -50,7 +50,7 @@ import { askedBy } from "./Sources.ts"
 import type { StreamEvent } from "./StreamEvents.ts"
 import { type Delivery, type DeliveryListener, Subscriptions } from "./Subscriptions.ts"
 import { storedQuery, TenantRouter, type TenantView } from "./TenantRouter.ts"
-import { type TopicAnswer, Topics } from "./Topics.ts"
+import { Topics } from "./Topics.ts"
 
 export const layer = RuvectorRpcs.toLayer(
   Effect.gen(function* () {
@@ -185,11 +185,11 @@ export const layer = RuvectorRpcs.toLayer(
     }
 
     /** A call about a topic, as it is on the other wires: there, messages and tasks are JSON and not texts of it. */
-    const onTopic = <P extends object, O extends TopicOperation, A = (typeof answers)[O]["Type"]>(
+    const onTopic = <P extends object, O extends TopicOperation, A>(
       tag: string,
       operation: O,
-      requestOf: (payload: P) => Effect.Effect<object, ApiError> = Effect.succeed,
-      answerOf: (answer: TopicAnswer) => A = (answer) => answer as unknown as A
+      answerOf: (answer: TopicAnswers[O]) => A,
+      requestOf: (payload: P) => Effect.Effect<object, ApiError> = Effect.succeed
     ) =>
       unary(tag, (payload: P, _, { principal }) =>
         Effect.map(
@@ -199,22 +199,16 @@ export const layer = RuvectorRpcs.toLayer(
       )
 
     return RuvectorRpcs.of({
-      CreateTopic: onTopic(
-        "CreateTopic",
-        "create",
-        undefined,
-        (answer) => answer as (typeof answers)["create"]["Type"] & { readonly created: boolean }
-      ),
-      ListTopics: unary("ListTopics", (_, __, { principal }) =>
-        Effect.map(
-          topics.call(principal, "list", {}),
-          (answer) => answer as unknown as (typeof answers)["list"]["Type"]
-        )
-      ),
-      GetTopic: onTopic("GetTopic", "describe"),
-      DeleteTopic: onTopic("DeleteTopic", "delete", undefined, nothing),
-      Publish: onTopic("Publish", "publish", (payload: { readonly messages: ReadonlyArray<WithJson<"message">> }) =>
-        Effect.map(jsonItems(payload.messages, "messages", "message"), (messages) => ({ ...payload, messages }))
+      CreateTopic: onTopic("CreateTopic", "create", same),
+      ListTopics: unary("ListTopics", (_, __, { principal }) => topics.call(principal, "list", {})),
+      GetTopic: onTopic("GetTopic", "describe", same),
+      DeleteTopic: onTopic("DeleteTopic", "delete", nothing),
+      Publish: onTopic(
+        "Publish",
+        "publish",
+        same,
+        (payload: { readonly messages: ReadonlyArray<WithJson<"message">> }) =>
+          Effect.map(jsonItems(payload.messages, "messages", "message"), (messages) => ({ ...payload, messages }))
       ),
       Listen: (payload, options) =>
         delivered(
@@ -224,32 +218,25 @@ export const layer = RuvectorRpcs.toLayer(
           (whose, listener) => topics.listen(whose, payload, listener),
           listenEvent
         ),
-      Acknowledge: onTopic("Acknowledge", "acknowledge", undefined, nothing),
-      Forget: onTopic("Forget", "forget", undefined, nothing),
-      Enqueue: onTopic("Enqueue", "enqueue", (payload: { readonly tasks: ReadonlyArray<WithJson<"task">> }) =>
+      Acknowledge: onTopic("Acknowledge", "acknowledge", nothing),
+      Forget: onTopic("Forget", "forget", nothing),
+      Enqueue: onTopic("Enqueue", "enqueue", same, (payload: { readonly tasks: ReadonlyArray<WithJson<"task">> }) =>
         Effect.map(jsonItems(payload.tasks, "tasks", "task"), (tasks) => ({ ...payload, tasks }))
       ),
-      Take: onTopic("Take", "take", undefined, (answer) => {
-        const { tasks } = answer as unknown as (typeof answers)["take"]["Type"]
-        return { tasks: tasks.map((task) => ({ ...task, task: JSON.stringify(task.task) })) }
-      }),
-      Extend: onTopic("Extend", "extend"),
-      Complete: onTopic(
-        "Complete",
-        "complete",
-        (payload: { readonly result?: string }) =>
-          payload.result === undefined
-            ? Effect.succeed(payload)
-            : Effect.map(jsonValue(payload.result, "result"), (result) => ({ ...payload, result })),
-        nothing
-      ),
-      Fail: onTopic("Fail", "fail"),
-      Redrive: onTopic("Redrive", "redrive"),
-      Cancel: onTopic("Cancel", "cancel"),
-      GetTask: onTopic("GetTask", "task", undefined, rpcTask),
-      ListTasks: onTopic("ListTasks", "tasks", undefined, ({ tasks }) => ({
-        tasks: (tasks as ReadonlyArray<TopicAnswer>).map(rpcTask)
+      Take: onTopic("Take", "take", ({ tasks }) => ({
+        tasks: tasks.map((task) => ({ ...task, task: JSON.stringify(task.task) }))
       })),
+      Extend: onTopic("Extend", "extend", same),
+      Complete: onTopic("Complete", "complete", nothing, (payload: { readonly result?: string }) =>
+        payload.result === undefined
+          ? Effect.succeed(payload)
+          : Effect.map(jsonValue(payload.result, "result"), (result) => ({ ...payload, result }))
+      ),
+      Fail: onTopic("Fail", "fail", same),
+      Redrive: onTopic("Redrive", "redrive", same),
+      Cancel: onTopic("Cancel", "cancel", same),
+      GetTask: onTopic("GetTask", "task", rpcTask),
+      ListTasks: onTopic("ListTasks", "tasks", ({ tasks }) => ({ tasks: tasks.map(rpcTask) })),
       CreateCollection: unary("CreateCollection", ({ name, ...request }, router) =>
         Effect.map(router.createCollection(name, request), ({ collection, created }) => ({
           collection: shownCollection(collection),
@@ -393,6 +380,7 @@ class Bound {
 type WithJson<Name extends string> = { readonly [Key in Name]: string }
 
 const nothing = (): void => {}
+const same = <A>(answer: A): A => answer
 
 const jsonValue = (text: string, field: string): Effect.Effect<unknown, InvalidInput> =>
   Effect.suspend(() => {
@@ -412,14 +400,11 @@ const jsonItems = <Name extends string>(
     Effect.map(jsonValue(item[name], `${field}[${i}].${name}`), (value) => ({ ...item, [name]: value }))
   )
 
-const rpcTask = (answer: TopicAnswer) => {
-  const { result, task, ...info } = answer as unknown as (typeof answers)["task"]["Type"]
-  return {
-    ...info,
-    ...(task === undefined ? {} : { task: JSON.stringify(task) }),
-    ...(result === undefined ? {} : { result: JSON.stringify(result) })
-  }
-}
+const rpcTask = ({ result, task, ...info }: TopicAnswers["task"]) => ({
+  ...info,
+  ...(task === undefined ? {} : { task: JSON.stringify(task) }),
+  ...(result === undefined ? {} : { result: JSON.stringify(result) })
+})
 
 const listenEvent = (event: StreamEvent): RpcListenEvent => {
   const { cursor } = event

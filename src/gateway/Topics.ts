@@ -9,7 +9,7 @@ import { Context, Effect, Layer, Result } from "effect"
 import { Settings } from "../config.ts"
 import type { LeasedTask, Message, MessagePosition, TaskSummary } from "../protocol/AgentChannel.ts"
 import { type ApiError, InvalidCursor, InvalidInput, Overloaded, TopicNotFound } from "../protocol/Errors.ts"
-import { decoderOf } from "../protocol/Fields.ts"
+import { decoderOf, type Json } from "../protocol/Fields.ts"
 import { isBefore } from "../protocol/IndexPartition.ts"
 import type { Principal, Scope } from "../protocol/Principal.ts"
 import type { SlowPolicy } from "../protocol/Subscription.ts"
@@ -19,6 +19,7 @@ import {
   type ListenRequest,
   requests,
   type Topic,
+  type TopicAnswers,
   type TopicOperation,
   type TopicRequests
 } from "../protocol/Topic.ts"
@@ -30,18 +31,15 @@ import type { StreamEvent } from "./StreamEvents.ts"
 import * as StreamEvents from "./StreamEvents.ts"
 import type { Delivery, DeliveryListener } from "./Subscriptions.ts"
 
-/** An answer, as JSON. */
-export type TopicAnswer = Readonly<Record<string, unknown>>
-
 export class Topics extends Context.Service<
   Topics,
   {
     /** `request` is as it came. */
-    readonly call: (
+    readonly call: <Operation extends TopicOperation>(
       whose: Principal,
-      operation: TopicOperation,
+      operation: Operation,
       request: unknown
-    ) => Effect.Effect<TopicAnswer, ApiError>
+    ) => Effect.Effect<TopicAnswers[Operation], ApiError>
     readonly listen: (
       whose: Principal,
       request: ListenRequest,
@@ -72,7 +70,7 @@ export class Topics extends Context.Service<
             request: TopicRequests[Operation],
             stored: string,
             whose: Principal
-          ) => Effect.Effect<TopicAnswer, ApiError>
+          ) => Effect.Effect<TopicAnswers[Operation], ApiError>
         }
       } = {
         publish: {
@@ -229,15 +227,15 @@ export class Topics extends Context.Service<
         }
       }
 
-      const call = (whose: Principal, operation: TopicOperation, request: unknown) =>
-        Effect.suspend((): Effect.Effect<TopicAnswer, ApiError> => {
+      const call = <Operation extends TopicOperation>(whose: Principal, operation: Operation, request: unknown) =>
+        Effect.suspend((): Effect.Effect<TopicAnswers[Operation], ApiError> => {
           const decoded = decoders[operation](request)
           if (Result.isFailure(decoded)) return Effect.fail(decoded.failure)
-          const { run, scope } = operations[operation] as (typeof operations)["publish"]
-          const { topic } = decoded.success as { readonly topic?: string }
+          const { run, scope } = operations[operation]
+          const { topic }: { readonly topic?: string } = decoded.success
           const refusal = topic === undefined ? access.allow(whose, scope) : refusalOf(whose, scope, topic)
           if (refusal !== undefined) return Effect.fail(refusal)
-          return run(decoded.success as TopicRequests["publish"], storedName(whose.tenant, topic ?? ""), whose)
+          return run(decoded.success, storedName(whose.tenant, topic ?? ""), whose)
         })
 
       const bindingOf = (whose: Principal, of: Topic): Binding =>
@@ -345,30 +343,33 @@ export class Topics extends Context.Service<
   )
 }
 
+/** Of each operation, which is what `fromEntries` forgets. */
 const decoders = Object.fromEntries(
   Object.entries(requests).map(([operation, schema]) => [operation, decoderOf(schema as (typeof requests)["publish"])])
-) as { readonly [Operation in TopicOperation]: (input: unknown) => Result.Result<unknown, InvalidInput> }
+) as unknown as {
+  readonly [Operation in TopicOperation]: (input: unknown) => Result.Result<TopicRequests[Operation], InvalidInput>
+}
 
 const takenTask = ({ id, token, body, priority, attempt, leaseMillis, enqueuedMillis }: LeasedTask) => ({
   task_id: id,
   token,
-  task: JSON.parse(body) as unknown,
+  task: JSON.parse(body) as Json,
   priority,
   attempt,
   lease_ms: leaseMillis,
   enqueued_ms: enqueuedMillis
 })
 
-const taskInfo = (task: TaskSummary): TopicAnswer => ({
+const taskInfo = (task: TaskSummary): TopicAnswers["task"] => ({
   task_id: task.id,
   state: task.state,
-  ...(task.body === "" ? {} : { task: JSON.parse(task.body) as unknown }),
+  ...(task.body === "" ? {} : { task: JSON.parse(task.body) as Json }),
   priority: task.priority,
   attempts: task.attempts,
   enqueued_ms: task.enqueuedMillis,
   ...(task.agent === "" ? {} : { agent: task.agent }),
   ...(task.error === "" ? {} : { error: task.error }),
-  ...(task.result === "" ? {} : { result: JSON.parse(task.result) as unknown })
+  ...(task.result === "" ? {} : { result: JSON.parse(task.result) as Json })
 })
 
 /** Events of messages, shared by the listeners of one principal to a topic of one channel: all are where the message is. */

@@ -23,8 +23,11 @@ export const group = HttpApiBuilder.group(
     const topics = yield* Topics
     const settings = yield* Settings
 
-    const call = (request: HttpServerRequest.HttpServerRequest, operation: TopicOperation, asked: object) =>
-      topics.call(callerOf(messageOf(request)), operation, asked)
+    const call = <O extends TopicOperation>(
+      request: HttpServerRequest.HttpServerRequest,
+      operation: O,
+      asked: object
+    ) => topics.call(callerOf(messageOf(request)), operation, asked)
 
     /** The members of a body, which says nothing of the topic: that is in the path. */
     const bodyOf = (request: HttpServerRequest.HttpServerRequest): Effect.Effect<object, ApiError> =>
@@ -56,7 +59,7 @@ export const group = HttpApiBuilder.group(
       .handleRaw("putTopic", ({ params, request }) =>
         bodyOf(request).pipe(
           Effect.flatMap((body) => call(request, "create", { ...body, topic: params.topic })),
-          Effect.map(({ created, ...topic }) => json(topic, created === true ? 201 : 200)),
+          Effect.map(({ created, ...topic }) => json(topic, created ? 201 : 200)),
           failed
         )
       )

@@ -242,3 +242,9 @@ export const answers = {
   list: Schema.Struct({ topics: Schema.Array(Topic) }),
   delete: Schema.Struct({})
 } as const
+
+/** The same as types; who creates a topic is also told whether it was there already. */
+export type TopicAnswers = {
+  readonly [Operation in TopicOperation]: (typeof answers)[Operation]["Type"] &
+    (Operation extends "create" ? { readonly created: boolean } : unknown)
+}

@@ -22,6 +22,7 @@ import * as ShardId from "effect/cluster/ShardId"
 import * as ShardingConfig from "effect/cluster/ShardingConfig"
 import * as SqlClient from "effect/sql/SqlClient"
 import { Settings } from "../config.ts"
+import { answerWithin, NotInTime } from "./answerWithin.ts"
 
 /** The database is not answering. */
 export interface Outage {
@@ -420,29 +421,15 @@ const ringsOf = (runners: ReadonlyArray<Runner.Runner>): Map<string, ReadonlyArr
   return new Map(Array.from(rings, ([group, ring]) => [group, HashRing.getShards(ring, shardsPerGroup) ?? []]))
 }
 
-/**
- * The effect's exit, or that it took too long: then it goes on by itself, as what hangs in a connection that is gone cannot
- * be waited for, not even to be interrupted.
- */
+/** The exit of an effect on the database, or that it took too long (`answerWithin`). */
 const bounded = <A, E>(
   millis: number,
   effect: Effect.Effect<A, E>
 ): Effect.Effect<Exit.Exit<A, E | ClusterError.PersistenceError>> =>
-  Effect.withFiber((parent) =>
-    Effect.callback((resume) => {
-      const fiber = Effect.runForkWith(parent.context as Context.Context<never>)(effect)
-      const timer = setTimeout(() => {
-        const cause = new Error(`It has not answered within ${millis} ms.`)
-        resume(Effect.succeed(Exit.fail(new ClusterError.PersistenceError({ cause }))))
-        fiber.interruptUnsafe()
-      }, millis)
-      fiber.addObserver((exit) => {
-        clearTimeout(timer)
-        resume(Effect.succeed(exit))
-      })
-      return Effect.sync(() => {
-        clearTimeout(timer)
-        fiber.interruptUnsafe()
-      })
-    })
+  Effect.exit(
+    Effect.catchIf(
+      answerWithin(millis, effect),
+      (error): error is NotInTime => error instanceof NotInTime,
+      (cause) => Effect.fail(new ClusterError.PersistenceError({ cause }))
+    )
   )

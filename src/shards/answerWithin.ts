@@ -4,13 +4,22 @@
  */
 import { Effect, Fiber } from "effect"
 
-export const answerWithin = <A, E>(millis: number, effect: Effect.Effect<A, E>): Effect.Effect<A, E | Error> =>
+export const answerWithin = <A, E>(millis: number, effect: Effect.Effect<A, E>): Effect.Effect<A, E | NotInTime> =>
   Effect.flatMap(Effect.forkDetach(effect, { startImmediately: true }), (fiber) =>
     Effect.timeoutOrElse(Fiber.join(fiber), {
       duration: millis,
       orElse: () => {
         fiber.interruptUnsafe()
-        return Effect.fail(new Error(`It has not answered within ${millis} ms.`))
+        return Effect.fail(new NotInTime(millis))
       }
     }).pipe(Effect.onInterrupt(() => Effect.sync(() => fiber.interruptUnsafe())))
   )
+
+/** There was no answer in time. */
+export class NotInTime extends Error {
+  readonly _tag = "NotInTime"
+
+  constructor(millis: number) {
+    super(`It has not answered within ${millis} ms.`)
+  }
+}
