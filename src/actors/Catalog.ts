@@ -6,7 +6,7 @@
  * crash in between is made good when the catalogue is next opened.
  */
 import { randomBytes } from "node:crypto"
-import { Duration, Effect, Schedule, Schema, Semaphore } from "effect"
+import { Duration, Effect, Schedule, Semaphore } from "effect"
 import { Settings } from "../config.ts"
 import { Catalog } from "../protocol/Catalog.ts"
 import { type Collection, type CollectionRequest, cacheStateAt } from "../protocol/Collection.ts"
@@ -23,7 +23,8 @@ import { Calls } from "../shards/Calls.ts"
 import { CellDirectory } from "../shards/CellDirectory.ts"
 import { Placement } from "../shards/Placement.ts"
 import { type Catalogue, CatalogueText, catalogueFormat, catalogueKey, removedKept } from "../tiers/CatalogueObject.ts"
-import { ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
+import { ObjectStore } from "../tiers/ObjectStore.ts"
+import * as SharedObject from "../tiers/SharedObject.ts"
 
 export const layer = Catalog.toLayer(
   Effect.gen(function* () {
@@ -35,37 +36,17 @@ export const layer = Catalog.toLayer(
     const calls = yield* Calls
     const scope = yield* Effect.scope
     const gate = yield* Semaphore.make(1)
-    let current: { readonly catalogue: Catalogue; readonly etag: string | undefined } | undefined
-
-    const storageError = (failure: StoreFailure) =>
-      new StorageUnavailable({ detail: `The catalogue: ${failure.detail}`, retryAfterMillis: 1_000 })
-
-    const read = Effect.gen(function* () {
-      if (current !== undefined) return current
-      const object = yield* store.get(catalogueKey).pipe(
-        Effect.catchTag("ObjectMissing", () => Effect.undefined),
-        Effect.mapError(storageError)
-      )
-      if (object === undefined) {
-        current = { catalogue: { format: catalogueFormat, collections: [], removing: [] }, etag: undefined }
-      } else {
-        const catalogue = yield* Schema.decodeUnknownEffect(CatalogueText)(
-          Buffer.from(object.body).toString("utf8")
-        ).pipe(
-          Effect.mapError(
-            (error) =>
-              new StorageUnavailable({
-                detail: `The catalogue cannot be read: ${error.message}`,
-                retryAfterMillis: 10_000
-              })
-          )
-        )
-        current = { catalogue, etag: object.etag }
-        // Those that were here before there was a directory, or were restored.
-        yield* Effect.forkIn(claimNames(catalogue.collections.map(({ name }) => name)), scope)
-        if (catalogue.removing.length > 0) yield* Effect.forkIn(gate.withPermit(finishRemovals), scope)
-      }
-      return current
+    const { read, write } = SharedObject.make<Catalogue>(store, {
+      key: catalogueKey,
+      codec: CatalogueText,
+      empty: { format: catalogueFormat, collections: [], removing: [] },
+      name: "The catalogue",
+      onRead: ({ collections, removing }) =>
+        Effect.gen(function* () {
+          // Those that were here before there was a directory, or were restored.
+          yield* Effect.forkIn(claimNames(collections.map(({ name }) => name)), scope)
+          if (removing.length > 0) yield* Effect.forkIn(gate.withPermit(finishRemovals), scope)
+        })
     })
 
     /** Not waited for: what is here is served without the directory. */
@@ -79,23 +60,8 @@ export const layer = Catalog.toLayer(
         )
       )
 
-    /** Writes a changed catalogue; on any doubt about what is stored, what is in memory is forgotten and read anew. */
-    const write = (catalogue: Catalogue, etag: string | undefined) =>
-      Effect.gen(function* () {
-        const body = Buffer.from(yield* Effect.orDie(Schema.encodeEffect(CatalogueText)(catalogue)))
-        const stored = etag === undefined ? store.create(catalogueKey, body) : store.replace(catalogueKey, body, etag)
-        current = { catalogue, etag: yield* stored }
-      }).pipe(
-        Effect.tapError(() => Effect.sync(() => (current = undefined))),
-        Effect.mapError((error) =>
-          error._tag === "StoreFailure"
-            ? storageError(error)
-            : new StorageUnavailable({ detail: "The catalogue was changed by another node.", retryAfterMillis: 100 })
-        )
-      )
-
     const finishRemovals: Effect.Effect<void, StorageUnavailable> = Effect.gen(function* () {
-      const { catalogue } = yield* read
+      const { value: catalogue } = yield* read
       for (const collection of catalogue.removing) {
         yield* Effect.forEach(
           Array.from({ length: collection.partitions }, (_, partition) => partition),
@@ -106,13 +72,13 @@ export const layer = Catalog.toLayer(
           { concurrency: 4, discard: true }
         ).pipe(Effect.mapError(notRemoved))
         const now = yield* read
-        const removing = now.catalogue.removing.filter((one) => one.uid !== collection.uid)
-        yield* write({ ...now.catalogue, removing }, now.etag)
+        const removing = now.value.removing.filter((one) => one.uid !== collection.uid)
+        yield* write({ ...now.value, removing }, now.etag)
       }
     })
 
     const create = Effect.fn("Catalog.create")(function* (name: string, request: CollectionRequest) {
-      const { catalogue, etag } = yield* read
+      const { value: catalogue, etag } = yield* read
       const there = catalogue.collections.find((collection) => collection.name === name)
       if (there !== undefined) {
         const conflict = conflictOf(there, request)
@@ -157,19 +123,22 @@ export const layer = Catalog.toLayer(
       )
 
     const find = (name: string) =>
-      Effect.flatMap(read, ({ catalogue }): Effect.Effect<Collection, CollectionNotFound | StorageUnavailable> => {
-        const collection = catalogue.collections.find((candidate) => candidate.name === name)
-        if (collection !== undefined) return Effect.succeed(collection)
-        return Effect.flatMap(directory.find(name), (elsewhere) =>
-          Effect.fail(
-            new CollectionNotFound(elsewhere === undefined ? { collection: name } : { collection: name, elsewhere })
+      Effect.flatMap(
+        read,
+        ({ value: catalogue }): Effect.Effect<Collection, CollectionNotFound | StorageUnavailable> => {
+          const collection = catalogue.collections.find((candidate) => candidate.name === name)
+          if (collection !== undefined) return Effect.succeed(collection)
+          return Effect.flatMap(directory.find(name), (elsewhere) =>
+            Effect.fail(
+              new CollectionNotFound(elsewhere === undefined ? { collection: name } : { collection: name, elsewhere })
+            )
           )
-        )
-      })
+        }
+      )
 
     const invalidate = Effect.fn("Catalog.invalidate")(function* (name: string, noticeMillis: number) {
       const there = yield* find(name)
-      const { catalogue, etag } = yield* read
+      const { value: catalogue, etag } = yield* read
       const now = Date.now()
       const { generation, pending_ms } = cacheStateAt(there, now)
       if (noticeMillis > 0 && pending_ms.length >= invalidationsPendingMax) {
@@ -190,7 +159,7 @@ export const layer = Catalog.toLayer(
 
     const remove = Effect.fn("Catalog.remove")(function* (name: string) {
       const collection = yield* find(name)
-      const { catalogue, etag } = yield* read
+      const { value: catalogue, etag } = yield* read
       yield* write(
         {
           ...catalogue,
@@ -210,9 +179,9 @@ export const layer = Catalog.toLayer(
     return Catalog.of({
       Create: ({ payload }) => gate.withPermit(create(payload.name, payload.request)),
       Read: ({ payload }) => find(payload.name),
-      List: () => Effect.map(read, ({ catalogue }) => catalogue.collections),
+      List: () => Effect.map(read, ({ value: catalogue }) => catalogue.collections),
       ListChanged: ({ payload }) =>
-        Effect.map(read, ({ catalogue, etag: state = "none" }) =>
+        Effect.map(read, ({ value: catalogue, etag: state = "none" }) =>
           payload.state === state ? null : { state, collections: catalogue.collections }
         ),
       Invalidate: ({ payload }) => gate.withPermit(invalidate(payload.name, payload.notice_ms)),

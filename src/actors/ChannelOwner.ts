@@ -8,6 +8,8 @@ import { StorageUnavailable, TopicNotFound, TopicUnavailable, toProblem } from "
 import { shownName } from "../protocol/Tenant.ts"
 import type { Topic } from "../protocol/Topic.ts"
 import { type TopicCatalog, topicCatalogId } from "../protocol/TopicCatalog.ts"
+import { Calls } from "../shards/Calls.ts"
+import { isDelivery } from "../shards/Delivery.ts"
 import type { DataDirectory } from "../tiers/DataDirectory.ts"
 import type { ObjectStore } from "../tiers/ObjectStore.ts"
 import * as PartitionLog from "../tiers/PartitionLog.ts"
@@ -52,6 +54,7 @@ export const make = Effect.fnUntraced(function* <R>(options: ChannelOwnerOptions
   const entityScope = yield* Effect.scope
   const services = yield* Effect.context<ObjectStore | DataDirectory>()
   const catalog = options.topics(topicCatalogId)
+  const calls = yield* Calls
 
   let resident: { readonly of: R; readonly scope: Scope.Closeable } | undefined
   let activating: Deferred.Deferred<R, ChannelError> | undefined
@@ -89,16 +92,10 @@ export const make = Effect.fnUntraced(function* <R>(options: ChannelOwnerOptions
     })
 
   const open = Effect.fnUntraced(function* (scope: Scope.Closeable) {
-    const topic = yield* catalog
-      .Read({ name: options.topic })
-      .pipe(
-        Effect.mapError(
-          (error): ChannelError =>
-            error._tag === "TopicNotFound" || error._tag === "StorageUnavailable" || error._tag === "Overloaded"
-              ? error
-              : unavailable("The list of topics cannot be reached.")
-        )
-      )
+    const unreachable = () => unavailable("The list of topics cannot be reached.")
+    const topic = yield* calls
+      .to({ group: "default", id: topicCatalogId }, catalog.Read({ name: options.topic }), unreachable)
+      .pipe(Effect.mapError((error): ChannelError => (isDelivery(error) ? unreachable() : error)))
     if (topic.uid !== uid) return yield* new TopicNotFound({ topic: name })
     const self: { of?: { readonly of: R; readonly scope: Scope.Closeable } } = {}
     const onLost = (detail: string) => {

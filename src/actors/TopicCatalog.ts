@@ -3,7 +3,7 @@
  * object. A deletion is first recorded (`removing`), then the channels are told to remove themselves, then it is forgotten.
  */
 import { randomBytes } from "node:crypto"
-import { Duration, Effect, Schema, Semaphore } from "effect"
+import { Duration, Effect, Semaphore } from "effect"
 import { Settings } from "../config.ts"
 import { AgentChannel, channelId, queueChannel, TaskQueue } from "../protocol/AgentChannel.ts"
 import { Overloaded, StorageUnavailable, TopicConflict, TopicNotFound } from "../protocol/Errors.ts"
@@ -11,7 +11,9 @@ import { topicsMax } from "../protocol/Limits.ts"
 import { shownName } from "../protocol/Tenant.ts"
 import { builtInTopics, type Topic, type TopicRequest } from "../protocol/Topic.ts"
 import { TopicCatalog } from "../protocol/TopicCatalog.ts"
-import { ObjectStore, type StoreFailure } from "../tiers/ObjectStore.ts"
+import { Calls } from "../shards/Calls.ts"
+import { ObjectStore } from "../tiers/ObjectStore.ts"
+import * as SharedObject from "../tiers/SharedObject.ts"
 import { type TopicList, TopicListText, topicsFormat, topicsKey } from "../tiers/TopicsObject.ts"
 
 export const layer = TopicCatalog.toLayer(
@@ -20,80 +22,39 @@ export const layer = TopicCatalog.toLayer(
     const store = yield* ObjectStore
     const channels = yield* AgentChannel.client
     const queues = yield* TaskQueue.client
+    const calls = yield* Calls
     const scope = yield* Effect.scope
     const gate = yield* Semaphore.make(1)
-    let current: { readonly list: TopicList; readonly etag: string | undefined } | undefined
-
-    const storageError = (failure: StoreFailure) =>
-      new StorageUnavailable({ detail: `The list of topics: ${failure.detail}`, retryAfterMillis: 1_000 })
-
-    const read = Effect.gen(function* () {
-      if (current !== undefined) return current
-      const object = yield* store.get(topicsKey).pipe(
-        Effect.catchTag("ObjectMissing", () => Effect.undefined),
-        Effect.mapError(storageError)
-      )
-      if (object === undefined) {
-        current = { list: { format: topicsFormat, topics: [], removing: [] }, etag: undefined }
-        return current
-      }
-      const list = yield* Schema.decodeUnknownEffect(TopicListText)(Buffer.from(object.body).toString("utf8")).pipe(
-        Effect.mapError(
-          (error) =>
-            new StorageUnavailable({
-              detail: `The list of topics cannot be read: ${error.message}`,
-              retryAfterMillis: 10_000
-            })
-        )
-      )
-      current = { list, etag: object.etag }
-      if (list.removing.length > 0) yield* Effect.forkIn(gate.withPermit(finishRemovals), scope)
-      return current
+    const { read, write } = SharedObject.make<TopicList>(store, {
+      key: topicsKey,
+      codec: TopicListText,
+      empty: { format: topicsFormat, topics: [], removing: [] },
+      name: "The list of topics",
+      onRead: ({ removing }) =>
+        removing.length === 0 ? Effect.void : Effect.asVoid(Effect.forkIn(gate.withPermit(finishRemovals), scope))
     })
 
-    /** Writes a changed list; on any doubt about what is stored, what is in memory is forgotten and read anew. */
-    const write = (list: TopicList, etag: string | undefined) =>
-      Effect.gen(function* () {
-        const body = Buffer.from(yield* Effect.orDie(Schema.encodeEffect(TopicListText)(list)))
-        const stored = etag === undefined ? store.create(topicsKey, body) : store.replace(topicsKey, body, etag)
-        current = { list, etag: yield* stored }
-      }).pipe(
-        Effect.tapError(() => Effect.sync(() => (current = undefined))),
-        Effect.mapError((error) =>
-          error._tag === "StoreFailure"
-            ? storageError(error)
-            : new StorageUnavailable({
-                detail: "The list of topics was changed by another node.",
-                retryAfterMillis: 100
-              })
-        )
-      )
-
     const finishRemovals: Effect.Effect<void, StorageUnavailable> = Effect.gen(function* () {
-      const { list } = yield* read
+      const { value: list } = yield* read
       for (const topic of list.removing) {
         const { name, uid } = topic
         yield* Effect.forEach(
           Array.from({ length: topic.channels }, (_, channel) => channel),
-          (channel) => channels(channelId({ topic: name, uid, channel })).Remove(),
+          (channel) => {
+            const id = channelId({ topic: name, uid, channel })
+            return calls.to({ group: "default", id }, channels(id).Remove(), notRemoved)
+          },
           { concurrency: 4, discard: true }
-        ).pipe(
-          Effect.andThen(queues(channelId({ topic: name, uid, channel: queueChannel })).Remove()),
-          Effect.mapError(
-            () =>
-              new StorageUnavailable({
-                detail: "A channel could not be removed; it will be.",
-                retryAfterMillis: 1_000
-              })
-          )
-        )
+        ).pipe(Effect.mapError(notRemoved))
+        const id = channelId({ topic: name, uid, channel: queueChannel })
+        yield* Effect.mapError(calls.to({ group: "default", id }, queues(id).Remove(), notRemoved), notRemoved)
         const now = yield* read
-        yield* write({ ...now.list, removing: now.list.removing.filter((one) => one.uid !== uid) }, now.etag)
+        yield* write({ ...now.value, removing: now.value.removing.filter((one) => one.uid !== uid) }, now.etag)
       }
     })
 
     const create = Effect.fn("TopicCatalog.create")(function* (name: string, request: TopicRequest) {
-      const { etag, list } = yield* read
+      const { etag, value: list } = yield* read
       const there = list.topics.find((topic) => topic.name === name)
       if (there !== undefined) {
         const conflict = conflictOf(there, request)
@@ -118,7 +79,8 @@ export const layer = TopicCatalog.toLayer(
       return { topic, created: true }
     })
 
-    const find = (name: string) => Effect.map(read, ({ list }) => list.topics.find((topic) => topic.name === name))
+    const find = (name: string) =>
+      Effect.map(read, ({ value: list }) => list.topics.find((topic) => topic.name === name))
 
     const findOrMake = Effect.fnUntraced(function* (name: string) {
       const found = yield* find(name)
@@ -133,7 +95,7 @@ export const layer = TopicCatalog.toLayer(
     const remove = Effect.fn("TopicCatalog.remove")(function* (name: string) {
       const topic = yield* find(name)
       if (topic === undefined) return yield* new TopicNotFound({ topic: shownName(name) })
-      const { etag, list } = yield* read
+      const { etag, value: list } = yield* read
       const topics = list.topics.filter((one) => one.uid !== topic.uid)
       yield* write({ ...list, topics, removing: [...list.removing, topic] }, etag)
       yield* finishRemovals
@@ -142,12 +104,15 @@ export const layer = TopicCatalog.toLayer(
     return TopicCatalog.of({
       Create: ({ payload }) => gate.withPermit(create(payload.name, payload.request)),
       Read: ({ payload }) => findOrMake(payload.name),
-      List: () => Effect.map(read, ({ list }) => list.topics),
+      List: () => Effect.map(read, ({ value: list }) => list.topics),
       Delete: ({ payload }) => gate.withPermit(remove(payload.name))
     })
   }),
   { concurrency: "unbounded", disableFatalDefects: true, maxIdleTime: Duration.infinity }
 )
+
+const notRemoved = () =>
+  new StorageUnavailable({ detail: "A channel could not be removed; it will be.", retryAfterMillis: 1_000 })
 
 /** What of a request contradicts the topic that is there; what it leaves out contradicts nothing. */
 const conflictOf = (there: Topic, request: TopicRequest): TopicConflict | undefined => {
