@@ -3,7 +3,6 @@
  *
  *   search    through a gateway, beside one process alone: median at one under way, CPU a search over all processes
  *   scale     three runners with three partitions beside one process with three: searches and CPU at 64 under way
- *   spread    partitions a runner, of new collections, and after a runner joined and one left
  *   drain     SIGTERM of a runner under searches and writes: what fails, what is partial, and for how long
  *   join      a runner joins: the same
  *   kill      kill -9 of a runner: until every partition answers again

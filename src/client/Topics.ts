@@ -337,5 +337,6 @@ const leasedOf = (task: Json): LeasedTask => ({
 
 const infoOf = (body: Json): TaskInfo => {
   const { task_id, enqueued_ms: _, ...info } = body
+  // The server's own names, but for these two; not looked at again, since a schema would double what a page loads.
   return { ...info, id: String(task_id) } as unknown as TaskInfo
 }

@@ -218,7 +218,7 @@ export const MetadataObject = Schema.Unknown.pipe(
   )
 )
 
-/** A JSON value of at most so many bytes and `nestingMax` levels. */
+/** A JSON value of at most so many bytes and `nestingMax` levels. The check says that it is one, which its type cannot follow. */
 export const Json = (bytesMax: number): Schema.Codec<Json> =>
   Schema.Unknown.check(
     Schema.makeFilter((value: unknown) => isJsonWithin(value, bytesMax), {

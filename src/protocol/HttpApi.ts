@@ -265,7 +265,7 @@ const StreamsGroup = HttpApiGroup.make("streams").add(
 )
 
 const topic = { topic: Fields.CollectionName }
-/** A body: what is asked, without the topic, which is in the path. */
+/** A body: what is asked, without the topic, which is in the path. Only for the document: handlers decode it whole. */
 const bodyOf = ({ fields }: { readonly fields: Schema.Struct.Fields }): Schema.Codec<object> => {
   const { topic: _, ...rest } = fields
   return Schema.Struct(rest) as unknown as Schema.Codec<object>

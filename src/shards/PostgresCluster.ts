@@ -31,6 +31,18 @@ import { Membership } from "./Membership.ts"
 import { Peers } from "./Peers.ts"
 import { RunnerMonitor } from "./RunnerMonitor.ts"
 
+/** For a connection to another node to be there. */
+const openMillis = 1_000
+
+/** Between two tries at a call to an actor that the runner asked does not have, or not yet. */
+const sendRetryMillis = 50
+
+/** Between two looks at what was not taken or given, in looks at who owns what. */
+const pollRefreshes = 4
+
+/** Between two looks at whether the database is there, at start. */
+const reachPauseMillis = 500
+
 /** Largest message between two nodes: a group of records that is inserted. */
 const frameBytesMax = 256 * 1_048_576
 
@@ -46,8 +58,8 @@ const member = (settings: SettingValues) => ({
   runnerJoinDebounce: Duration.millis(settings.joinDebounceMillis),
   // Nothing is stored for later that were to be polled; but shards that were given up, and are this runner's again before that was
   // done, are taken only when it is polled, and so are all after a failure.
-  entityMessagePollInterval: Duration.millis(settings.shardRefreshMillis * 4),
-  sendRetryInterval: Duration.millis(50)
+  entityMessagePollInterval: Duration.millis(settings.shardRefreshMillis * pollRefreshes),
+  sendRetryInterval: Duration.millis(sendRetryMillis)
 })
 
 /** A member that holds no shard. */
@@ -106,7 +118,7 @@ const clientProtocol = ({ clusterPingMillis }: SettingValues) =>
       codecFor: serialization.codecFor,
       make: Effect.fnUntraced(function* (address: RunnerAddress.RunnerAddress) {
         const { host, port } = address
-        const socket = yield* CorkedSocket.make({ host, port, openMillis: 1_000 })
+        const socket = yield* CorkedSocket.make({ host, port, openMillis })
         return yield* RpcClient.makeProtocolSocket({ pingInterval: clusterPingMillis }).pipe(
           Effect.provideService(Socket.Socket, socket),
           Effect.provideService(RpcSerialization.RpcSerialization, serialization)
@@ -151,7 +163,7 @@ const reachable = (settings: SettingValues) => {
   }).pipe(Effect.scoped, Effect.timeout(settings.databaseConnectMillis))
   return asked.pipe(
     Effect.tapCause((cause) => Effect.logWarning(unusable(settings, cause).message)),
-    Effect.retry(Schedule.upTo(Schedule.spaced(500), { duration: settings.databaseWaitMillis })),
+    Effect.retry(Schedule.upTo(Schedule.spaced(reachPauseMillis), { duration: settings.databaseWaitMillis })),
     Effect.catchCause((cause) => Effect.fail(unusable(settings, cause)))
   )
 }

@@ -5,7 +5,7 @@
  * A partition resident in this process is asked directly; any other through its entity. A search waits no longer than its
  * deadline: partitions that are late or gone are named in the answer, and only if none answered does it fail.
  */
-import { Cause, Context, Effect, Exit, type Fiber, Layer, Metric, Option, Result } from "effect"
+import { Cause, Context, Effect, Exit, type Fiber, Layer, Option, Result } from "effect"
 import { Settings } from "../config.ts"
 import * as Catalog from "../protocol/Catalog.ts"
 import {
@@ -40,7 +40,6 @@ import {
   type UpsertRecord
 } from "../protocol/IndexPartition.ts"
 import { answerComponentsMax } from "../protocol/Limits.ts"
-import type { NotHere } from "../protocol/Peer.ts"
 import type { SearchAnswer, SessionQuery } from "../protocol/StreamSession.ts"
 import { shownName } from "../protocol/Tenant.ts"
 import { AccessLog } from "../tiers/AccessLog.ts"
@@ -52,10 +51,11 @@ import { generationTag, searchTag, vectorTag } from "./CacheTags.ts"
 import { Calls } from "./Calls.ts"
 import type { Kind } from "./ConcurrencyLimit.ts"
 import { type DeliveryError, isDelivery } from "./Delivery.ts"
+import { hedged } from "./hedged.ts"
 import { Lateness } from "./Lateness.ts"
 import { LocalActors } from "./LocalActors.ts"
 import { groupByPartition, partitionOf } from "./PartitionMap.ts"
-import { type PeerGone, Peers } from "./Peers.ts"
+import { Peers } from "./Peers.ts"
 import { Placement } from "./Placement.ts"
 import { giveRequestId } from "./RequestIds.ts"
 import { type KeptResult, ResultCache, type ResultKey, resultKey, sameQuery } from "./ResultCache.ts"
@@ -482,62 +482,6 @@ export class Router extends Context.Service<
           return all[partition] as Lateness
         }
 
-        /**
-         * Asks directly, and by a message where the partition is not there, the connection has broken, or the answer is late by what
-         * is usual: a message goes by another connection, to whoever owns the partition by then. The first good answer counts.
-         */
-        const hedged = (
-          late: Lateness,
-          direct: Effect.Effect<PartitionHits, PartitionError | NotHere | PeerGone>,
-          byMessage: Effect.Effect<PartitionHits, PartitionError>
-        ): Effect.Effect<PartitionHits, PartitionError> =>
-          Effect.withFiber((parent) =>
-            Effect.callback((resume) => {
-              const fork = Effect.runForkWith(parent.context as Context.Context<never>)
-              const started = performance.now()
-              let second: Fiber.Fiber<PartitionHits, PartitionError> | undefined
-              let isFirstWaiting = true
-              let failure: Exit.Exit<PartitionHits, PartitionError> | undefined
-              const end = (exit: Exit.Exit<PartitionHits, PartitionError>) => {
-                clearTimeout(timer)
-                resume(exit)
-                first.interruptUnsafe()
-                second?.interruptUnsafe()
-              }
-              const askAgain = () => {
-                if (second !== undefined) return
-                second = fork(byMessage)
-                second.addObserver((exit) => {
-                  if (Exit.isSuccess(exit) || !isFirstWaiting) return end(exit)
-                  failure = exit
-                })
-              }
-              const timer = setTimeout(() => {
-                if (!late.mayAskAgain()) return
-                hedges.updateUnsafe(1, Context.empty())
-                askAgain()
-              }, late.millis)
-              const first = fork(direct)
-              first.addObserver((exit) => {
-                isFirstWaiting = false
-                if (Exit.isSuccess(exit)) {
-                  late.took(performance.now() - started)
-                  return end(Exit.succeed(exit.value))
-                }
-                const error = Exit.findErrorOption(exit)
-                if (Option.isSome(error) && !isElsewhere(error.value)) return end(Exit.fail(error.value))
-                clearTimeout(timer)
-                if (failure === undefined) askAgain()
-                else end(failure)
-              })
-              return Effect.sync(() => {
-                clearTimeout(timer)
-                first.interruptUnsafe()
-                second?.interruptUnsafe()
-              })
-            })
-          )
-
         const partitionQueryOf = (of: Collection, query: SessionQuery, vector: Float32Array): PartitionQuery => ({
           vector,
           k: query.k,
@@ -883,13 +827,6 @@ export class Router extends Context.Service<
 
 const catalogLate = () =>
   new StorageUnavailable({ detail: "The catalogue has not answered in time.", retryAfterMillis: 1_000 })
-
-const isElsewhere = (error: PartitionError | NotHere | PeerGone): error is NotHere | PeerGone =>
-  error._tag === "NotHere" || error._tag === "PeerGone"
-
-const hedges = Metric.counter("ruvector_searches_hedged", {
-  description: "Searches of a partition elsewhere that were asked a second time, being late"
-})
 
 /** A search under way, and how many wait for it. */
 interface Flight {
