@@ -49,32 +49,34 @@ export class Quarantine {
 
   /** Until when it is not opened; 0 where it may be. */
   until(now: number): number {
-    this.#calm(now)
-    const { quarantineFailures, quarantineMillis, quarantineMillisMax } = this.#bounds
-    const beyond = this.#failures - quarantineFailures
-    if (beyond < 0) return 0
-    const until = this.#failedAt + Math.min(quarantineMillis * 2 ** beyond, quarantineMillisMax)
-    return until > now ? until : 0
+    const retryAt = this.#retryAt(now) ?? 0
+    return retryAt > now ? retryAt : 0
   }
 
   /** While it is in quarantine, or on trial after it. */
   state(now: number): QuarantinedPartition | undefined {
-    this.#calm(now)
-    const { quarantineFailures, quarantineMillis, quarantineMillisMax } = this.#bounds
-    const beyond = this.#failures - quarantineFailures
-    if (beyond < 0) return undefined
+    const retryAt = this.#retryAt(now)
+    if (retryAt === undefined) return undefined
     return {
       ...this.#of,
       failures: this.#failures,
       detail: this.#detail,
       failed_ms: this.#failedAt,
-      retry_ms: this.#failedAt + Math.min(quarantineMillis * 2 ** beyond, quarantineMillisMax)
+      retry_ms: retryAt
     }
   }
 
   /** An operator knows better. */
   release(): void {
     this.#failures = 0
+  }
+
+  /** When it may be opened after the last of too many failures. */
+  #retryAt(now: number): number | undefined {
+    this.#calm(now)
+    const { quarantineFailures, quarantineMillis, quarantineMillisMax } = this.#bounds
+    const beyond = this.#failures - quarantineFailures
+    return beyond < 0 ? undefined : this.#failedAt + Math.min(quarantineMillis * 2 ** beyond, quarantineMillisMax)
   }
 
   #calm(now: number): void {

@@ -6,10 +6,10 @@
 import { spawnSync } from "node:child_process"
 import { randomBytes } from "node:crypto"
 import { mkdir, writeFile } from "node:fs/promises"
-import { createServer } from "node:net"
 import { totalmem } from "node:os"
 import { join } from "node:path"
 import { type SettingName, type SettingValues, variableOf } from "../config.ts"
+import { freePort } from "../shards/freePort.ts"
 import { preparePostgres } from "./LocalPostgres.ts"
 import { Supervised, supervisedVariable, tethered } from "./Supervised.ts"
 
@@ -57,7 +57,7 @@ export class LocalCluster {
     const environment: NodeJS.ProcessEnv = {}
     let postgres = "named"
     if (settings.databaseUrl === "") {
-      const port = await freePort()
+      const port = await freePort("127.0.0.1")
       const own = await preparePostgres(join(services, "postgres"), port)
       environment[variableOf("databaseUrl")] = own.url
       postgres = `its own, on port ${port}`
@@ -71,7 +71,7 @@ export class LocalCluster {
     if (settings.redisUrl === "") {
       redis = undefined
       if (spawnSync("redis-server", ["--version"]).status === 0) {
-        const port = await freePort()
+        const port = await freePort("127.0.0.1")
         environment[variableOf("redisUrl")] = await this.#redis(join(services, "redis"), port)
         redis = `its own, on port ${port}`
       }
@@ -221,13 +221,3 @@ const without = (environment: NodeJS.ProcessEnv, names: ReadonlyArray<SettingNam
   const dropped = new Set(["PORT", ...names.map(variableOf)])
   return Object.fromEntries(Object.entries(environment).filter(([name]) => !dropped.has(name)))
 }
-
-const freePort = (): Promise<number> =>
-  new Promise((resolve, reject) => {
-    const probe = createServer()
-    probe.once("error", reject)
-    probe.listen(0, "127.0.0.1", () => {
-      const { port } = probe.address() as { readonly port: number }
-      probe.close(() => resolve(port))
-    })
-  })

@@ -3,7 +3,6 @@
  * they speak by TCP. Loaded only by a node that is one.
  */
 import { randomBytes } from "node:crypto"
-import { createServer } from "node:net"
 import * as NodeSocketServer from "@effect/platform-node/NodeSocketServer"
 import { PgClient } from "@effect/sql-pg"
 import { Cause, Context, Duration, Effect, Layer, Option, Redacted, Schedule } from "effect"
@@ -27,6 +26,7 @@ import { ClusterUnavailable, sharedConfig } from "./Cluster.ts"
 import { ClusterNodes } from "./ClusterNodes.ts"
 import * as ClusterTables from "./ClusterTables.ts"
 import * as CorkedSocket from "./CorkedSocket.ts"
+import { freePort } from "./freePort.ts"
 import { Membership } from "./Membership.ts"
 import { Peers } from "./Peers.ts"
 import { RunnerMonitor } from "./RunnerMonitor.ts"
@@ -182,11 +182,4 @@ const unusable = ({ databaseUrl }: SettingValues, cause: Cause.Cause<unknown>): 
 const portOf = ({ clusterListen, clusterHost, clusterPort }: SettingValues) =>
   clusterPort !== 0
     ? Effect.succeed(clusterPort)
-    : Effect.callback<number>((resume) => {
-        const probe = createServer()
-        probe.listen(0, clusterListen === "" ? clusterHost : clusterListen, () => {
-          const { port } = probe.address() as { readonly port: number }
-          probe.close(() => resume(Effect.succeed(port)))
-        })
-        probe.on("error", (error) => resume(Effect.die(error)))
-      })
+    : Effect.promise(() => freePort(clusterListen === "" ? clusterHost : clusterListen))

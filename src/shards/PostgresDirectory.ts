@@ -78,7 +78,7 @@ export const layer = (settings: SettingValues): Layer.Layer<CellDirectory, Error
       PgClient.layer({
         url: Redacted.make(settings.directoryUrl),
         applicationName: `ruvector-${settings.role}-directory`,
-        maxConnections: 2,
+        maxConnections: connectionsMax,
         connectTimeout: Duration.millis(settings.databaseConnectMillis)
       })
     ),
@@ -89,6 +89,9 @@ export const layer = (settings: SettingValues): Layer.Layer<CellDirectory, Error
       return Layer.effectContext(Effect.fail(new Error(`The directory ${host}${pathname} cannot be used: ${reason}`)))
     })
   )
+
+/** To the directory's database. */
+const connectionsMax = 2
 
 /** Questions under way; others wait. */
 const lookupsMax = 16

@@ -1,10 +1,10 @@
 /** A cluster of real processes: gateways and runners, and the Postgres and Redis they meet in. Each writes a log of its own. */
 import { type ChildProcess, spawn } from "node:child_process"
 import { closeSync, mkdirSync, openSync, readFileSync, writeFileSync } from "node:fs"
-import { createServer } from "node:net"
 import { join } from "node:path"
 import { nodeFlags } from "../../scripts/nodeOptions.mjs"
 import { nodeEnvironment } from "../../scripts/run.mjs"
+import { freePort } from "../../src/shards/freePort.ts"
 import { type Postgres, startPostgres } from "../support/Postgres.ts"
 import { type RedisServer, startRedis } from "../support/RedisServer.ts"
 import { type Network, openNetwork } from "./Network.ts"
@@ -95,8 +95,8 @@ export const startNodes = async (options: NodesOptions): Promise<Nodes> => {
     for (const { name, role } of planned) {
       const host = network.addressOf(name)
       const isAlone = network.kind === "namespaces"
-      const port = isAlone ? 8080 : await freePort()
-      const clusterPort = isAlone ? 7000 : await freePort()
+      const port = isAlone ? 8080 : await freePort("127.0.0.1")
+      const clusterPort = isAlone ? 7000 : await freePort("127.0.0.1")
       const words = [
         ...["--role", role, "--data", data, "--database-url", postgres.url, "--redis-url", redis.url],
         ...["--host", host, "--port", `${port}`, "--anonymous-access", "everyone", "--log-format", "json"],
@@ -211,13 +211,3 @@ const nodeOf = ({ name, role, base, words, directory, network }: NodeOptions): C
     }
   }
 }
-
-const freePort = (): Promise<number> =>
-  new Promise((resolve, reject) => {
-    const server = createServer()
-    server.once("error", reject)
-    server.listen(0, "127.0.0.1", () => {
-      const address = server.address()
-      server.close(() => (typeof address === "object" && address !== null ? resolve(address.port) : reject()))
-    })
-  })

@@ -1,23 +1,15 @@
 /** Two cells of one region: a collection is in one of them, either says where, and a client finds it from both. */
-import { createServer } from "node:net"
 import { afterAll, assert, beforeAll, describe, it } from "@effect/vitest"
 import { VectorDB } from "../../src/client/index.ts"
+import { freePort } from "../../src/shards/freePort.ts"
 import { type RunningNode, startNode } from "../support/Node.ts"
 import { type Postgres, skipPostgres, startPostgres } from "../support/Postgres.ts"
-
-const freePort = (): Promise<number> =>
-  new Promise((resolve) => {
-    const probe = createServer().listen(0, "127.0.0.1", () => {
-      const { port } = probe.address() as { readonly port: number }
-      probe.close(() => resolve(port))
-    })
-  })
 
 describe.skipIf(skipPostgres)("a region of two cells", () => {
   let postgres: Postgres
   const cells: Array<RunningNode> = []
   const startCell = async (cell: string, data?: string) => {
-    const port = await freePort()
+    const port = await freePort("127.0.0.1")
     const cellUrl = `http://127.0.0.1:${port}`
     return startNode({ cell, port, cellUrl, directoryUrl: postgres.url, ...(data === undefined ? {} : { data }) })
   }

@@ -4,9 +4,9 @@
  */
 import { type ChildProcess, execFileSync, spawn } from "node:child_process"
 import { accessSync, constants } from "node:fs"
-import { createServer } from "node:net"
 import { homedir } from "node:os"
 import { delimiter, join } from "node:path"
+import { freePort } from "../../src/shards/freePort.ts"
 
 export const fakeGcsVersion = "v1.56.1"
 
@@ -47,7 +47,7 @@ export const startFakeGcs = async (): Promise<FakeGcs> => {
   if (binary === undefined) throw new Error(`there is no fake-gcs-server: ${howToGet}`)
   // Another process may take the port that was free.
   for (let attempt = 1; ; attempt++) {
-    const port = await freePort()
+    const port = await freePort("127.0.0.1")
     const started = await startOn(binary, port)
     if (started !== undefined) return started
     if (attempt === startAttemptsMax) throw new Error(`fake-gcs-server did not start ${attempt} times`)
@@ -110,16 +110,6 @@ const createBucket = async (url: string, name: string): Promise<void> => {
   })
   if (!answer.ok) throw new Error(`bucket ${name}: ${answer.status} ${await answer.text()}`)
 }
-
-const freePort = (): Promise<number> =>
-  new Promise((resolve, reject) => {
-    const server = createServer()
-    server.once("error", reject)
-    server.listen(0, "127.0.0.1", () => {
-      const { port } = server.address() as { port: number }
-      server.close(() => resolve(port))
-    })
-  })
 
 const goPath = (): string => {
   for (const go of ["go", "/usr/local/go/bin/go"]) {

@@ -6,9 +6,9 @@ import { type ChildProcess, spawn, spawnSync } from "node:child_process"
 import { once } from "node:events"
 import { existsSync, readdirSync } from "node:fs"
 import { appendFile, chown, mkdtemp, rm } from "node:fs/promises"
-import { createServer } from "node:net"
 import { tmpdir } from "node:os"
 import { delimiter, join } from "node:path"
+import { freePort } from "../../src/shards/freePort.ts"
 
 export interface Postgres {
   /** `postgres://postgres@127.0.0.1:<port>/postgres` */
@@ -139,14 +139,4 @@ const launch = (
     })
     child.once("error", reject)
     child.once("exit", (code) => reject(new Error(`postgres ended with ${code}: ${output}`)))
-  })
-
-const freePort = (host: string): Promise<number> =>
-  new Promise((resolve, reject) => {
-    const server = createServer()
-    server.once("error", reject)
-    server.listen(0, host, () => {
-      const address = server.address()
-      server.close(() => (typeof address === "object" && address !== null ? resolve(address.port) : reject()))
-    })
   })

@@ -1,9 +1,9 @@
 /** A Redis server of the test's own on a free port of 127.0.0.1, ended by its pid. */
 import { type ChildProcess, spawn, spawnSync } from "node:child_process"
 import { mkdtemp, rm } from "node:fs/promises"
-import { createServer } from "node:net"
 import { tmpdir } from "node:os"
 import { join } from "node:path"
+import { freePort } from "../../src/shards/freePort.ts"
 
 export interface RedisServer {
   readonly url: string
@@ -69,14 +69,4 @@ const launch = (host: string, port: number, directory: string, flags: ReadonlyAr
     })
     child.once("error", reject)
     child.once("exit", (code) => reject(new Error(`redis-server ended with ${code}: ${output}`)))
-  })
-
-const freePort = (host: string): Promise<number> =>
-  new Promise((resolve, reject) => {
-    const server = createServer()
-    server.once("error", reject)
-    server.listen(0, host, () => {
-      const address = server.address()
-      server.close(() => (typeof address === "object" && address !== null ? resolve(address.port) : reject()))
-    })
   })
