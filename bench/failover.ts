@@ -3,7 +3,9 @@
  * search and follow, and one node after the other that is killed, or told to stop and started again. The checkers of the
  * chaos suite look over all of it.
  *
- *     npm run bench:failover -- [--times 20] [--only kill|stop|rolling] [--seed 1]
+ *     npm run bench:failover -- [--times 20] [--only kill|stop|rolling] [--seed 1] [--keep]
+ *
+ * `--keep` keeps logs, history and data.
  */
 import { mkdtempSync, rmSync } from "node:fs"
 import { tmpdir } from "node:os"
@@ -16,7 +18,8 @@ const { values } = parseArgs({
   options: {
     times: { type: "string", default: "20" },
     only: { type: "string" },
-    seed: { type: "string", default: "1" }
+    seed: { type: "string", default: "1" },
+    keep: { type: "boolean", default: false }
   }
 })
 for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => process.exit(1))
@@ -51,8 +54,9 @@ const run = async (faults: ReadonlyArray<Fault>): Promise<Verdict> => {
     probeMillis: 100,
     print: (line) => void process.stdout.write(`${line}\n`)
   })
-  if (verdict.violations.length === 0) rmSync(directory, { recursive: true, force: true })
-  else process.stdout.write(`${verdict.violations.length} violations: ${join(directory, "violations.txt")}\n`)
+  if (verdict.violations.length > 0) process.stdout.write(`${verdict.violations.length} violations\n`)
+  if (verdict.violations.length === 0 && !values.keep) rmSync(directory, { recursive: true, force: true })
+  else process.stdout.write(`logs, history and data: ${directory}\n`)
   return verdict
 }
 
@@ -76,6 +80,9 @@ if (values.only === undefined || values.only === "kill") {
     "<= 4 s"
   ])
   rows.push(["  worst", seconds(recovered.at(-1)), "<= 10 s"])
+  const returns = verdict.faults.map(({ returnPauseMillis }) => returnPauseMillis)
+  rows.push(["  when it is back: longest wait for a partition", seconds(Math.max(...returns)), ""])
+  process.stdout.write(`recovered after ${recovered.map(seconds).join(", ")}\n`)
   common("kill -9", verdict)
 }
 if (values.only === undefined || values.only === "stop") {

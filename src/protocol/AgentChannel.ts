@@ -6,7 +6,7 @@
  * a lease by its token; positions only go forward.
  */
 import { Schema } from "effect"
-import { Entity } from "effect/cluster"
+import { ClusterSchema, Entity } from "effect/cluster"
 import { Rpc } from "effect/rpc"
 import { LeaseLost, Overloaded, StorageUnavailable, TaskNotFound, TopicNotFound, TopicUnavailable } from "./Errors.ts"
 import type { ChangePosition } from "./IndexPartition.ts"
@@ -68,12 +68,12 @@ export const AgentChannel = Entity.make("AgentChannel", [
     success: Schema.Struct({ duplicates: Schema.Array(Schema.Int) }),
     error: ChannelError
   }),
-  /** What follows a position; waits for it so long. */
+  /** What follows a position; waits for it so long, or until the channel moves: who waits asks its next owner. */
   Rpc.make("Read", {
     payload: { ...position, limit: Schema.Int, waitMillis: Schema.Int },
     success: MessagePage,
     error: ChannelError
-  }),
+  }).annotate(ClusterSchema.InterruptOnTermination, true),
   /** Before the oldest message that is kept, or after the newest. */
   Rpc.make("Position", { payload: { of: ListenFrom }, success: MessagePosition, error: ChannelError }),
   /** The subscriber's position; where it has none, from now on the one that is asked for. */
@@ -144,7 +144,7 @@ export const TaskQueue = Entity.make("TaskQueue", [
     },
     success: Schema.Array(LeasedTask),
     error: ChannelError
-  }),
+  }).annotate(ClusterSchema.InterruptOnTermination, true),
   Rpc.make("Extend", {
     payload: { ...lease, leaseMillis: Schema.Int },
     success: Schema.Struct({ leaseMillis: Schema.Int }),

@@ -143,6 +143,7 @@ export const partitionsGroup = "partitions"
 
 const requested = { requestId: Schema.optionalKey(RequestId) }
 
+/** What would never end by itself is ended when the partition moves: it would hold it where it is, and nobody could use it. */
 export const IndexPartition = Entity.make("IndexPartition", [
   /** Makes the partition resident and waits until it is. */
   Rpc.make("Activate", { success: PartitionStats, error: PartitionError }),
@@ -177,7 +178,7 @@ export const IndexPartition = Entity.make("IndexPartition", [
     success: Change,
     error: Schema.Union([PartitionError, Compacted]),
     stream: true
-  }),
+  }).annotate(ClusterSchema.InterruptOnTermination, true),
   /** At most `limit` changes after a position; none where there are none yet. With a limit of 0, how far it is. */
   Rpc.make("ReadChanges", {
     payload: { seq: Schema.Int, index: Schema.Int, limit: Schema.Int },
@@ -193,7 +194,7 @@ export const IndexPartition = Entity.make("IndexPartition", [
     success: WatchChange,
     error: PartitionError,
     stream: true
-  }),
+  }).annotate(ClusterSchema.InterruptOnTermination, true),
   /** Ends its quarantine: it is opened when it is next asked for something. Answers whether it was in one. */
   Rpc.make("Release", { success: Schema.Boolean }),
   /** Deactivates the partition and deletes its objects. Only the Catalog asks this. */

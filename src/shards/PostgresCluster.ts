@@ -81,7 +81,7 @@ export const runner = (settings: SettingValues) =>
       const listen = { host: settings.clusterListen === "" ? settings.clusterHost : settings.clusterListen, port }
       return server.pipe(
         Layer.provideMerge(Sharding.layer),
-        Layer.provideMerge(RunnerMonitor.layer(`${tablePrefix(settings)}_runners`)),
+        Layer.provideMerge(RunnerMonitor.layer(tablePrefix(settings))),
         Layer.provide(Layer.effect(RunnerHealth.RunnerHealth, RunnerMonitor.health)),
         Layer.provide(Runners.layerRpc),
         Layer.provideMerge(Peers.layer),

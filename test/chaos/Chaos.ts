@@ -47,10 +47,15 @@ export interface Injected extends Fault {
   readonly begin: number
   /** When what was done to the cluster was undone: a node that was killed is ready again. */
   readonly end: number
-  /** From the beginning until every partition answered again; `undefined`: it did not, before the next fault. */
+  /**
+   * From the beginning until every partition answered again, while it lasted if that was long enough, else after it too;
+   * `undefined`: it did not, before the next fault.
+   */
   readonly recoveredMillis: number | undefined
-  /** The longest time in which one partition did not answer. */
+  /** The longest time in which one partition did not answer, from the beginning on. */
   readonly pauseMillis: number
+  /** The same, of the time after the fault. */
+  readonly returnPauseMillis: number
   /** What went wrong in doing it. */
   readonly failed: string | undefined
 }
@@ -80,6 +85,12 @@ export const windowMillis = 10_000
 /** After a fault's end it is waited so long, at most, for every partition to answer. */
 const settleMillis = 10_000
 
+/** Probes younger than that may still be under way. */
+const probeMillisMax = 1_500
+
+/** After a fault's end, before it is looked whether all is well. */
+const lookMillis = 2_500
+
 /** Followers and subscribers may take so long to have everything, once nothing is written. */
 const catchUpMillis = 60_000
 
@@ -105,7 +116,8 @@ export const runChaos = async (options: ChaosOptions): Promise<Verdict> => {
   const now = () => performance.now() - started
   const note = (line: string) => {
     const text = `[${(now() / 1_000).toFixed(1).padStart(7)} s] ${line}`
-    appendFileSync(join(directory, "chaos.log"), `${text}\n`)
+    // As the nodes' logs are, by the time of day.
+    appendFileSync(join(directory, "chaos.log"), `${new Date().toISOString()} ${text}\n`)
     print(text)
   }
   let clients: Clients | undefined
@@ -178,7 +190,7 @@ export const runChaos = async (options: ChaosOptions): Promise<Verdict> => {
 
     const verdict = verdictOf(options, nodes, faults, skipped, violations, history, logs)
     writeFileSync(join(directory, "violations.txt"), violations.map(({ kind, what }) => `${kind}: ${what}\n`).join(""))
-    writeFileSync(join(directory, "history.json"), JSON.stringify({ ...history, faults }))
+    writeFileSync(join(directory, "history.json"), JSON.stringify({ ...history, faults, probes: prober.probes }))
     return verdict
   } finally {
     prober?.close()
@@ -197,6 +209,7 @@ const inject = async (
   const name = `${fault.kind} of ${fault.targets.join(" and ")}`
   const amount = fault.amountMillis === 0 ? "" : `, ${fault.amountMillis} ms`
   const { undo, apply } = injectionOf(fault, nodes)
+  const exempt = fault.targets.filter((target) => target.startsWith("gateway"))
   note(`${name}${amount}, for ${(fault.holdMillis / 1_000).toFixed(1)} s`)
   const begin = now()
   let failed: string | undefined
@@ -206,19 +219,21 @@ const inject = async (
   } catch (error) {
     failed = String(error)
   }
+  const undone = now()
+  const meanwhile = prober.recovered(begin, undone - probeMillisMax, exempt)
   try {
     await undo()
   } catch (error) {
     failed = String(error)
   }
   const end = now()
-  const exempt = fault.targets.filter((target) => target.startsWith("gateway"))
-  const recovered = () => prober.recovered(begin, now() - 1_500, exempt)
-  // Probes of the last second and a half are still under way.
-  await pause(2_500)
-  await until(() => recovered() !== undefined, settleMillis - 2_500)
-  const recoveredMillis = recovered()
-  const pauseMillis = prober.pause(begin, now() - 1_500, exempt)
+  const recovered = () => prober.recovered(begin, now() - probeMillisMax, exempt)
+  await pause(lookMillis)
+  await until(() => recovered() !== undefined, settleMillis - lookMillis)
+  // What a node that comes back takes over moves once more: that is not what its loss took.
+  const recoveredMillis = meanwhile === undefined || meanwhile === 0 ? recovered() : meanwhile
+  const pauseMillis = prober.pause(begin, now() - probeMillisMax, exempt)
+  const returnPauseMillis = prober.pause(undone, now() - probeMillisMax, exempt)
   note(
     `${name} has ended after ${((end - begin) / 1_000).toFixed(1)} s; ` +
       (recoveredMillis === undefined
@@ -226,10 +241,10 @@ const inject = async (
         : recoveredMillis === 0
           ? "every partition answered all the time"
           : `every partition answered again ${(recoveredMillis / 1_000).toFixed(1)} s after it began`) +
-      `, the longest wait was ${(pauseMillis / 1_000).toFixed(1)} s` +
+      `, the longest wait was ${(pauseMillis / 1_000).toFixed(1)} s, since its end ${(returnPauseMillis / 1_000).toFixed(1)} s` +
       (failed === undefined ? "" : `; ${failed}`)
   )
-  return { ...fault, begin, end, recoveredMillis, pauseMillis, failed }
+  return { ...fault, begin, end, recoveredMillis, pauseMillis, returnPauseMillis, failed }
 }
 
 /** What is in the logs, against what was acknowledged and what followers and subscribers were told. */

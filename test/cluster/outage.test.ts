@@ -1,6 +1,6 @@
 /**
- * A small cluster of real processes on a Postgres of its own: what clients of a gateway see when a runner goes, and when the
- * database does.
+ * A small cluster of real processes on a Postgres of its own: what clients of a gateway see when a runner comes or goes, and
+ * when the database does.
  */
 import { randomBytes } from "node:crypto"
 import { mkdtemp, rm } from "node:fs/promises"
@@ -16,10 +16,15 @@ let gateways: Array<ServerProcess>
 let runners: Array<ServerProcess>
 const cell = `t${randomBytes(4).toString("hex")}`
 
+/** Longer than a call may take: what waits for open requests to end is seen by it. */
+const drainMillis = 20_000
+const callMillis = 8_000
+
 const start = (role: "gateway" | "runner") =>
   startServer(data, [
     ...["--role", role, "--database-url", postgres.url, "--cell", cell, "--threads", "1"],
-    ...["--address-rate", "0", "--result-cache-bytes", "0", "--activate", "none"]
+    ...["--address-rate", "0", "--result-cache-bytes", "0", "--activate", "none"],
+    ...["--drain-millis", `${drainMillis}`, "--cluster-call-millis", `${callMillis}`]
   ])
 
 const call = async (server: ServerProcess, method: string, path: string, body?: unknown) => {
@@ -124,6 +129,34 @@ describe.skipIf(skipPostgres)("a cluster", { timeout: 120_000 }, () => {
     assert.isUndefined((await call(gateways[0] as ServerProcess, "GET", "/health/ready")).body["detail"])
   })
 
+  it("answers every call while a runner joins that is given partitions which are followed and watched", async () => {
+    const [one, other] = gateways as [ServerProcess, ServerProcess]
+    const stop = new AbortController()
+    // By each gateway: they are other processes than the partitions' owners, whatever becomes of these.
+    const followed = await Promise.all(
+      [
+        `${one.base}/api/v1/stream/changes?collection=c`,
+        `${other.base}/api/v1/stream/changes?collection=c`,
+        `${one.base}/api/v1/stream/subscribe?collection=c&query_vector_id=first&k=3`
+      ].map((url) => fetch(url, { signal: stop.signal, headers: { accept: "text/event-stream" } }))
+    )
+    for (const { status } of followed) assert.strictEqual(status, 200)
+    const seen = followed.map(idsOf)
+    const { faults, written } = await load(async () => {
+      const joined = await start("runner")
+      runners.push(joined)
+      await ready(joined.base)
+      while ((await metric(joined, "ruvector_partitions_resident")) === 0) await sleep(100)
+      await sleep(1_000)
+    })
+    assert.deepStrictEqual(faults, [])
+    await allThere(written)
+    // And what they follow goes on: each change is told, by whoever owns its partition.
+    for (const feed of seen.slice(0, 2)) while (!written.every((id) => feed.ids.has(id))) await sleep(50)
+    stop.abort()
+    await Promise.all(seen.map(({ ended }) => ended))
+  })
+
   it("takes up a stream at another gateway after the one that carried it has died", async () => {
     const [one, other] = gateways as [ServerProcess, ServerProcess]
     const path = "/api/v1/stream/search?collection=c&query_vector_id=first&k=3&keep_open=true"
@@ -147,9 +180,26 @@ describe.skipIf(skipPostgres)("a cluster", { timeout: 120_000 }, () => {
     })
     assert.deepStrictEqual(faults, [])
     await allThere(written)
-    assert.strictEqual(await metric(runners[0] as ServerProcess, "ruvector_partitions_resident"), 4)
+    assert.strictEqual(await sum("ruvector_partitions_resident"), 4)
   })
 })
+
+/** The ids that a stream of events has told of so far, until it is cut. */
+const idsOf = (response: Response): { readonly ids: ReadonlySet<string>; readonly ended: Promise<void> } => {
+  const ids = new Set<string>()
+  const read = async () => {
+    let text = ""
+    for await (const chunk of response.body as ReadableStream<Uint8Array>) {
+      const lines = (text + Buffer.from(chunk).toString()).split("\n")
+      text = lines.pop() as string
+      for (const line of lines) {
+        const id = /^data: .*"id":"([^"]+)"/.exec(line)?.[1]
+        if (id !== undefined) ids.add(id)
+      }
+    }
+  }
+  return { ids, ended: read().catch(() => {}) }
+}
 
 interface SseEvent {
   readonly id: string
