@@ -63,6 +63,12 @@ const run = async (faults: ReadonlyArray<Fault>): Promise<Verdict> => {
 const rows: Array<readonly [string, string, string]> = []
 const seconds = (millis: number | undefined) =>
   millis === undefined ? "not in time" : `${(millis / 1_000).toFixed(2)} s`
+const returned = ({ faults }: Verdict) =>
+  [
+    "  when it is back: longest wait for a partition",
+    seconds(Math.max(...faults.map(({ returnPauseMillis }) => returnPauseMillis))),
+    ""
+  ] as const
 const common = (what: string, verdict: Verdict) => {
   rows.push([`${what}: calls that failed`, `${verdict.failed} of ${verdict.calls}`, what === "kill -9" ? "" : "0"])
   rows.push([`${what}: lost, repeated, out of order`, `${verdict.violations.length}`, "0"])
@@ -80,19 +86,19 @@ if (values.only === undefined || values.only === "kill") {
     "<= 4 s"
   ])
   rows.push(["  worst", seconds(recovered.at(-1)), "<= 10 s"])
-  const returns = verdict.faults.map(({ returnPauseMillis }) => returnPauseMillis)
-  rows.push(["  when it is back: longest wait for a partition", seconds(Math.max(...returns)), ""])
+  rows.push(returned(verdict))
   process.stdout.write(`recovered after ${recovered.map(seconds).join(", ")}\n`)
   common("kill -9", verdict)
 }
 if (values.only === undefined || values.only === "stop") {
   const verdict = await run(each("term", inTurn(Math.min(times, 6)), 3_000))
-  const longest = Math.max(...verdict.faults.map(({ pauseMillis }) => pauseMillis))
+  const longest = Math.max(...verdict.faults.map(({ lossPauseMillis }) => lossPauseMillis))
   rows.push([
     `SIGTERM of a runner, ${verdict.faults.length} times: longest wait for a partition`,
     seconds(longest),
     "<= 1 s"
   ])
+  rows.push(returned(verdict))
   common("SIGTERM", verdict)
 }
 if (values.only === undefined || values.only === "rolling") {

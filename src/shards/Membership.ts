@@ -80,9 +80,13 @@ export interface RingChange {
 /** Shards of each group: as many in all of a cluster, for good. */
 export const shardsPerGroup = 300
 
-/** Between two looks at whether locks that another holds have become free, and for how long it is looked. */
+/**
+ * Between two looks at whether locks that another holds have become free, for how long it is looked for the first of them, and
+ * from then on for the others.
+ */
 const freedCheckMillis = 40
-const freedWaitMillis = 1_000
+const freedWaitMillis = 2_000
+const freedGatherMillis = 400
 
 /** Locks that are given up wait this long for others that are to be. */
 const gatherMillis = 250
@@ -218,7 +222,7 @@ const make = Effect.fnUntraced(function* (prefix: string) {
       return isBounded() ? ids : yield* Effect.failCause(still.cause)
     })
 
-  const taken = (names: ReadonlyArray<string>) =>
+  const takenByOthers = (names: ReadonlyArray<string>) =>
     Effect.map(
       sql<{ readonly taken: number }>`
         SELECT COUNT(*)::int AS taken FROM ${locks}
@@ -227,27 +231,46 @@ const make = Effect.fnUntraced(function* (prefix: string) {
       (rows) => rows[0]?.taken ?? 0
     )
 
-  /** Never fails: who asks waits minutes after a failure. */
+  /** Whether this runner holds what another is to have. */
+  const holdsOthers = (): boolean => {
+    for (const name of held) {
+      const { group, id } = shardIdOf(name)
+      const owner = rings.get(group)?.[id - 1]
+      if (owner !== undefined && nameOf(owner) !== ownName) return true
+    }
+    return false
+  }
+
+  /**
+   * What is free by now, or becomes so while it is waited for: those who have it give it up one after the other, and who asks
+   * waits for a second after each answer. Never fails: after a failure that would be minutes.
+   */
   const acquire: Storage["acquire"] = (address, shardIds) =>
     Effect.gen(function* () {
       const ids = Array.from(shardIds)
       const names = ids.map(String)
-      const until = performance.now() + freedWaitMillis
-      let others = -1
+      const ringsBefore = rings
+      let until = performance.now() + freedWaitMillis
+      let got: Array<ShardId.ShardId> = []
       for (;;) {
-        const found: Exit.Exit<Array<ShardId.ShardId>, unknown> = others === names.length
-          ? Exit.succeed([])
-          : yield* bounded(settings.databaseQueryMillis, gate.withPermit(storage.acquire(address, ids)))
+        const found = yield* bounded(settings.databaseQueryMillis, gate.withPermit(storage.acquire(address, ids)))
         if (Exit.isFailure(found)) {
           yield* failed(found.cause)
-          return []
+          return got
         }
-        for (const id of found.value) held.add(String(id))
-        if (found.value.length > 0 || performance.now() > until) return found.value
-        yield* Effect.sleep(freedCheckMillis)
-        const othersNow = yield* bounded(settings.databaseQueryMillis, taken(names))
-        if (Exit.isFailure(othersNow)) return []
-        others = othersNow.value
+        if (got.length === 0 && found.value.length > 0) until = Math.min(until, performance.now() + freedGatherMillis)
+        got = found.value
+        for (const id of got) held.add(String(id))
+        const missing = names.length - got.length
+        for (let others = missing; others === missing; ) {
+          if (missing === 0 || performance.now() > until) return got
+          // It lets go of what became another's meanwhile only after this.
+          if (rings !== ringsBefore && holdsOthers()) return got
+          yield* Effect.sleep(freedCheckMillis)
+          const taken = yield* bounded(settings.databaseQueryMillis, takenByOthers(names))
+          if (Exit.isFailure(taken)) return got
+          others = taken.value
+        }
       }
     })
 
@@ -280,15 +303,7 @@ const make = Effect.fnUntraced(function* (prefix: string) {
   }
 
   /** Whether all that this runner is to give up now waits to be. */
-  const isGathered = (): boolean => {
-    if (draining) return held.size === 0
-    for (const name of held) {
-      const { group, id } = shardIdOf(name)
-      const owner = rings.get(group)?.[id - 1]
-      if (owner !== undefined && nameOf(owner) !== ownName) return false
-    }
-    return true
-  }
+  const isGathered = (): boolean => (draining ? held.size === 0 : !holdsOthers())
 
   const release: Storage["release"] = (_, shardId) =>
     Effect.suspend(() => {

@@ -54,7 +54,8 @@ export interface Injected extends Fault {
   readonly recoveredMillis: number | undefined
   /** The longest time in which one partition did not answer, from the beginning on. */
   readonly pauseMillis: number
-  /** The same, of the time after the fault. */
+  /** The same, while the fault lasted, and from then on: while a node was gone, and when it came back. */
+  readonly lossPauseMillis: number
   readonly returnPauseMillis: number
   /** What went wrong in doing it. */
   readonly failed: string | undefined
@@ -206,6 +207,7 @@ const inject = async (
   now: () => number,
   note: (line: string) => void
 ): Promise<Injected> => {
+  const seconds = (millis: number) => `${(millis / 1_000).toFixed(2)} s`
   const name = `${fault.kind} of ${fault.targets.join(" and ")}`
   const amount = fault.amountMillis === 0 ? "" : `, ${fault.amountMillis} ms`
   const { undo, apply } = injectionOf(fault, nodes)
@@ -233,6 +235,7 @@ const inject = async (
   // What a node that comes back takes over moves once more: that is not what its loss took.
   const recoveredMillis = meanwhile === undefined || meanwhile === 0 ? recovered() : meanwhile
   const pauseMillis = prober.pause(begin, now() - probeMillisMax, exempt)
+  const lossPauseMillis = prober.pause(begin, undone, exempt)
   const returnPauseMillis = prober.pause(undone, now() - probeMillisMax, exempt)
   note(
     `${name} has ended after ${((end - begin) / 1_000).toFixed(1)} s; ` +
@@ -240,11 +243,11 @@ const inject = async (
         ? "not every partition answers yet"
         : recoveredMillis === 0
           ? "every partition answered all the time"
-          : `every partition answered again ${(recoveredMillis / 1_000).toFixed(1)} s after it began`) +
-      `, the longest wait was ${(pauseMillis / 1_000).toFixed(1)} s, since its end ${(returnPauseMillis / 1_000).toFixed(1)} s` +
+          : `every partition answered again ${seconds(recoveredMillis)} after it began`) +
+      `, the longest wait was ${seconds(lossPauseMillis)}, and ${seconds(returnPauseMillis)} from then on` +
       (failed === undefined ? "" : `; ${failed}`)
   )
-  return { ...fault, begin, end, recoveredMillis, pauseMillis, returnPauseMillis, failed }
+  return { ...fault, begin, end, recoveredMillis, pauseMillis, lossPauseMillis, returnPauseMillis, failed }
 }
 
 /** What is in the logs, against what was acknowledged and what followers and subscribers were told. */

@@ -80,6 +80,14 @@ const allThere = async (ids: ReadonlyArray<string>) => {
   }
 }
 
+const until = async (isSo: () => boolean | Promise<boolean>, what: string, millis = 30_000) => {
+  const end = performance.now() + millis
+  while (!(await isSo())) {
+    if (performance.now() > end) throw new Error(`not within ${millis} ms: ${what}`)
+    await sleep(50)
+  }
+}
+
 const sleep = (millis: number) => new Promise((resolve) => setTimeout(resolve, millis))
 
 describe.skipIf(skipPostgres)("a cluster", { timeout: 120_000 }, () => {
@@ -146,13 +154,14 @@ describe.skipIf(skipPostgres)("a cluster", { timeout: 120_000 }, () => {
       const joined = await start("runner")
       runners.push(joined)
       await ready(joined.base)
-      while ((await metric(joined, "ruvector_partitions_resident")) === 0) await sleep(100)
+      await until(async () => (await metric(joined, "ruvector_partitions_resident")) > 0, "it has partitions")
       await sleep(1_000)
     })
     assert.deepStrictEqual(faults, [])
     await allThere(written)
     // And what they follow goes on: each change is told, by whoever owns its partition.
-    for (const feed of seen.slice(0, 2)) while (!written.every((id) => feed.ids.has(id))) await sleep(50)
+    for (const { ids } of seen.slice(0, 2))
+      await until(() => written.every((id) => ids.has(id)), "every change is told")
     stop.abort()
     await Promise.all(seen.map(({ ended }) => ended))
   })
@@ -193,7 +202,7 @@ const idsOf = (response: Response): { readonly ids: ReadonlySet<string>; readonl
       const lines = (text + Buffer.from(chunk).toString()).split("\n")
       text = lines.pop() as string
       for (const line of lines) {
-        const id = /^data: .*"id":"([^"]+)"/.exec(line)?.[1]
+        const id = /^data: .*"vector_id":"([^"]+)"/.exec(line)?.[1]
         if (id !== undefined) ids.add(id)
       }
     }
