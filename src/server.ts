@@ -22,8 +22,8 @@ import * as WebSocketSubscriptions from "./gateway/WebSocketSubscriptions.ts"
 import { toProblem } from "./protocol/Errors.ts"
 import * as BackupDuty from "./shards/BackupDuty.ts"
 import { Router } from "./shards/Router.ts"
+import { isBucketUrl } from "./tiers/Bucket.ts"
 import { DataDirectory } from "./tiers/DataDirectory.ts"
-import * as GcsObjectStore from "./tiers/GcsObjectStore.ts"
 import { ServerBackup } from "./tiers/ServerBackup.ts"
 
 export { defaultSettings, Settings, type SettingValues } from "./config.ts"
@@ -70,7 +70,7 @@ export const node = (settings: SettingValues) =>
  * is in a bucket, what is local is cache and scratch, and each needs its own.
  */
 const directory = (settings: SettingValues) => {
-  const isShared = settings.databaseUrl !== "" && !GcsObjectStore.isBucketUrl(settings.data)
+  const isShared = settings.databaseUrl !== "" && !isBucketUrl(settings.data)
   return DataDirectory.layer({ path: localDirectory(settings), ...(isShared ? { sharedBy: settings.cell } : {}) })
 }
 

@@ -37,7 +37,6 @@ import * as Bucket from "../tiers/Bucket.ts"
 import * as Caches from "../tiers/Caches.ts"
 import { DataDirectory } from "../tiers/DataDirectory.ts"
 import * as FileObjectStore from "../tiers/FileObjectStore.ts"
-import * as GcsObjectStore from "../tiers/GcsObjectStore.ts"
 import { MemoryBudget } from "../tiers/MemoryBudget.ts"
 import { PartitionForms } from "../tiers/PartitionForms.ts"
 import { RecordCache } from "../tiers/RecordCache.ts"
@@ -134,11 +133,11 @@ const bucketStore = (settings: SettingValues) =>
 
 /** Where all objects are. */
 export const store = (settings: SettingValues) =>
-  GcsObjectStore.isBucketUrl(settings.data) ? bucketStore(settings) : directoryStore
+  Bucket.isBucketUrl(settings.data) ? bucketStore(settings) : directoryStore
 
 /** The local directory: all data, or, where that is in a bucket, cache and scratch. */
 export const localDirectory = (settings: SettingValues): string =>
-  GcsObjectStore.isBucketUrl(settings.data) ? settings.cacheDir : settings.data
+  Bucket.isBucketUrl(settings.data) ? settings.cacheDir : settings.data
 
 /** The engine of a node, without its wires: what `VectorDB.open` opens. */
 export const engine = (settings: SettingValues) =>

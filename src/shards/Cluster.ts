@@ -40,6 +40,8 @@ export const layerNode = Layer.unwrap(
       Layer.provide(
         ShardingConfig.layer({
           ...sharedConfig(settings),
+          // Nothing is divided among others, and each shard costs time to take at the start and to give up at the end.
+          shardsPerGroup: 1,
           // Messages between actors of one process are handed over as they are, not encoded and decoded.
           simulateRemoteSerialization: false
         })

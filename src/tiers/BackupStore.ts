@@ -4,9 +4,8 @@ import { tmpdir } from "node:os"
 import { join, relative, resolve } from "node:path"
 import { Context, Data, Effect, Layer, type Scope } from "effect"
 import { runsPrefix } from "./BackupReader.ts"
-import * as Bucket from "./Bucket.ts"
+import { type BucketSettings, layer as bucketLayer, bucketOf, isBucketUrl } from "./Bucket.ts"
 import * as FileObjectStore from "./FileObjectStore.ts"
-import { bucketOf, isBucketUrl } from "./GcsObjectStore.ts"
 import { ObjectStore } from "./ObjectStore.ts"
 
 /** `message` is one line for people. */
@@ -19,7 +18,7 @@ export class BackupPlaceError extends Data.TaggedError("BackupPlaceError")<{ rea
 export const openToWrite = Effect.fn("BackupStore.openToWrite")(function* (
   place: string,
   data: string,
-  settings: Bucket.BucketSettings
+  settings: BucketSettings
 ): Effect.fn.Return<ObjectStore["Service"], BackupPlaceError, Scope.Scope> {
   yield* checkPlace(place)
   if (lieTogether(place, data)) {
@@ -32,7 +31,7 @@ export const openToWrite = Effect.fn("BackupStore.openToWrite")(function* (
 /** Opens a backup that is there. */
 export const openToRead = Effect.fn("BackupStore.openToRead")(function* (
   place: string,
-  settings: Bucket.BucketSettings
+  settings: BucketSettings
 ): Effect.fn.Return<ObjectStore["Service"], BackupPlaceError, Scope.Scope> {
   yield* checkPlace(place)
   const missing = () => new BackupPlaceError({ message: `there is no backup in ${shownPlace(place)}` })
@@ -71,10 +70,10 @@ const lieTogether = (place: string, data: string): boolean => {
 
 const openPlace = Effect.fnUntraced(function* (
   place: string,
-  settings: Bucket.BucketSettings
+  settings: BucketSettings
 ): Effect.fn.Return<ObjectStore["Service"], BackupPlaceError, Scope.Scope> {
   const layer: Layer.Layer<ObjectStore, { readonly detail: string }> = isBucketUrl(place)
-    ? Bucket.layer(place, yield* scratchDirectory, settings)
+    ? bucketLayer(place, yield* scratchDirectory, settings)
     : FileObjectStore.layer({ directory: resolve(place) })
   const context = yield* Effect.mapError(
     Layer.build(layer),

@@ -12,6 +12,7 @@ import { randomBytes, randomUUID } from "node:crypto"
 import { open, readFile, rm, stat, unlink } from "node:fs/promises"
 import { join } from "node:path"
 import { Data, Effect, Layer } from "effect"
+import { bucketOf } from "./Bucket.ts"
 import { crc32c, crc32cJoin, crc32cText } from "./Crc32c.ts"
 import { GcsNames } from "./GcsNames.ts"
 import {
@@ -78,22 +79,6 @@ export class BucketUnusable extends Data.TaggedError("BucketUnusable")<{
 export const layer = (options: GcsObjectStoreOptions): Layer.Layer<ObjectStore, BucketUnusable> =>
   Layer.effect(ObjectStore, make(options))
 
-/** Whether a data setting names a bucket. */
-export const isBucketUrl = (text: string): boolean => text.startsWith("gs://")
-
-/**
- * The parts of `gs://bucket/prefix`: the prefix is empty, or ends with a slash. `undefined` where the text is no such
- * address: bucket names are 3-222 of `a-z 0-9 - _ .`, prefixes are segments of `A-Za-z0-9_.-`.
- */
-export const bucketOf = (url: string): { readonly bucket: string; readonly prefix: string } | undefined => {
-  const [, bucket, path = ""] = /^gs:\/\/([a-z0-9][a-z0-9_.-]{1,220}[a-z0-9])(?:\/(.*))?$/.exec(url) ?? []
-  const prefix = path.replace(/\/$/, "")
-  if (bucket === undefined || prefix.length > prefixCharsMax) return undefined
-  if (prefix === "") return { bucket, prefix }
-  const fits = prefix.split("/").every((segment) => /^[A-Za-z0-9_.-]+$/.test(segment) && !/^\.\.?$/.test(segment))
-  return fits ? { bucket, prefix: `${prefix}/` } : undefined
-}
-
 /** Pieces of one object downloaded at one time. */
 export const downloadsAtOnce = 6
 
@@ -108,9 +93,6 @@ const listPageMax = 1_000
 
 /** Times a download begins again because the object was replaced under it, or came damaged. */
 const downloadsMax = 3
-
-/** Characters of a prefix: with the longest key the name stays below the store's 1,024. */
-const prefixCharsMax = 400
 
 /** Times in a row that an upload is cut without having come further, before it begins again. */
 const resumptionsMax = 5

@@ -47,7 +47,7 @@ describe("/api/v1/cluster", () => {
       health: "up",
       url: node.base,
       ready: true,
-      shards: 600,
+      shards: 2,
       quarantined: []
     })
   })

@@ -1,5 +1,6 @@
 import { assert, describe, it } from "@effect/vitest"
 import { Context, Effect, Layer } from "effect"
+import * as Bucket from "../../src/tiers/Bucket.ts"
 import * as GcsObjectStore from "../../src/tiers/GcsObjectStore.ts"
 import { ObjectStore } from "../../src/tiers/ObjectStore.ts"
 import { withoutFakeGcs } from "../support/FakeGcs.ts"
@@ -97,9 +98,9 @@ describe.skipIf(withoutFakeGcs())("Google Cloud Storage", () => {
 
 describe("address of a bucket", () => {
   it("is taken apart, or refused", () => {
-    assert.deepStrictEqual(GcsObjectStore.bucketOf("gs://my-bucket"), { bucket: "my-bucket", prefix: "" })
-    assert.deepStrictEqual(GcsObjectStore.bucketOf("gs://my-bucket/"), { bucket: "my-bucket", prefix: "" })
-    assert.deepStrictEqual(GcsObjectStore.bucketOf("gs://b.c_d/a/b-C.1/"), { bucket: "b.c_d", prefix: "a/b-C.1/" })
+    assert.deepStrictEqual(Bucket.bucketOf("gs://my-bucket"), { bucket: "my-bucket", prefix: "" })
+    assert.deepStrictEqual(Bucket.bucketOf("gs://my-bucket/"), { bucket: "my-bucket", prefix: "" })
+    assert.deepStrictEqual(Bucket.bucketOf("gs://b.c_d/a/b-C.1/"), { bucket: "b.c_d", prefix: "a/b-C.1/" })
     for (const bad of [
       "gs://",
       "gs://ab",
@@ -110,9 +111,9 @@ describe("address of a bucket", () => {
       "gs://abc?x",
       "s3://abc"
     ]) {
-      assert.isUndefined(GcsObjectStore.bucketOf(bad), bad)
+      assert.isUndefined(Bucket.bucketOf(bad), bad)
     }
-    assert.isTrue(GcsObjectStore.isBucketUrl("gs://abc/x"))
-    assert.isFalse(GcsObjectStore.isBucketUrl("./gs"))
+    assert.isTrue(Bucket.isBucketUrl("gs://abc/x"))
+    assert.isFalse(Bucket.isBucketUrl("./gs"))
   })
 })
