@@ -41,9 +41,14 @@ const overdueMillis = 15
 /** Every so many slices one goes to what a partition does of its own accord, though others are asked for work. */
 const backgroundEverySlices = 8
 
-/** Answers sent in one message, at most, and how long the first of them waits for the others. */
+/**
+ * Answers sent in one message, at most, and how long the first of them waits for the others: longer where several times as
+ * many searches wait still, since those wait for the thread and not for the answers. A message is dear to who takes it.
+ */
 const answersMax = 16
 const answerDelayMillis = 0.3
+const answerDelayMillisMax = 1
+const waitingPerAnswer = 3
 
 /** Standing queries that are searched anew before a segment is applied, at most; more are where nothing is asked. */
 const searchesPerSegment = 8
@@ -259,11 +264,19 @@ const runSearches = (): void => {
       const now = performance.now()
       if (isBesideWork) owedMillis += (now - last) * workPerSearch
       last = now
-      if (hitHead.length >= answersMax * hitWords || now - waitingSince > answerDelayMillis) flush()
+      if (areAnswersDue(now)) flush()
     }
     if (ready.length > 0) return
     receive()
   }
+}
+
+const areAnswersDue = (now: number): boolean => {
+  const held = hitHead.length / hitWords
+  if (held === 0) return false
+  const millis = now - waitingSince
+  if (held >= answersMax || millis > answerDelayMillisMax) return true
+  return millis > answerDelayMillis && held * waitingPerAnswer > searches.size
 }
 
 // --- The lane of work --------------------------------------------------------------------------------------------------
