@@ -1,9 +1,9 @@
 /**
- * What clients notice of a cluster that loses nodes: two gateways and three runners as processes, clients that write, read,
- * search and follow, and one node after the other that is killed, or told to stop and started again. The checkers of the
- * chaos suite look over all of it.
+ * What clients notice of a cluster that loses nodes or its database: two gateways and three runners as processes, clients that
+ * write, read, search and follow, and one node after the other that is killed, or told to stop and started again; then Postgres
+ * is gone for a minute. The checkers of the chaos suite look over all of it.
  *
- *     npm run bench:failover -- [--times 20] [--only kill|stop|rolling] [--seed 1] [--keep]
+ *     npm run bench:failover -- [--times 20] [--only kill|stop|rolling|postgres] [--seed 1] [--keep]
  *
  * `--keep` keeps logs, history and data.
  */
@@ -30,6 +30,9 @@ const gateways = ["gateway-1", "gateway-2"]
 
 /** One after the other, with a pause in which all is well. */
 const pauseMillis = 5_000
+
+/** That the database is gone. */
+const outageMillis = 60_000
 
 const each = (kind: "kill" | "term", targets: ReadonlyArray<string>, holdMillis: number): ReadonlyArray<Fault> =>
   targets.map((target, n) => ({
@@ -106,6 +109,16 @@ if (values.only === undefined || values.only === "rolling") {
   const longest = Math.max(...verdict.faults.map(({ pauseMillis }) => pauseMillis))
   rows.push(["rolling restart of all nodes: longest wait for a partition", seconds(longest), ""])
   common("rolling restart", verdict)
+}
+if (values.only === undefined || values.only === "postgres") {
+  const verdict = await run([
+    { kind: "postgresDown", targets: ["postgres"], beginMillis: pauseMillis, holdMillis: outageMillis, amountMillis: 0 }
+  ])
+  const [outage] = verdict.faults
+  const what = `Postgres down ${outageMillis / 1_000} s`
+  rows.push([`${what}: longest wait for a partition`, seconds(outage?.lossPauseMillis), ""])
+  rows.push(["  when it is back", seconds(outage?.returnPauseMillis), ""])
+  common(what, verdict)
 }
 
 process.stdout.write(`\n${"".padEnd(76)}${"found".padEnd(18)}asked\n`)

@@ -1,7 +1,8 @@
 /**
  * Partitions change their runner with as little of a pause as can be. A runner that goes takes a snapshot of what is new in each
- * and tells who will own it next to open that, while it still serves; only then it lets go. One that comes opens what it will own
- * before it says that it is there. Both are bounded by `prepareMillis`: what was not prepared is opened when it is needed.
+ * and tells who will own it next to open that, while it still serves; only then it lets go. One that comes has those who own what
+ * it will own take such snapshots, and opens them before it says that it is there. Both are bounded by `prepareMillis`: what was
+ * not prepared is opened when it is needed.
  */
 import { Cause, Effect, Exit, Layer, Option, Result, Schema } from "effect"
 import * as Runner from "effect/cluster/Runner"
@@ -46,24 +47,49 @@ export const layer = Layer.effectDiscard(
       )
     peers.prepareWith(prepareAll)
 
-    /** Of all collections, what this runner is going to be given; nothing where it is the only one. */
-    const toCome = Effect.gen(function* () {
-      yield* membership.look
-      if (membership.runners().length === 0) return []
-      const plus = new Runner.Runner({ address: own, groups: [partitionsGroup], weight: settings.clusterWeight })
-      const owners = membership.ownersWith({ plus }, partitionsGroup)
-      const object = yield* Effect.option(store.get(catalogueKey))
-      if (Option.isNone(object)) return []
-      const read = Schema.decodeUnknownResult(CatalogueText)(Buffer.from(object.value.body).toString("utf8"))
-      if (Result.isFailure(read)) return []
-      return read.success.collections.flatMap((collection) =>
-        Array.from({ length: collection.partitions }, (_, partition): Moving => ({ collection, partition })).filter(
-          (moving) => sameAddress(owners[placement.shardOf(partitionsGroup, partitionId(addressOf(moving)))], own)
+    /** Of all collections, what this runner is going to be given, by who owns it now; nothing where it is the only one. */
+    const toCome: Effect.Effect<Iterable<readonly [RunnerAddress.RunnerAddress, ReadonlyArray<Moving>]>> = Effect.gen(
+      function* () {
+        yield* membership.look
+        if (membership.runners().length === 0) return []
+        const plus = new Runner.Runner({ address: own, groups: [partitionsGroup], weight: settings.clusterWeight })
+        const owners = membership.owners(partitionsGroup)
+        const ownersNext = membership.ownersWith({ plus }, partitionsGroup)
+        const object = yield* Effect.option(store.get(catalogueKey))
+        if (Option.isNone(object)) return []
+        const read = Schema.decodeUnknownResult(CatalogueText)(Buffer.from(object.value.body).toString("utf8"))
+        if (Result.isFailure(read)) return []
+        const coming = new Map<RunnerAddress.RunnerAddress, Array<Moving>>()
+        for (const collection of read.success.collections) {
+          for (let partition = 0; partition < collection.partitions; partition++) {
+            const moving = { collection, partition }
+            const shard = placement.shardOf(partitionsGroup, partitionId(addressOf(moving)))
+            const owner = owners[shard]
+            if (owner === undefined || !sameAddress(ownersNext[shard], own)) continue
+            coming.set(owner, [...(coming.get(owner) ?? []), moving])
+          }
+        }
+        return coming
+      }
+    )
+    const takeOver = (owner: RunnerAddress.RunnerAddress, partitions: ReadonlyArray<Moving>) =>
+      peers
+        .handOver(
+          owner,
+          partitions.map((moving) => partitionId(addressOf(moving)))
         )
-      )
-    })
+        .pipe(
+          Effect.timeoutOption(settings.prepareMillis / 2),
+          Effect.catch(() => Effect.logDebug("A runner could not be asked for snapshots of what it is to give")),
+          Effect.andThen(prepareAll(partitions))
+        )
     yield* toCome.pipe(
-      Effect.flatMap(prepareAll),
+      Effect.flatMap((coming) =>
+        Effect.forEach(coming, ([owner, partitions]) => takeOver(owner, partitions), {
+          concurrency: "unbounded",
+          discard: true
+        })
+      ),
       Effect.timeoutOption(settings.prepareMillis),
       Effect.ensuring(membership.admit),
       Effect.forkScoped

@@ -1,6 +1,6 @@
 /**
  * What processes of a cluster ask each other directly, past the actors' mailboxes: searches of partitions that are resident,
- * which is what a cluster does most, and to prepare for partitions that are about to move.
+ * which is what a cluster does most, and to make ready for partitions that are about to move.
  */
 import { Schema } from "effect"
 import * as Rpc from "effect/rpc/Rpc"
@@ -21,6 +21,8 @@ export class PeerRpcs extends RpcGroup.make(
     success: PartitionHits,
     error: Schema.Union([PartitionError, NotHere])
   }),
+  /** Answered when a snapshot of each has what is in it, as it is about to be another's; what is not here is passed over. */
+  Rpc.make("PeerHandOver", { payload: { partitions: Schema.Array(Schema.String) }, success: Schema.Void }),
   /** Answered when what can be prepared is, for the partitions that this process is to own next. */
   Rpc.make("PeerPrepare", { payload: { partitions: Schema.Array(Moving) }, success: Schema.Void })
 ) {}

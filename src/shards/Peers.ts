@@ -2,7 +2,7 @@
  * Direct connections to the runners of the cluster, one to each beside the one that carries messages to actors: a search does not
  * wait behind a large insert, and is a smaller message.
  */
-import { Context, Data, Effect, Exit, Layer, Scope } from "effect"
+import { Context, Data, Effect, Exit, Fiber, Layer, Scope } from "effect"
 import type * as RunnerAddress from "effect/cluster/RunnerAddress"
 import * as Runners from "effect/cluster/Runners"
 import * as RpcClient from "effect/rpc/RpcClient"
@@ -26,6 +26,11 @@ export class Peers extends Context.Service<
       partition: string,
       query: PartitionQuery
     ) => Effect.Effect<PartitionHits, PartitionError | NotHere | PeerGone>
+    /** Has it take snapshots of partitions that another is to own next. */
+    readonly handOver: (
+      address: RunnerAddress.RunnerAddress,
+      partitions: ReadonlyArray<string>
+    ) => Effect.Effect<void, PeerGone>
     readonly prepare: (
       address: RunnerAddress.RunnerAddress,
       partitions: ReadonlyArray<Moving>
@@ -40,6 +45,7 @@ export class Peers extends Context.Service<
     Peers,
     Peers.of({
       search: () => Effect.fail(new PeerGone()),
+      handOver: () => Effect.fail(new PeerGone()),
       prepare: () => Effect.fail(new PeerGone()),
       prepareWith: () => {},
       prepareHere: () => Effect.void
@@ -128,6 +134,7 @@ export class Peers extends Context.Service<
       let prepare: Prepare = () => Effect.void
       return Peers.of({
         search: (address, partition, query) => using(address, (client) => client.PeerSearch({ partition, ...query })),
+        handOver: (address, partitions) => using(address, (client) => client.PeerHandOver({ partitions })),
         prepare: (address, partitions) => using(address, (client) => client.PeerPrepare({ partitions })),
         prepareWith: (next) => {
           prepare = next
@@ -142,14 +149,27 @@ export class Peers extends Context.Service<
     Effect.gen(function* () {
       const local = yield* LocalActors
       const peers = yield* Peers
+      const scope = yield* Effect.scope
       return {
         PeerSearch: ({ partition, ...query }) =>
           local.partitions.get(partition)?.search(query) ?? Effect.fail(new NotHere()),
+        PeerHandOver: ({ partitions }) =>
+          Effect.forEach(partitions, (partition) => local.partitions.get(partition)?.handOver ?? Effect.void, {
+            concurrency: handedOverAtOnce,
+            discard: true
+          }).pipe(
+            // Also where the one who asks does not wait any longer: it is not begun anew when the partition closes.
+            Effect.forkIn(scope),
+            Effect.flatMap(Fiber.join)
+          ),
         PeerPrepare: ({ partitions }) => peers.prepareHere(partitions)
       }
     })
   )
 }
+
+/** Partitions whose snapshots are taken at once for another process. */
+const handedOverAtOnce = 4
 
 type PeerClient = RpcClient.FromGroup<typeof PeerRpcs, RpcClientError.RpcClientError>
 
