@@ -670,7 +670,7 @@ const open = Effect.fnUntraced(function* (
       return index
         .watch(spec, {
           // What is told comes just before the writer of it knows that it is visible.
-          onChange: (change) => listener.onChange({ ...change, seq: Math.max(change.seq, visibleSeq) }),
+          onChange: (change) => listener.onChange(change.seq < visibleSeq ? { ...change, seq: visibleSeq } : change),
           onLost: () => {
             end()
             listener.onLost()

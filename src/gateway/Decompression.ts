@@ -51,13 +51,16 @@ export const decompress = (
       ended = true
       running -= 1
       decoder.destroy()
+      // What is whole is a chunk itself or a copy of them all.
+      if (Result.isFailure(body) || chunks.length > 1) giveBack(chunks)
       waiting.shift()?.()
       done(body)
     }
     decoder.on("data", (chunk: Buffer) => {
+      if (ended) return
       bytes += chunk.length
-      if (bytes <= limitBytes) chunks.push(chunk)
-      else end(Result.fail(new TooLarge({ what: "decompressed body", limitBytes })))
+      chunks.push(chunk)
+      if (bytes > limitBytes) end(Result.fail(new TooLarge({ what: "decompressed body", limitBytes })))
     })
     decoder.on("end", () => end(Result.succeed(chunks.length === 1 ? (chunks[0] as Buffer) : Buffer.concat(chunks))))
     decoder.on("error", (error: NodeJS.ErrnoException) => {
@@ -69,6 +72,16 @@ export const decompress = (
   // Each waits with its body in memory, as those do that are not compressed; there are at most as many as requests.
   if (running < runningMax) begin()
   else waiting.push(begin)
+}
+
+/**
+ * Gives the memory of chunks back at once. V8 counts it against its heap until it collects, and a few bombs a second would
+ * have it collect all the time. Only of chunks that fill what was allocated for them: the decoder goes on in others.
+ */
+const giveBack = (chunks: ReadonlyArray<Buffer>): void => {
+  for (const { buffer, length } of chunks) {
+    if (length === chunkSize && buffer.byteLength === chunkSize) (buffer as ArrayBuffer).transfer(0)
+  }
 }
 
 const chunkSize = 65_536

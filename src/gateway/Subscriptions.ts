@@ -298,9 +298,14 @@ type Members = ReadonlyArray<StandingMember>
 class AnswerTexts {
   readonly cursors: Cursors["Service"]
   readonly #binding: Binding
-  readonly #whole = new WeakMap<Members, StreamEvent>()
-  /** By the answer before: where it went, and the event that says so; `undefined` where nothing is to be said. */
-  readonly #steps = new WeakMap<Members, { readonly to: Members; readonly event: StreamEvent | undefined }>()
+  /** Of the answer that was asked for last: the event that tells it whole. */
+  #whole: { readonly of: Members; readonly event: StreamEvent } | undefined
+  /**
+   * The answer that was gone to last, and by the answer before the event that says so; `undefined` where nothing is to be
+   * said. All who keep up ask for the same one; those behind come from others.
+   */
+  #to: Members | undefined
+  readonly #steps = new Map<Members, StreamEvent | undefined>()
 
   constructor(cursors: Cursors["Service"], binding: Binding) {
     this.cursors = cursors
@@ -308,11 +313,10 @@ class AnswerTexts {
   }
 
   subscribed(state: StandingState): StreamEvent {
-    const found = this.#whole.get(state.members)
-    if (found !== undefined) return found
-    const made = StreamEvents.subscribed(state.members, this.#cursor(state))
-    this.#whole.set(state.members, made)
-    return made
+    if (this.#whole?.of === state.members) return this.#whole.event
+    const event = StreamEvents.subscribed(state.members, this.#cursor(state))
+    this.#whole = { of: state.members, event }
+    return event
   }
 
   resumed(known: KnownMembers, state: StandingState): StreamEvent {
@@ -321,11 +325,15 @@ class AnswerTexts {
   }
 
   step(from: Members, state: StandingState): StreamEvent | undefined {
+    if (this.#to !== state.members) {
+      this.#to = state.members
+      this.#steps.clear()
+    }
     const found = this.#steps.get(from)
-    if (found !== undefined && found.to === state.members) return found.event
+    if (found !== undefined || this.#steps.has(from)) return found
     const difference: AnswerDifference = differenceOf(from, state.members)
     const event = isEmpty(difference) ? undefined : StreamEvents.changes(difference, this.#cursor(state))
-    this.#steps.set(from, { to: state.members, event })
+    this.#steps.set(from, event)
     return event
   }
 

@@ -16,9 +16,8 @@ export class StandingShare {
       return
     }
     const before = this.members
-    const gone = new Set(left)
-    for (const { id } of entered) gone.add(id)
-    const stay = gone.size === 0 ? before : before.filter(({ id }) => !gone.has(id))
+    const isGone = amongThem(left, entered)
+    const stay = left.length + entered.length === 0 ? before : before.filter(({ id }) => !isGone(id))
     if (entered.length === 0) {
       this.members = stay
       return
@@ -27,6 +26,16 @@ export class StandingShare {
     this.members = mergeMembers([stay, came], stay.length + came.length)
   }
 }
+
+/** Whether an id is among those that left or entered. Mostly they are one or two, which no set has to be made of. */
+const amongThem = (left: ReadonlyArray<string>, entered: ReadonlyArray<StandingMember>): ((id: string) => boolean) => {
+  if (left.length + entered.length <= fewIds) return (id) => left.includes(id) || entered.some((one) => one.id === id)
+  const ids = new Set(left)
+  for (const { id } of entered) ids.add(id)
+  return (id) => ids.has(id)
+}
+
+const fewIds = 4
 
 /** The best `k` of lists in order, which do not change any more. */
 export const mergeMembers = (

@@ -1,7 +1,8 @@
 /**
  * An object store in a directory, durable against power loss and safe between processes that share the directory.
  *
- * An object `a/b` is the file `a/b`, put there whole by `link`, which fails where the name is taken. Once replaced, its
+ * An object `a/b` is the file `a/b`, put there whole by `link`, which fails where the name is taken; on disk before that, or
+ * (`checked`) right after it, and then two names say that it may not be on disk yet. Once replaced, its
  * states are the files `a/b~/<generation>`, each made by `link` too, and the highest is the current one; `a/b` stays and
  * says that the object exists. A generation that is a directory says that the object was deleted. Nothing but names
  * carries meaning, so a plain copy of the directory is a copy of the store. `~` is in no key.
@@ -77,6 +78,9 @@ const statsAtOnce = 16
 /** Age in milliseconds after which left-over temporary files of another machine or container are removed. */
 const foreignTempAgeMillis = 24 * 60 * 60 * 1_000
 
+/** Files being closed, and temporary names being removed, that no operation waits for; with more of them it does. */
+const tidyingMax = 32
+
 /** Where objects lie until they are whole. No key begins with a tilde. */
 const tempName = "~tmp"
 
@@ -98,25 +102,31 @@ export interface FileCalls {
   readonly copyFile: (from: string, to: string) => Promise<void>
 }
 
+const readInto = promisify(read)
+const writeFrom = promisify(write)
+const statOfFile = promisify(fstat)
+const statOfPath = promisify(stat)
+const makeFolder = promisify(mkdir)
+const entriesOf = promisify(readdir)
+
 /** The machine's own file system. */
 export const nodeFiles: FileCalls = {
   open: promisify<string, number | string, number>(open),
   close: promisify(close),
-  read: async (fd, into, offset, length, position) =>
-    (await promisify(read)(fd, into, offset, length, position)).bytesRead,
+  read: async (fd, into, offset, length, position) => (await readInto(fd, into, offset, length, position)).bytesRead,
   write: async (fd, from, offset, length, position) =>
-    (await promisify(write)(fd, from, offset, length, position)).bytesWritten,
+    (await writeFrom(fd, from, offset, length, position)).bytesWritten,
   fsync: promisify(fsync),
   futimes: promisify(futimes),
-  fstat: (fd) => promisify(fstat)(fd, { bigint: true }),
-  stat: (path) => promisify(stat)(path, { bigint: true }),
+  fstat: (fd) => statOfFile(fd, { bigint: true }),
+  stat: (path) => statOfPath(path, { bigint: true }),
   link: promisify(link),
   unlink: promisify(unlink),
   mkdir: async (path) => {
-    await promisify(mkdir)(path)
+    await makeFolder(path)
   },
   rmdir: promisify(rmdir),
-  readdir: (path) => promisify(readdir)(path, { withFileTypes: true }),
+  readdir: (path) => entriesOf(path, { withFileTypes: true }),
   copyFile: promisify<string, string>(copyFile)
 }
 
@@ -153,7 +163,8 @@ const make = Effect.fnUntraced(function* (options: FileObjectStoreOptions) {
     )
 
   return ObjectStore.of({
-    create: (key, body) => run("create", key, () => files.create(key, body)),
+    create: (key, body, createOptions) =>
+      run("create", key, () => files.create(key, body, createOptions?.checked === true)),
     replace: (key, body, expected) => run("replace", key, () => files.replace(key, body, expected)),
     get: (key, range) => run("get", key, () => files.get(key, range)),
     list: (prefix, listOptions) =>
@@ -245,6 +256,9 @@ class ObjectFiles {
   readonly #made = new Map<string, Promise<void>>()
   /** Directories whose last fsync failed with an object left in them: what is seen there may not be on disk. */
   readonly #unsynced = new Set<string>()
+  /** Objects whose own fsync failed and that could not be taken back: what they hold may never be on disk. */
+  readonly #doubtful = new Set<string>()
+  readonly #tidying = new Set<Promise<void>>()
 
   constructor(root: string, calls: FileCalls) {
     this.#root = root
@@ -262,12 +276,17 @@ class ObjectFiles {
   }
 
   async stop(): Promise<void> {
-    await ignoring(removeAll(this.#temp))
+    await Promise.all(this.#tidying)
+    await ignoring(this.#removeTemps(this.#temp))
   }
 
-  async create(key: string, body: ObjectBody): Promise<string> {
+  async create(key: string, body: ObjectBody, isChecked: boolean): Promise<string> {
     checkObjectKey(key)
     const path = this.#pathOf(key)
+    if (isChecked && body instanceof Uint8Array) {
+      const etag = await this.#createChecked(key, path, body)
+      if (etag !== undefined) return etag
+    }
     for (let attempt = 0; attempt < attemptsMax; attempt++) {
       const [top, prepared] = await both(this.#top(path), this.#prepare("create", key, body))
       try {
@@ -345,6 +364,7 @@ class ObjectFiles {
       try {
         const stats = await this.#calls.fstat(fd)
         if (!stats.isFile()) throw new ObjectMissing({ key })
+        if (stats.nlink > current.names) await this.#calls.fsync(fd)
         const sizeBytes = Number(stats.size)
         const offset = Math.min(range?.offset ?? 0, sizeBytes)
         const length = Math.min(range?.length ?? sizeBytes, sizeBytes - offset)
@@ -381,6 +401,7 @@ class ObjectFiles {
       const top = await this.#top(path)
       if (top === undefined) {
         const removed = await this.#unlinkObject(path)
+        this.#doubtful.delete(path)
         // A first replacement that began meanwhile has kept the object under its other name.
         if (removed && (await this.#top(path)) !== undefined) continue
         if (removed) await this.#removeEmptyFolders(dirname(path))
@@ -421,6 +442,7 @@ class ObjectFiles {
       const held = this.#tempPath()
       try {
         await this.#calls.link(current.path, held)
+        if ((await this.#calls.stat(held)).nlink > current.names + 1n) await this.#sync(held)
         return held
       } catch (cause) {
         // Linking a folder is not permitted, and no object.
@@ -457,9 +479,10 @@ class ObjectFiles {
     }
   }
 
-  /** Where the object's bytes are; `frozen` where that is a generation's file. */
+  /** Where the object's bytes are, and under how many names; `frozen` where that is a generation's file. */
   async #current(key: string, path: string) {
     const folder = dirname(path)
+    if (this.#doubtful.has(path)) throw storeFailure("get", key, false, "what it holds could not be put on disk")
     if (this.#unsynced.size > 0) {
       for (const doubtful of [folder, `${path}~`]) {
         if (!this.#unsynced.has(doubtful)) continue
@@ -468,16 +491,55 @@ class ObjectFiles {
       }
     }
     const top = await this.#top(path)
-    if (top === undefined) return { generation: 0, path, frozen: false }
+    if (top === undefined) return { generation: 0, path, frozen: false, names: 1n }
     if (top.deleted) throw new ObjectMissing({ key })
-    return { generation: top.generation, path: join(`${path}~`, String(top.generation)), frozen: true }
+    const { generation } = top
+    return { generation, path: join(`${path}~`, String(generation)), frozen: true, names: generation === 0 ? 2n : 1n }
   }
 
   async #createFirst(key: string, path: string, prepared: Prepared): Promise<string | undefined> {
     const folder = dirname(path)
     await this.#makeDirectory(folder)
+    if (!(await this.#linkFirst(key, path, prepared.path, Promise.resolve(prepared.stats)))) return undefined
+    const [, top] = await both(
+      this.#syncOrUndo("create", key, folder, path, prepared.stats, path, undefined),
+      this.#top(path)
+    )
+    return await this.#firstEtag(key, path, prepared.stats, top)
+  }
+
+  /**
+   * Named before it is on disk, so that one commit of the file system's journal takes the bytes and the name. Until then the
+   * file keeps its temporary name too: who sees it with two names puts it on disk before relying on it. `undefined` where it
+   * has to be done otherwise.
+   */
+  async #createChecked(key: string, path: string, body: Uint8Array): Promise<string | undefined> {
+    const folder = dirname(path)
+    await this.#makeDirectory(folder)
+    const temp = await this.#writeTemp(body)
     try {
-      await this.#calls.link(prepared.path, path)
+      const looking = this.#calls.fstat(temp.fd)
+      const [stats, isNamed] = await both(looking, this.#linkFirst(key, path, temp.path, looking))
+      if (!isNamed) return undefined
+      const [, top] = await both(
+        this.#syncOrUndo("create", key, folder, path, stats, path, undefined, temp.fd),
+        this.#top(path)
+      )
+      if (top?.deleted === true) {
+        // Not seen by anybody: the object was deleted, and what says so is still there.
+        if ((await this.#statIfThere(path))?.ino === stats.ino) await this.#calls.unlink(path)
+        return undefined
+      }
+      return await this.#firstEtag(key, path, stats, top)
+    } finally {
+      await this.#later(ignoring(this.#calls.close(temp.fd)).then(() => this.#calls.unlink(temp.path)))
+    }
+  }
+
+  /** Gives a prepared file its name. False where the folder was empty and was removed. */
+  async #linkFirst(key: string, path: string, temp: string, stats: Promise<BigIntStats>): Promise<boolean> {
+    try {
+      await this.#calls.link(temp, path)
     } catch (cause) {
       const code = codeOf(cause)
       if (code === "EEXIST") {
@@ -485,22 +547,21 @@ class ObjectFiles {
         throw storeFailure("create", key, false, "the key is the folder of other objects")
       }
       if (code === "ENOENT") {
-        // The folder was empty and was removed.
-        this.#forgetWithParents(folder)
-        return undefined
+        this.#forgetWithParents(dirname(path))
+        return false
       }
-      await this.#settleLink("create", key, cause, prepared.stats, path)
+      await this.#settleLink("create", key, cause, await stats, path)
     }
-    const [, top] = await both(
-      this.#syncOrUndo("create", key, folder, path, prepared.stats, path, undefined),
-      this.#top(path)
-    )
+    return true
+  }
+
+  async #firstEtag(key: string, path: string, stats: BigIntStats, top: Top | undefined): Promise<string> {
     if (top !== undefined) {
       // Either somebody has replaced the new object already, or the key's earlier life was not over.
       const first = await this.#statIfThere(join(`${path}~`, "0"))
-      if (first?.ino !== prepared.stats.ino) throw storeFailure("create", key, true, "superseded at once")
+      if (first?.ino !== stats.ino) throw storeFailure("create", key, true, "superseded at once")
     }
-    return etagOf(0, prepared.stats)
+    return etagOf(0, stats)
   }
 
   async #createAgain(key: string, path: string, prepared: Prepared, generation: number): Promise<string | undefined> {
@@ -555,18 +616,39 @@ class ObjectFiles {
   /** Writes a body where no name shows it, on disk when it returns. */
   async #prepare(operation: string, key: string, body: ObjectBody): Promise<Prepared> {
     if (!(body instanceof Uint8Array)) return await this.#prepareFile(operation, key, body.file)
-    const path = this.#tempPath()
-    const fd = await this.#inTemp(() => this.#calls.open(path, "wx"))
+    const { fd, path } = await this.#writeTemp(body)
     try {
-      let done = 0
-      while (done < body.length) done += await this.#calls.write(fd, body, done, body.length - done, done)
-      return { path, stats: await this.#finish(fd) }
+      await this.#calls.fsync(fd)
+      return { path, stats: await this.#calls.fstat(fd) }
     } catch (cause) {
       await ignoring(this.#calls.unlink(path))
       throw cause
     } finally {
       await this.#calls.close(fd)
     }
+  }
+
+  /** A body in a temporary file that is open and not on disk yet. */
+  async #writeTemp(body: Uint8Array): Promise<Temp> {
+    const path = this.#tempPath()
+    const fd = await this.#inTemp(() => this.#calls.open(path, "wx"))
+    try {
+      let done = 0
+      while (done < body.length) done += await this.#calls.write(fd, body, done, body.length - done, done)
+      await this.#mark(fd)
+      return { fd, path }
+    } catch (cause) {
+      await ignoring(this.#calls.unlink(path))
+      await ignoring(this.#calls.close(fd))
+      throw cause
+    }
+  }
+
+  /** What nobody waits for, up to a bound. */
+  async #later(work: Promise<unknown>): Promise<void> {
+    const tidying = ignoring(work).then(() => void this.#tidying.delete(tidying))
+    this.#tidying.add(tidying)
+    if (this.#tidying.size > tidyingMax) await Promise.race(this.#tidying)
   }
 
   async #prepareFile(operation: string, key: string, file: string): Promise<Prepared> {
@@ -583,7 +665,9 @@ class ObjectFiles {
     try {
       const fd = await this.#calls.open(path, "r+")
       try {
-        return { path, stats: await this.#finish(fd) }
+        await this.#mark(fd)
+        await this.#calls.fsync(fd)
+        return { path, stats: await this.#calls.fstat(fd) }
       } finally {
         await this.#calls.close(fd)
       }
@@ -605,11 +689,10 @@ class ObjectFiles {
     }
   }
 
-  async #finish(fd: number): Promise<BigIntStats> {
+  /** Gives a file a time of its own: see {@link identityOf}. */
+  async #mark(fd: number): Promise<void> {
     const seconds = Math.floor(Date.now() / 1_000)
     await this.#calls.futimes(fd, seconds, seconds + Math.random())
-    await this.#calls.fsync(fd)
-    return await this.#calls.fstat(fd)
   }
 
   /** A `link` failed otherwise than because of the names: returns where it took effect all the same, else throws. */
@@ -623,7 +706,7 @@ class ObjectFiles {
     if (there?.ino !== stats.ino || there.dev !== stats.dev) throw failureOf(operation, key, cause, false)
   }
 
-  /** Puts a directory's new name on disk, else takes the name away again and throws. */
+  /** Puts a directory's new name on disk, and its file before where that is open; else takes the name away again and throws. */
   async #syncOrUndo(
     operation: string,
     key: string,
@@ -631,10 +714,16 @@ class ObjectFiles {
     target: string,
     stats: BigIntStats,
     path: string,
-    generation: number | undefined
+    generation: number | undefined,
+    file?: number
   ): Promise<void> {
+    let isOnDisk = file === undefined
+    const putOnDisk = async (fd: number) => {
+      await this.#calls.fsync(fd)
+      isOnDisk = true
+    }
     try {
-      await this.#sync(folder)
+      await this.#sync(folder, file === undefined ? undefined : putOnDisk(file))
     } catch (cause) {
       let undone = false
       try {
@@ -648,17 +737,23 @@ class ObjectFiles {
       } catch {
         undone = false
       }
-      if (!undone) this.#unsynced.add(folder)
+      if (!undone) {
+        this.#unsynced.add(folder)
+        if (!isOnDisk) this.#doubtful.add(target)
+      }
       throw failureOf(operation, key, cause, !undone)
     }
   }
 
-  async #sync(folder: string): Promise<void> {
-    const fd = await this.#calls.open(folder, constants.O_RDONLY)
+  /** Puts a folder's names on disk, or a file; where there is something to be done before, after that. */
+  async #sync(path: string, before: Promise<void> = Promise.resolve()): Promise<void> {
+    const [opened, done] = await Promise.allSettled([this.#calls.open(path, constants.O_RDONLY), before])
+    if (opened.status === "rejected") throw opened.reason
     try {
-      await this.#calls.fsync(fd)
+      if (done.status === "rejected") throw done.reason
+      await this.#calls.fsync(opened.value)
     } finally {
-      await this.#calls.close(fd)
+      await this.#later(this.#calls.close(opened.value))
     }
   }
 
@@ -850,8 +945,24 @@ class ObjectFiles {
       const stats = await this.#statIfThere(path)
       if (stats === undefined || Date.now() - Number(stats.mtimeMs) < foreignTempAgeMillis) return
     }
-    await ignoring(removeAll(path))
+    await ignoring(this.#removeTemps(path))
   }
+
+  /** Removes a temporary folder, after putting on disk what may not be: it says so no longer then. */
+  async #removeTemps(folder: string): Promise<void> {
+    for (const entry of await this.#calls.readdir(folder)) {
+      const path = join(folder, entry.name)
+      const stats = entry.isFile() ? await this.#statIfThere(path) : undefined
+      if (stats !== undefined && stats.nlink > 1n) await this.#sync(path)
+    }
+    await removeAll(folder)
+  }
+}
+
+/** A temporary file that is open. */
+interface Temp {
+  readonly fd: number
+  readonly path: string
 }
 
 /** A whole body on disk, under a temporary name. */

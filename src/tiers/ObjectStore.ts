@@ -28,6 +28,14 @@ export interface ListedObject {
 /** Where an object's bytes come from: memory, or a file of this machine (large snapshots), which may be moved away. */
 export type ObjectBody = Uint8Array | { readonly file: string }
 
+export interface CreateOptions {
+  /**
+   * Whoever reads the object tells a whole one from a torn one. Then it may be there in part after a power loss that came
+   * before success, which saves a store one of its waits for the disk.
+   */
+  readonly checked?: boolean
+}
+
 /** The object exists already; nothing was written. */
 export class ObjectExists extends Data.TaggedError("ObjectExists")<{ readonly key: string }> {}
 
@@ -56,7 +64,11 @@ export class ObjectStore extends Context.Service<
   ObjectStore,
   {
     /** Writes an object that does not exist yet, durably (after success it survives power loss). Returns its etag. */
-    readonly create: (key: string, body: ObjectBody) => Effect.Effect<string, ObjectExists | StoreFailure>
+    readonly create: (
+      key: string,
+      body: ObjectBody,
+      options?: CreateOptions
+    ) => Effect.Effect<string, ObjectExists | StoreFailure>
     /** Replaces the object whose etag is `expected`, atomically and durably. Returns the new etag. */
     readonly replace: (
       key: string,

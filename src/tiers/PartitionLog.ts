@@ -275,6 +275,8 @@ const recoveredMax = 64
 /** Bytes of a snapshot read at one time for its checksum. */
 const checksumChunkBytes = 1_048_576
 
+const sumOf = (sizes: ReadonlyArray<number>): number => sizes.reduce((sum, bytes) => sum + bytes, 0)
+
 const hex16 = (n: number | bigint): string => n.toString(16).padStart(16, "0")
 
 type Store = ObjectStore["Service"]
@@ -311,6 +313,7 @@ class Log {
   /** Bytes of each segment after the newest snapshot, and the position before the first of them. */
   #sizes: Array<number> = []
   #sizesAfter = 0
+  #tailBytes = 0
   #lost: NotOwner | undefined
   /** Whether an append of this handle may be, or may come to be, at the position after the last. */
   #unsettled = false
@@ -354,7 +357,7 @@ class Log {
       oldestSeq: () => this.#manifest.prunedSeq + 1,
       snapshotSeq: () => this.#snapshotSeq(),
       tailCount: () => this.#sizes.length,
-      tailBytes: () => this.#sizes.reduce((sum, bytes) => sum + bytes, 0)
+      tailBytes: () => this.#tailBytes
     }
   }
 
@@ -438,6 +441,7 @@ class Log {
     // Also a true end: what was found may have been the gap that a newer owner's pruning has left.
     if (!(yield* this.#isOwner())) return yield* this.#overtaken()
     this.#sizes = sizes
+    this.#tailBytes = sumOf(sizes)
     this.#sizesAfter = base
     this.#last = base + sizes.length
   })
@@ -673,7 +677,7 @@ class Log {
       const nonce = this.#nextNonce()
       const bytes = encode({ epoch: this.#epoch, seq, nonce })
       const sizeBytes = bytes.length
-      const created = yield* Effect.result(this.#store.create(this.#logKey(seq), bytes))
+      const created = yield* Effect.result(this.#store.create(this.#logKey(seq), bytes, { checked: true }))
       let earlier: Extract<Found, { _tag: "segment" }> | undefined
       if (Result.isFailure(created)) {
         const there = yield* this.#whatIsThere(seq, created.failure)
@@ -683,6 +687,7 @@ class Log {
       this.#unsettled = false
       this.#last = seq
       this.#sizes.push(earlier?.bytes.length ?? sizeBytes)
+      this.#tailBytes += earlier?.bytes.length ?? sizeBytes
       if (earlier === undefined) return { seq, recovered: this.#recovered.splice(0) }
       yield* Effect.logWarning(`An append that was reported as failed is in the log: ${this.#logKey(seq)}`)
       if (earlier.header.count > 0) this.#recovered.push({ seq, bytes: earlier.bytes })
@@ -903,7 +908,7 @@ class Log {
   #adopt({ manifest, etag }: SeenManifest): void {
     this.#manifest = manifest
     this.#etag = etag
-    this.#sizes.splice(0, this.#snapshotSeq() - this.#sizesAfter)
+    this.#tailBytes -= sumOf(this.#sizes.splice(0, this.#snapshotSeq() - this.#sizesAfter))
     this.#sizesAfter = this.#snapshotSeq()
   }
 

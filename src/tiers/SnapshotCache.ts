@@ -269,8 +269,8 @@ const make = Effect.fnUntraced(function* (options: SnapshotCacheOptions, inner: 
     })
 
   return ObjectStore.of({
-    create: (key, body) => {
-      if (body instanceof Uint8Array) return Effect.tap(inner.create(key, body), () => drop(key))
+    create: (key, body, createOptions) => {
+      if (body instanceof Uint8Array) return Effect.tap(inner.create(key, body, createOptions), () => drop(key))
       const copy = asidePath()
       return Effect.uninterruptibleMask((restore) =>
         Effect.gen(function* () {

@@ -4,6 +4,7 @@
  */
 import { Context, Effect, Fiber, Layer } from "effect"
 import {
+  type CreateOptions,
   type ListedObject,
   type ObjectBody,
   ObjectStore,
@@ -130,7 +131,8 @@ export const withFaults = (inner: ObjectStore["Service"], faults: Faults): Objec
     Effect.andThen(call("localPath", key, Effect.void, false), inner.localPath(key))
 
   return ObjectStore.of({
-    create: (key: string, body: ObjectBody) => call("create", key, inner.create(key, body), true),
+    create: (key: string, body: ObjectBody, options?: CreateOptions) =>
+      call("create", key, inner.create(key, body, options), true),
     replace: (key, body, expected) => call("replace", key, inner.replace(key, body, expected), true),
     get: (key, range) => Effect.map(call("get", key, inner.get(key, range), false), corrupted),
     list: (prefix, options) =>

@@ -11,11 +11,30 @@ import {
   type StoreFailure
 } from "../../src/tiers/ObjectStore.ts"
 import { formatIdentity, ownIdentity } from "../../src/tiers/ProcessIdentity.ts"
+import { seeded, seedOf } from "../support/Seeded.ts"
 import { bytesOf, objectStoreSuite, range, replaceRace, tempFolder, textOf } from "./objectStoreSuite.ts"
+import { losingFiles } from "./PowerLoss.ts"
 
 objectStoreSuite(
   "directory",
   Layer.unwrap(Effect.map(tempFolder, (folder) => FileObjectStore.layer({ directory: join(folder, "new", "store") })))
+)
+
+/** Of a store whose objects are all such as their readers check. */
+const checked = (store: ObjectStore["Service"]): ObjectStore["Service"] => ({
+  ...store,
+  create: (key, body) => store.create(key, body, { checked: true })
+})
+
+objectStoreSuite(
+  "directory, of checked objects",
+  Layer.unwrap(
+    Effect.map(tempFolder, (directory) =>
+      Layer.effect(ObjectStore, Effect.map(ObjectStore, checked)).pipe(
+        Layer.provide(FileObjectStore.layer({ directory }))
+      )
+    )
+  )
 )
 
 type StoreError = ObjectChanged | ObjectExists | ObjectMissing | StoreFailure
@@ -273,6 +292,7 @@ describe("directory store", () => {
           code = errno
           const writes: ReadonlyArray<Effect.Effect<string, StoreError>> = [
             store.create("a", new Uint8Array(5_000)),
+            store.create("a", new Uint8Array(5_000), { checked: true }),
             store.replace("m", bytesOf("1"), first)
           ]
           for (const write of writes) {
@@ -319,8 +339,92 @@ describe("directory store", () => {
       const doubtful = yield* Effect.flip(store.create("d/a", bytesOf("1")))
       assert.isTrue(doubtful._tag === "StoreFailure" && doubtful.uncertain)
       assert.strictEqual((yield* Effect.flip(store.get("d/a")))._tag, "StoreFailure")
+      const likewise = yield* Effect.flip(store.create("d/b", bytesOf("1"), { checked: true }))
+      assert.isTrue(likewise._tag === "StoreFailure" && likewise.uncertain)
       broken = false
       assert.strictEqual(textOf((yield* store.get("d/a")).body), "1")
+      assert.strictEqual(textOf((yield* store.get("d/b")).body), "1")
+    })
+  )
+
+  it.effect("shows nobody a checked object whose bytes could not be put on disk", () =>
+    Effect.gen(function* () {
+      const directory = yield* tempFolder
+      let broken = false
+      let stuck = false
+      const store = yield* openStore(
+        directory,
+        failing((call, path) => {
+          if (broken && call === "fsync" && path.includes("~tmp")) return "EIO"
+          return stuck && call === "unlink" && !path.includes("~tmp") ? "EIO" : undefined
+        })
+      )
+      broken = true
+      const create = yield* Effect.flip(store.create("d/a", bytesOf("1"), { checked: true }))
+      assert.isTrue(create._tag === "StoreFailure" && !create.uncertain)
+      assert.strictEqual((yield* Effect.flip(store.get("d/a")))._tag, "ObjectMissing")
+      stuck = true
+      const doubtful = yield* Effect.flip(store.create("d/a", bytesOf("1"), { checked: true }))
+      assert.isTrue(doubtful._tag === "StoreFailure" && doubtful.uncertain)
+      broken = false
+      stuck = false
+      // A second fsync of a file says nothing of what the first one lost.
+      assert.strictEqual((yield* Effect.flip(store.get("d/a")))._tag, "StoreFailure")
+      yield* store.delete("d/a")
+      yield* store.create("d/a", bytesOf("2"), { checked: true })
+      assert.strictEqual(textOf((yield* store.get("d/a")).body), "2")
+    })
+  )
+
+  it("keeps through a power loss what it has acknowledged, and what a reader was shown", { timeout: 20_000 }, () =>
+    seeded(seedOf(1), async (source) => {
+      const outcomes = { whole: 0, torn: 0, missing: 0 }
+      for (let round = 0; round < 300; round++) {
+        const isChecked = round % 4 > 0
+        await Effect.runPromise(
+          Effect.gen(function* () {
+            const folder = yield* tempFolder
+            const directory = join(folder, "live")
+            const machine = losingFiles(directory, source)
+            const other = yield* openStore(directory, machine.calls)
+            const bodyOf = (n: number) => bytesOf(`object ${n} `.repeat(20))
+            const kept = new Set<number>()
+            const written = yield* Effect.exit(
+              Effect.gen(function* () {
+                const store = yield* openStore(directory, machine.mortal(8 + source.below(28)))
+                for (let n = 0; n < 2; n++) {
+                  yield* store.create(`log/${n}`, bodyOf(n), { checked: isChecked })
+                  kept.add(n)
+                }
+              })
+            )
+            // Another process goes on with what it finds.
+            if (source.next() < 0.4) {
+              for (let n = 0; n < 2; n++) {
+                const seen = yield* Effect.exit(other.get(`log/${n}`))
+                if (Exit.isFailure(seen)) continue
+                assert.deepStrictEqual(seen.value.body, Buffer.from(bodyOf(n)))
+                kept.add(n)
+              }
+              yield* other.create("log/2", bodyOf(2), { checked: true })
+              kept.add(2)
+            }
+            machine.lose(join(folder, "after"))
+            const after = yield* openStore(join(folder, "after"))
+            for (let n = 0; n < 3; n++) {
+              const found = yield* Effect.exit(after.get(`log/${n}`))
+              const isThere = Exit.isSuccess(found)
+              const isWhole = isThere && textOf(found.value.body) === textOf(bodyOf(n))
+              const at = `round ${round}, object ${n}, ${written._tag}`
+              if (kept.has(n)) assert.isTrue(isWhole, `${at}: it was to be relied on`)
+              else if (isThere && !isChecked) assert.isTrue(isWhole, `${at}: it is torn`)
+              outcomes[isWhole ? "whole" : isThere ? "torn" : "missing"] += 1
+            }
+          }).pipe(Effect.scoped)
+        )
+      }
+      // What is told apart above has all been there.
+      for (const [outcome, count] of Object.entries(outcomes)) assert.isAbove(count, 0, outcome)
     })
   )
 
