@@ -33,7 +33,17 @@ interface Target {
   readonly openMillis: number
 }
 
+/** What is written to it once it is gone fails, in place of waiting for ever until it takes more. */
+export const failsOnceGone = (connection: NetSocket): void => {
+  const write = connection.write
+  connection.write = function (this: NetSocket, ...given: Parameters<NetSocket["write"]>) {
+    if (connection.destroyed) throw new Error("The connection is gone.")
+    return write.apply(connection, given)
+  } as NetSocket["write"]
+}
+
 const corked = (connection: NetSocket): NetSocket => {
+  failsOnceGone(connection)
   let isHeld = false
   const release = () => {
     isHeld = false

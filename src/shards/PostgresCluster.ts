@@ -3,7 +3,6 @@
  * they speak by TCP. Loaded only by a node that is one.
  */
 import { randomBytes } from "node:crypto"
-import * as NodeSocketServer from "@effect/platform-node/NodeSocketServer"
 import { PgClient } from "@effect/sql-pg"
 import { Cause, Context, Duration, Effect, Layer, Option, Redacted, Schedule } from "effect"
 import {
@@ -23,6 +22,7 @@ import { SqlClient } from "effect/sql"
 import type { SettingValues } from "../config.ts"
 import { PeerRpcs } from "../protocol/Peer.ts"
 import { ClusterUnavailable, sharedConfig } from "./Cluster.ts"
+import * as ClusterListener from "./ClusterListener.ts"
 import { ClusterNodes } from "./ClusterNodes.ts"
 import * as ClusterTables from "./ClusterTables.ts"
 import * as CorkedSocket from "./CorkedSocket.ts"
@@ -86,7 +86,7 @@ export const runner = (settings: SettingValues) =>
         Layer.provide(Runners.layerRpc),
         Layer.provideMerge(Peers.layer),
         Layer.provide([
-          NodeSocketServer.layer({ ...listen, noDelay: true }).pipe(
+          ClusterListener.layer({ ...listen, noDelay: true }).pipe(
             Layer.catch((error) =>
               Layer.effectContext(Effect.fail(new ClusterUnavailable(notListening(listen, error))))
             )

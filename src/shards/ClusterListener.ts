@@ -1,0 +1,28 @@
+/**
+ * Where a runner takes the connections of other nodes. As Effect's own, but that what is written to a connection that is gone
+ * fails: there it waits for the connection to take more, for ever, and so does whoever waits for the writer, a process that is told
+ * to stop among them.
+ */
+import type { ListenOptions, ServerOpts } from "node:net"
+import * as NodeSocket from "@effect/platform-node/NodeSocket"
+import * as NodeSocketServer from "@effect/platform-node/NodeSocketServer"
+import { Effect, Layer } from "effect"
+import * as SocketServer from "effect/socket/SocketServer"
+import { failsOnceGone } from "./CorkedSocket.ts"
+
+export const layer = (options: ServerOpts & ListenOptions) =>
+  Layer.effect(
+    SocketServer.SocketServer,
+    Effect.map(NodeSocketServer.make(options), (server) =>
+      SocketServer.SocketServer.of({
+        address: server.address,
+        run: (handler) =>
+          server.run((socket) =>
+            Effect.flatMap(Effect.serviceOption(NodeSocket.NetSocket), (connection) => {
+              if (connection._tag === "Some") failsOnceGone(connection.value)
+              return handler(socket)
+            })
+          )
+      })
+    )
+  )
