@@ -129,7 +129,7 @@ const load = async ({ router, store, budget, scope }: Node, { base }: Data) => {
     if (!isFresh || stats.snapshot_seq === stats.last_seq) break
   }
   const prefix = partitionPrefix(of.uid, 0)
-  const snapshot = await run(Effect.provideService(PartitionLog.peekSnapshot(prefix), ObjectStore, store))
+  const snapshot = (await run(Effect.provideService(PartitionLog.peek(prefix), ObjectStore, store)))?.snapshot
   if (snapshot === undefined) throw new Error("there is no snapshot")
   const paths = Effect.all({
     records: store.localPath(snapshot.records.key),

@@ -17,6 +17,7 @@ import { Overloaded, StorageUnavailable, TopicUnavailable } from "../protocol/Er
 import { endOfObject, isBefore } from "../protocol/IndexPartition.ts"
 import { shownName } from "../protocol/Tenant.ts"
 import { TopicCatalog } from "../protocol/TopicCatalog.ts"
+import { MemoryBudget } from "../tiers/MemoryBudget.ts"
 import { channelPrefix } from "../tiers/TopicsObject.ts"
 import * as ChannelLog from "./ChannelLog.ts"
 import * as ChannelOwner from "./ChannelOwner.ts"
@@ -45,6 +46,7 @@ const makeChannel = Effect.gen(function* () {
   const { entityId } = yield* Entity.CurrentAddress
   const { channel, topic, uid } = channelAddressOf(entityId)
   const settings = yield* Settings
+  const budget = yield* MemoryBudget
   const prefix = channelPrefix(uid, channel)
   const name = shownName(topic)
   let waiting = 0
@@ -60,6 +62,8 @@ const makeChannel = Effect.gen(function* () {
       })
       const retainMillis = of.retention_ms
       const opened = yield* ChannelLog.open({ prefix, settings, machine, retainMillis, onLost })
+      // What is in memory of it is read from the log where there is no room.
+      yield* budget.joinCache({ bytes: () => machine.windowBytes, shrink: (bytes) => machine.shrinkWindow(bytes) })
       return { channel: opened, machine, retentionMillis: retainMillis, news: () => news } satisfies Resident
     })
 

@@ -161,13 +161,27 @@ export class MessageChannel implements ChannelMachine {
     }
   }
 
-  /** Half of it goes at once, whole log objects of it. */
+  /** Bytes of the messages in memory. */
+  get windowBytes(): number {
+    return this.#windowBytes
+  }
+
+  /** Gives up about so many bytes of the oldest messages in memory; they are read from the log from now on. */
+  shrinkWindow(bytes: number): void {
+    this.#keep(Math.max(0, this.#windowBytes - bytes), 0)
+  }
+
+  /** Half of it goes at once. */
   #trim(): void {
     const { topicWindowBytes } = this.#settings
-    if (this.#windowBytes <= topicWindowBytes) return
+    if (this.#windowBytes > topicWindowBytes) this.#keep(topicWindowBytes / 2, 1)
+  }
+
+  /** Gives up the oldest messages until no more bytes are left, or no more messages. */
+  #keep(bytesMax: number, messagesMin: number): void {
     let bytes = this.#windowBytes
     let count = 0
-    while (count < this.#window.length - 1 && bytes > topicWindowBytes / 2) {
+    while (count < this.#window.length - messagesMin && bytes > bytesMax) {
       bytes -= sizeOf(this.#window[count] as Message)
       count += 1
     }

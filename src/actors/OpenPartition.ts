@@ -160,6 +160,9 @@ export class PartitionOpener extends Context.Service<
 /** Log objects given to the thread ahead of what it has applied, while replaying. */
 const replayAhead = 8
 
+/** Between a partition's being resident in the mapped form and the loading of the full one. */
+const promotionDelayMillis = 200
+
 /** What a partition without a snapshot is counted as until it is measured. */
 const emptyBytes = 3 * 1_048_576
 
@@ -181,7 +184,7 @@ interface Opening {
   readonly index: ResidentIndex.ResidentIndex
   /** The requests of the snapshot. */
   readonly window: RequestWindow
-  /** The log after what the index was opened from. */
+  /** The log after what the index was opened from, that is being read already. */
   readonly tail: PartitionLog.PartitionLogHandle["tail"]
 }
 
@@ -330,7 +333,11 @@ const open = Effect.fnUntraced(function* (
       const log = yield* PartitionLog.open(prefix, {
         deferVerification: !options.verify,
         retainMillis: settings.changeRetentionMillis,
-        ...(passedOver === undefined ? {} : { snapshotsBefore: passedOver.seq })
+        ...(passedOver !== undefined
+          ? { snapshotsBefore: passedOver.seq }
+          : peeked === undefined
+            ? {}
+            : { seen: peeked.seen })
       }).pipe(
         Effect.provideService(ObjectStore, store),
         Effect.mapError((error) =>
@@ -363,11 +370,12 @@ const open = Effect.fnUntraced(function* (
             log,
             index: yield* ResidentIndex.make(prepared.form, prepared.scope),
             window: window.success,
-            tail: prepared.seq === log.snapshotSeq() ? log.tail : tailAfter(log, prepared.seq)
+            tail: yield* readAhead(prepared.seq === log.snapshotSeq() ? log.tail : tailAfter(log, prepared.seq))
           }
         }
         yield* Scope.close(prepared.scope, Exit.void)
       }
+      const tail = yield* readAhead(log.tail)
       const isAhead = snapshot !== undefined && ahead?.snapshot.records.key === snapshot.records.key
       if (ahead !== undefined && !isAhead) yield* ahead.giveUp
       const windowed = yield* isAhead
@@ -386,12 +394,16 @@ const open = Effect.fnUntraced(function* (
         error = window.failure
       } else {
         const index = yield* ResidentIndex.make(opened.success.form, opened.success.formScope)
-        return { log, index, window: window.success, tail: log.tail }
+        return { log, index, window: window.success, tail }
       }
       if (error._tag !== "SnapshotUnreadable" || snapshot === undefined) return yield* faults.ofOpening(error, prefix)
       yield* Effect.logWarning("A snapshot cannot be opened; the one before is", error.detail)
       return yield* openNewest({ seq: snapshot.seq, object: snapshot.records.key, detail: error.detail })
     })
+
+  /** The log is read while the form that it is applied to is being opened. */
+  const readAhead = (tail: PartitionLog.PartitionLogHandle["tail"]) =>
+    Effect.map(Scope.provide(Stream.toQueue(tail, { capacity: replayAhead }), opening), Stream.fromQueue)
 
   /**
    * Opens a snapshot's mapped form while the log is being claimed: most often it is the one that the log begins with. It only
@@ -416,7 +428,8 @@ const open = Effect.fnUntraced(function* (
 
   // Held until what is resident has been measured.
   const opening = yield* Scope.fork(scope)
-  const newest = yield* PartitionLog.peekSnapshot(prefix).pipe(Effect.catch(() => Effect.undefined))
+  const peeked = yield* PartitionLog.peek(prefix).pipe(Effect.catch(() => Effect.undefined))
+  const newest = peeked?.snapshot
   const expected =
     newest === undefined ? emptyBytes : newest.sketch === undefined ? fullBytesOf(newest) : mappedBytesOf(newest.sketch)
   yield* Scope.provide(budget.reserve(expected), opening)
@@ -585,7 +598,9 @@ const open = Effect.fnUntraced(function* (
     passivate: options.letGo({ verify: false })
   })
   yield* Scope.close(opening, Exit.void)
-  if (hasFull && index.form() === "mapped" && budget.fits(fullBytes)) yield* Effect.forkIn(promote, scope)
+  // After what woke it has been answered: loading takes the thread's time and the disk's.
+  if (hasFull && index.form() === "mapped" && budget.fits(fullBytes))
+    yield* Effect.forkIn(Effect.delay(promote, promotionDelayMillis), scope)
 
   const search = (query: PartitionQuery): Effect.Effect<PartitionHits, PartitionError | IndexLost> => {
     usedAt = Date.now()

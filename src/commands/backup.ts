@@ -4,7 +4,7 @@ import { Command, Flag } from "effect/cli"
 import { defaultSettings } from "../config.ts"
 import { backup as runBackup } from "../tiers/Backup.ts"
 import { openToWrite, shownPlace } from "../tiers/BackupStore.ts"
-import { iso } from "../tiers/Restore.ts"
+import { iso } from "../tiers/RestoredObjects.ts"
 import { openData } from "./DataPlace.ts"
 import { Refused, refusing } from "./Refused.ts"
 

@@ -4,7 +4,8 @@ import { Command, Flag } from "effect/cli"
 import { defaultSettings } from "../config.ts"
 import { CollectionName, decoderOf } from "../protocol/Fields.ts"
 import { openToRead, shownPlace } from "../tiers/BackupStore.ts"
-import { iso, type RestoreReport, restore as runRestore } from "../tiers/Restore.ts"
+import { type RestoreReport, restore as runRestore } from "../tiers/Restore.ts"
+import { iso } from "../tiers/RestoredObjects.ts"
 import { openTarget } from "./DataPlace.ts"
 import { ProgressLine } from "./ProgressLine.ts"
 import { Refused, refusing } from "./Refused.ts"
@@ -50,7 +51,7 @@ export const restore = Command.make(
       }).pipe(Effect.ensuring(Effect.sync(() => progress.end())))
       yield* Console.log(summary(report, atMillis, shownPlace(data), (performance.now() - started) / 1_000))
     }).pipe(Effect.scoped, refusing)
-).pipe(Command.withDescription("Restore collections from a backup as they were at a time"))
+).pipe(Command.withDescription("Restore collections and topics from a backup as they were at a time"))
 
 export const timeOf = (at: string): Effect.Effect<number | undefined, Refused> =>
   Effect.try({
@@ -70,6 +71,9 @@ const summary = (report: RestoreReport, atMillis: number | undefined, data: stri
       ({ from, collection, operations, bytes, onlyToMillis }) =>
         `  ${collection.name}${from.name === collection.name ? "" : ` (was ${from.name})`}: ${bytes} bytes read, ${operations} operations after the snapshot` +
         (onlyToMillis === undefined ? "" : `; only up to ${iso(onlyToMillis)}, since no newer backup has it`)
+    ),
+    ...report.topics.map(
+      ({ topic, objects, bytes }) => `  topic ${topic.name}: ${bytes} bytes read, ${objects} log objects`
     ),
     `  time: ${atMillis === undefined ? `all there is, whole up to ${iso(asked)}` : iso(asked)}; newest operation: ${newest}`,
     `  RTO so far ${seconds.toFixed(1)} s; the backup reaches to ${iso(report.horizonMillis)}, ${age(report.horizonMillis)} ago`

@@ -32,8 +32,8 @@ export const verify = Command.make(
       const verdict = yield* Effect.gen(function* () {
         if (Option.isSome(data)) {
           const { store } = yield* openData(data.value)
-          const { collections, partitions, ...found } = yield* verifyData(store, options)
-          return { ...found, lines: [`${collections} collection(s), ${partitions} partition(s)`] }
+          const { collections, partitions, topics, ...found } = yield* verifyData(store, options)
+          return { ...found, lines: [`${collections} collection(s), ${partitions} partition(s), ${topics} topic(s)`] }
         }
         const found = yield* verifyBackup(
           yield* openToRead(

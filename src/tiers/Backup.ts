@@ -11,12 +11,14 @@ import { copyFile, constants as fileConstants, mkdtemp, open as openFile, rm } f
 import { join } from "node:path"
 import { Clock, Data, Effect, Result, Schema } from "effect"
 import type { Collection } from "../protocol/Collection.ts"
+import type { Topic } from "../protocol/Topic.ts"
 import { listKeys } from "./ApiKeys.ts"
 import {
   type BackupCollection,
   BackupDamaged,
   type BackupRun,
   type BackupSnapshot,
+  type BackupTopic,
   type Chain,
   encodeRun,
   encodeSnapshot
@@ -38,6 +40,7 @@ import { decodeSegment, SegmentFault, type SegmentHeader, verifySegment } from "
 import { type ObjectBody, type ObjectStore, StoreFailure } from "./ObjectStore.ts"
 import { checksumFile } from "./PartitionLog.ts"
 import { decodeManifest, type PartitionManifest, type Snapshot, type SnapshotObject } from "./PartitionManifest.ts"
+import { type TopicList, TopicListText, topicPrefixes, topicsKey } from "./TopicsObject.ts"
 
 type Store = ObjectStore["Service"]
 
@@ -109,6 +112,7 @@ export const backup: (options: BackupOptions) => Effect.Effect<BackupReport, Bac
       collections.push({ ...old, removedMillis: old.removedMillis ?? noted ?? horizonMillis })
     }
 
+    const topics = yield* copyTopics(copies, options.source, before.run?.topics ?? [], horizonMillis)
     const keys = yield* listKeys(options.source)
 
     const now = yield* Clock.currentTimeMillis
@@ -121,6 +125,7 @@ export const backup: (options: BackupOptions) => Effect.Effect<BackupReport, Bac
       prunedMillis: mayPrune ? now : (before.run?.prunedMillis ?? 0),
       attempts: [...(before.run?.attempts ?? []), attempt],
       collections,
+      ...(topics.length === 0 ? {} : { topics }),
       ...(keys.length === 0 ? {} : { keys })
     }
     const cutoffMillis = now - (options.keepDays ?? keepDaysDefault) * dayMillis
@@ -135,6 +140,25 @@ export const backup: (options: BackupOptions) => Effect.Effect<BackupReport, Bac
   }
 )
 
+/** Brings what the backup holds of topics up to date. */
+const copyTopics = Effect.fnUntraced(function* (
+  copies: Copies,
+  source: Store,
+  known: ReadonlyArray<BackupTopic>,
+  horizonMillis: number
+): Effect.fn.Return<ReadonlyArray<BackupTopic>, BackupDamaged | StoreFailure> {
+  const topics: Array<BackupTopic> = []
+  for (const topic of (yield* readTopics(source))?.topics ?? []) {
+    const old = known.find((one) => one.topic.uid === topic.uid)
+    topics.push({ topic, logs: yield* copies.topic(topic, old) })
+  }
+  for (const old of known) {
+    if (topics.some(({ topic }) => topic.uid === old.topic.uid)) continue
+    topics.push({ ...old, removedMillis: old.removedMillis ?? horizonMillis })
+  }
+  return topics
+})
+
 /** The objects of a snapshot by name, whatever there are. */
 export const snapshotObjects = (snapshot: Snapshot): ReadonlyArray<readonly [string, SnapshotObject]> =>
   Object.entries(snapshot).flatMap(
@@ -144,11 +168,22 @@ export const snapshotObjects = (snapshot: Snapshot): ReadonlyArray<readonly [str
 
 /** `undefined` where there is none yet. */
 export const readCatalogue = (source: Store): Effect.Effect<Catalogue | undefined, BackupDamaged | StoreFailure> =>
-  source.get(catalogueKey).pipe(
+  readText(source, catalogueKey, CatalogueText)
+
+/** The same of topics. */
+export const readTopics = (source: Store): Effect.Effect<TopicList | undefined, BackupDamaged | StoreFailure> =>
+  readText(source, topicsKey, TopicListText)
+
+const readText = <A>(
+  source: Store,
+  key: string,
+  codec: Schema.Codec<A, string>
+): Effect.Effect<A | undefined, BackupDamaged | StoreFailure> =>
+  source.get(key).pipe(
     Effect.flatMap(({ body }) =>
       Effect.mapError(
-        Schema.decodeUnknownEffect(CatalogueText)(Buffer.from(body).toString("utf8")),
-        (error) => new BackupDamaged({ object: catalogueKey, detail: error.message.replaceAll("\n", " ") })
+        Schema.decodeUnknownEffect(codec)(Buffer.from(body).toString("utf8")),
+        (error) => new BackupDamaged({ object: key, detail: error.message.replaceAll("\n", " ") })
       )
     ),
     Effect.catchTag("ObjectMissing", () => Effect.undefined)
@@ -250,11 +285,12 @@ const refuseForeign = (known: ReadonlyArray<BackupCollection>, catalogue: Catalo
     : Effect.void
 }
 
-/** What seemed damaged because its collection was deleted meanwhile is not. */
+/** What seemed damaged because its collection or topic was deleted meanwhile is not. */
 const stillListed = Effect.fnUntraced(function* (source: Store, damaged: ReadonlyArray<BackupDamaged>) {
   if (damaged.length === 0) return damaged
-  const uids = (yield* readCatalogue(source))?.collections.map(({ uid }) => uid) ?? []
-  return damaged.filter(({ object }) => uids.some((uid) => object.startsWith(`collections/${uid}/`)))
+  const collections = (yield* readCatalogue(source))?.collections.map(({ uid }) => `collections/${uid}/`) ?? []
+  const topics = (yield* readTopics(source))?.topics.map(({ uid }) => `channels/${uid}/`) ?? []
+  return damaged.filter(({ object }) => [...collections, ...topics].some((folder) => object.startsWith(folder)))
 })
 
 /** The source's side of one run. */
@@ -283,15 +319,20 @@ class Copies {
   ): Effect.Effect<ReadonlyArray<ReadonlyArray<Chain>>, StoreFailure> {
     return Effect.forEach(
       Array.from({ length: collection.partitions }, (_, partition) => partition),
-      (partition) => this.#partition(partitionPrefix(collection.uid, partition), old?.partitions[partition] ?? [])
+      (partition) =>
+        this.#partition(partitionPrefix(collection.uid, partition), old?.partitions[partition] ?? [], ofPartitions)
     )
   }
 
+  topic(topic: Topic, old: BackupTopic | undefined): Effect.Effect<ReadonlyArray<ReadonlyArray<Chain>>, StoreFailure> {
+    return Effect.forEach(topicPrefixes(topic), (prefix, i) => this.#partition(prefix, old?.logs[i] ?? [], ofChannels))
+  }
+
   /** Brings a partition's chains up to date. What is damaged is noted, and leaves them where they are. */
-  #partition = Effect.fnUntraced(function* (this: Copies, prefix: string, chains: ReadonlyArray<Chain>) {
+  #partition = Effect.fnUntraced(function* (this: Copies, prefix: string, chains: ReadonlyArray<Chain>, times: Times) {
     for (let look = 1; ; look++) {
       const chain: { current: Chain | undefined } = { current: chains.at(-1) }
-      const copied = yield* Effect.result(this.#follow(prefix, chain))
+      const copied = yield* Effect.result(this.#follow(prefix, chain, times))
       const whole = Result.isSuccess(copied)
       if (!whole && copied.failure._tag === "StoreFailure") return yield* copied.failure
       if (!whole && look < looksMax) continue
@@ -306,7 +347,12 @@ class Copies {
   })
 
   /** Copies what is new. `chain` is what is copied so far, also where it fails. */
-  #follow = Effect.fnUntraced(function* (this: Copies, prefix: string, chain: { current: Chain | undefined }) {
+  #follow = Effect.fnUntraced(function* (
+    this: Copies,
+    prefix: string,
+    chain: { current: Chain | undefined },
+    times: Times
+  ) {
     const manifest = yield* readPartitionManifest(this.#source, prefix)
     if (manifest === undefined) {
       if (chain.current === undefined) return
@@ -318,12 +364,12 @@ class Copies {
           `The log of ${prefix} does not continue what was backed up of it; a new chain is begun`
         )
       }
-      chain.current = yield* this.#newChain(prefix, manifest)
+      chain.current = yield* this.#newChain(prefix, manifest, times)
     }
-    yield* this.#copyLog(prefix, chain as { current: Chain })
+    yield* this.#copyLog(prefix, chain as { current: Chain }, times)
     const [newest] = manifest.snapshots
     if (newest !== undefined && this.#isDue(newest, chain.current)) {
-      chain.current = yield* this.#copySnapshot(prefix, newest, chain.current)
+      chain.current = yield* this.#copySnapshot(prefix, newest, chain.current, times)
     }
     // Of a partition that is being removed the manifest goes first: while it is there, what was missing was not removed.
     if ((yield* readPartitionManifest(this.#source, prefix)) === undefined) return yield* manifestMissing(prefix)
@@ -337,7 +383,7 @@ class Copies {
     return last !== undefined && hex16(last.header.nonce) === chain.lastNonce
   })
 
-  #newChain = Effect.fnUntraced(function* (this: Copies, prefix: string, manifest: PartitionManifest) {
+  #newChain = Effect.fnUntraced(function* (this: Copies, prefix: string, manifest: PartitionManifest, times: Times) {
     const empty: Chain = {
       id: randomBytes(4).toString("hex"),
       fromSeq: 1,
@@ -355,7 +401,7 @@ class Copies {
     let first: BackupDamaged | undefined
     for (const snapshot of manifest.snapshots.toReversed()) {
       const after = { ...empty, fromSeq: snapshot.seq + 1, lastSeq: snapshot.seq }
-      const copied = yield* Effect.result(this.#copySnapshot(prefix, snapshot, after))
+      const copied = yield* Effect.result(this.#copySnapshot(prefix, snapshot, after, times))
       if (Result.isSuccess(copied)) return copied.success
       if (copied.failure._tag === "StoreFailure") return yield* copied.failure
       first ??= copied.failure
@@ -363,7 +409,7 @@ class Copies {
     return yield* first ?? new BackupDamaged({ object: `${prefix}/manifest`, detail: "it names no snapshot" })
   })
 
-  #copyLog = Effect.fnUntraced(function* (this: Copies, prefix: string, chain: { current: Chain }) {
+  #copyLog = Effect.fnUntraced(function* (this: Copies, prefix: string, chain: { current: Chain }, times: Times) {
     const log = `${prefix}/log/`
     let pack: Array<Source> = []
     let packBytes = 0
@@ -371,7 +417,7 @@ class Copies {
     let next = chain.current.lastSeq + 1
     const flush = Effect.fnUntraced(function* (this: Copies) {
       if (pack.length === 0) return
-      chain.current = yield* this.#putPack(prefix, pack, chain.current)
+      chain.current = yield* this.#putPack(prefix, pack, chain.current, times)
       pack = []
       packBytes = 0
     }).bind(this)
@@ -438,7 +484,13 @@ class Copies {
     }
   })
 
-  #putPack = Effect.fnUntraced(function* (this: Copies, prefix: string, pack: ReadonlyArray<Source>, chain: Chain) {
+  #putPack = Effect.fnUntraced(function* (
+    this: Copies,
+    prefix: string,
+    pack: ReadonlyArray<Source>,
+    chain: Chain,
+    times: Times
+  ) {
     const last = (pack.at(-1) as Source).header
     const first = (pack[0] as Source).header.seq
     const body = Buffer.concat(pack.map(({ bytes }) => bytes))
@@ -449,7 +501,7 @@ class Copies {
       ...chain,
       lastSeq: last.seq,
       lastNonce: hex16(last.nonce),
-      lastTime: greatestTime(pack, BigInt(chain.lastTime)).toString(),
+      lastTime: greatestTime(pack, BigInt(chain.lastTime), times).toString(),
       logBytes: chain.logBytes + body.length
     }
   })
@@ -461,7 +513,13 @@ class Copies {
     return this.#horizonMillis - chain.snapshotMillis >= snapshotAgeMillis
   }
 
-  #copySnapshot = Effect.fnUntraced(function* (this: Copies, prefix: string, snapshot: Snapshot, chain: Chain) {
+  #copySnapshot = Effect.fnUntraced(function* (
+    this: Copies,
+    prefix: string,
+    snapshot: Snapshot,
+    chain: Chain,
+    times: Times
+  ) {
     const folder = snapshotPrefix(chainPrefix(prefix, chain.id), snapshot.seq, this.#attempt)
     const objects: Record<string, Digest> = {}
     let maxTime = 0n
@@ -470,7 +528,7 @@ class Copies {
       const to = `${folder}/${name}`
       yield* withCopy(this.#source, `${prefix}/${key}`, digest, this.#scratch, (file) =>
         Effect.gen({ self: this }, function* () {
-          if (name === "records") maxTime = yield* attemptFile(key, () => maxTimeOf(file))
+          if (name === "records") maxTime = yield* attemptFile(key, () => times.ofSnapshot(snapshot, file))
           yield* created(this.#destination, to, { file })
         })
       )
@@ -511,11 +569,27 @@ const manifestMissing = (prefix: string) => new BackupDamaged({ object: `${prefi
 const logKeyPattern = /\/log\/[0-9a-f]{16}$/
 
 /** Of the last segment with operations: times increase along a log. */
-const greatestTime = (pack: ReadonlyArray<Source>, before: bigint): bigint => {
+const greatestTime = (pack: ReadonlyArray<Source>, before: bigint, { unit }: Times): bigint => {
   const last = pack.findLast(({ header }) => header.count > 0)
   if (last === undefined) return before
-  const time = decodeSegment(last.bytes).ops.at(-1)?.version.time ?? 0n
+  const time = (decodeSegment(last.bytes).ops.at(-1)?.version.time ?? 0n) * unit
   return time > before ? time : before
+}
+
+/** What times mean in a log and its snapshots. */
+interface Times {
+  /** Nanoseconds in one of a version. */
+  readonly unit: bigint
+  /** The greatest in a snapshot, in nanoseconds; `file` is its records. */
+  readonly ofSnapshot: (snapshot: Snapshot, file: string) => Promise<bigint>
+}
+
+const ofPartitions: Times = { unit: 1n, ofSnapshot: (_, file) => maxTimeOf(file) }
+
+/** A channel's snapshot has only what was in its log when it was taken. */
+const ofChannels: Times = {
+  unit: 1_000_000n,
+  ofSnapshot: ({ createdMillis }) => Promise.resolve(BigInt(createdMillis) * 1_000_000n)
 }
 
 /** The greatest version time in a records file (`docs/format-snapshot.md`). */
@@ -583,29 +657,45 @@ const planRemovals = Effect.fnUntraced(function* (
 ): Effect.fn.Return<{ readonly run: BackupRun; readonly superfluous: ReadonlyArray<string> }, StoreFailure> {
   /** By chain prefix the position up to which its log is no longer needed. */
   const baseSeqs = new Map<string, number>()
-  const collections: Array<BackupCollection> = []
-  for (const one of draft.collections) {
-    if (one.removedMillis !== undefined && one.removedMillis < cutoffMillis) continue
-    const partitions: Array<ReadonlyArray<Chain>> = []
-    for (const [partition, chains] of one.partitions.entries()) {
-      const kept: Array<Chain> = []
-      for (const [i, chain] of chains.entries()) {
-        if (i < chains.length - 1 && chain.horizonMillis < cutoffMillis) continue
-        const prefix = chainPrefix(partitionPrefix(one.collection.uid, partition), chain.id)
-        const baseSeq = yield* oldestNeeded(store, draft, prefix, cutoffMillis)
-        baseSeqs.set(prefix, baseSeq)
-        kept.push(baseSeq === 0 ? chain : { ...chain, fromSeq: Math.max(chain.fromSeq, baseSeq + 1) })
-      }
-      partitions.push(kept)
+  const trimmed = Effect.fnUntraced(function* (prefix: string, chains: ReadonlyArray<Chain>, fromMillis: number) {
+    const kept: Array<Chain> = []
+    for (const [i, chain] of chains.entries()) {
+      if (i < chains.length - 1 && chain.horizonMillis < cutoffMillis) continue
+      const own = chainPrefix(prefix, chain.id)
+      const baseSeq = yield* oldestNeeded(store, draft, own, fromMillis)
+      baseSeqs.set(own, baseSeq)
+      kept.push(baseSeq === 0 ? chain : { ...chain, fromSeq: Math.max(chain.fromSeq, baseSeq + 1) })
     }
+    return kept
+  })
+  const isWanted = ({ removedMillis }: { readonly removedMillis?: number }) =>
+    removedMillis === undefined || removedMillis >= cutoffMillis
+  const collections: Array<BackupCollection> = []
+  for (const one of draft.collections.filter(isWanted)) {
+    const partitions = yield* Effect.forEach(one.partitions, (chains, partition) =>
+      trimmed(partitionPrefix(one.collection.uid, partition), chains, cutoffMillis)
+    )
     collections.push({ ...one, partitions })
+  }
+  const topics: Array<BackupTopic> = []
+  for (const one of draft.topics?.filter(isWanted) ?? []) {
+    const prefixes = topicPrefixes(one.topic)
+    // Messages are in the log alone: what is restored of a time has those of the retention before it.
+    const logs = yield* Effect.forEach(one.logs, (chains, i) =>
+      trimmed(prefixes[i] as string, chains, cutoffMillis - one.topic.retention_ms)
+    )
+    topics.push({ ...one, logs })
   }
   const counted = new Set(draft.attempts)
   const referenced = new Set<string>([draft.attempt])
   const superfluous: Array<string> = []
-  for (const { key } of yield* listAll(store, "collections/")) {
+  const objects = [...(yield* listAll(store, "collections/")), ...(yield* listAll(store, "channels/"))]
+  for (const { key } of objects) {
     const attempt = attemptOf(key)
-    const match = /^(collections\/[^/]+\/p\d+\/[^/]+)\/(?:log\/[0-9a-f]{16}|snapshot\/)-?([0-9a-f]{16})/.exec(key)
+    const match =
+      /^((?:collections|channels)\/[^/]+\/(?:p\d+|m\d+|tasks)\/[^/]+)\/(?:log\/[0-9a-f]{16}|snapshot\/)-?([0-9a-f]{16})/.exec(
+        key
+      )
     // Something that is not ours.
     if (attempt === undefined || match === null) continue
     // A run that began after this one's number was given out may still be under way.
@@ -619,7 +709,12 @@ const planRemovals = Effect.fnUntraced(function* (
   }
   for (const { key } of yield* listAll(store, runsPrefix)) if (key < runKey(draft.run - runsKept)) superfluous.push(key)
   return {
-    run: { ...draft, collections, attempts: draft.attempts.filter((attempt) => referenced.has(attempt)) },
+    run: {
+      ...draft,
+      collections,
+      ...(topics.length === 0 ? {} : { topics }),
+      attempts: draft.attempts.filter((attempt) => referenced.has(attempt))
+    },
     superfluous
   }
 })

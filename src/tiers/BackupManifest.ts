@@ -6,6 +6,7 @@ import { crc32 } from "node:zlib"
 import { Data, Result, Schema } from "effect"
 import { ApiKeyRecord } from "../protocol/ApiKey.ts"
 import { Collection } from "../protocol/Collection.ts"
+import { Topic } from "../protocol/Topic.ts"
 
 /**
  * A stretch of one partition's log without a gap: it begins with the log itself (`fromSeq` 1) or after a snapshot of the
@@ -41,6 +42,15 @@ export const BackupCollection = Schema.Struct({
 })
 export type BackupCollection = typeof BackupCollection.Type
 
+export const BackupTopic = Schema.Struct({
+  topic: Topic,
+  /** When it was first seen to be gone. */
+  removedMillis: Schema.optionalKey(Schema.Int),
+  /** Of each channel, and at last of the tasks, the chains as a partition's. */
+  logs: Schema.Array(Schema.Array(Chain))
+})
+export type BackupTopic = typeof BackupTopic.Type
+
 export const BackupRun = Schema.Struct({
   /** From 1. */
   run: Schema.Int,
@@ -54,6 +64,8 @@ export const BackupRun = Schema.Struct({
   attempts: Schema.Array(Schema.String),
   /** All that can be restored, deleted ones included. */
   collections: Schema.Array(BackupCollection),
+  /** The same of topics; absent where there are none. */
+  topics: Schema.optionalKey(Schema.Array(BackupTopic)),
   /** API keys, of each the hash of its secret; absent where there are none. */
   keys: Schema.optionalKey(Schema.Array(ApiKeyRecord))
 })

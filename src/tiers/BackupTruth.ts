@@ -13,7 +13,8 @@ import { BackupDamaged, type BackupRun } from "./BackupManifest.ts"
 import { segmentsOf } from "./BackupReader.ts"
 import { decodeSegment, type LogOp } from "./LogSegment.ts"
 import { type ObjectStore, StoreFailure } from "./ObjectStore.ts"
-import { type NotRestorable, planCollection } from "./Restore.ts"
+import { planCollection } from "./Restore.ts"
+import type { NotRestorable } from "./RestoredObjects.ts"
 
 type Store = ObjectStore["Service"]
 

@@ -65,6 +65,8 @@ export interface PartitionLogOptions {
    * {@link PartitionLogHandle.verifySnapshot} before it relies on the files as a whole.
    */
   readonly deferVerification?: boolean
+  /** The manifest as {@link peek} has found it: it need not be read again, where it is still the same. */
+  readonly seen?: SeenManifest
 }
 
 /** Files of a snapshot, on this machine. */
@@ -194,14 +196,23 @@ export const open: (
     return log.handle()
   })
 
-/** The newest snapshot that the manifest names, by keys of the store, without a claim and unread; `undefined` where there is none. */
-export const peekSnapshot: (prefix: string) => Effect.Effect<Snapshot | undefined, StoreFailure, ObjectStore> =
-  Effect.fnUntraced(function* (prefix: string) {
-    const store = yield* ObjectStore
-    const found = yield* Effect.catchTag(store.get(`${prefix}/manifest`), "ObjectMissing", () => Effect.undefined)
-    const manifest = found === undefined ? undefined : Result.getOrUndefined(decodeManifest(found.body))
-    return withStoreKeys(prefix, manifest?.snapshots[0])
-  })
+/**
+ * The manifest, without a claim, and the newest snapshot that it names, by keys of the store and unread; `undefined` where
+ * there is none.
+ */
+export const peek: (
+  prefix: string
+) => Effect.Effect<
+  { readonly seen: SeenManifest; readonly snapshot: Snapshot | undefined } | undefined,
+  StoreFailure,
+  ObjectStore
+> = Effect.fnUntraced(function* (prefix: string) {
+  const store = yield* ObjectStore
+  const found = yield* Effect.catchTag(store.get(`${prefix}/manifest`), "ObjectMissing", () => Effect.undefined)
+  const manifest = found === undefined ? undefined : Result.getOrUndefined(decodeManifest(found.body))
+  if (found === undefined || manifest === undefined) return undefined
+  return { seen: { manifest, etag: found.etag }, snapshot: withStoreKeys(prefix, manifest.snapshots[0]) }
+})
 
 /**
  * The same for who opens it beside its owner: `verify` reads its files and compares their
@@ -217,7 +228,7 @@ export const peekFiles: (prefix: string) => Effect.Effect<
   ObjectStore
 > = Effect.fnUntraced(function* (prefix: string) {
   const store = yield* ObjectStore
-  const snapshot = yield* peekSnapshot(prefix)
+  const snapshot = (yield* peek(prefix))?.snapshot
   if (snapshot === undefined) return undefined
   const verify = Effect.gen(function* () {
     for (const object of objectsOf(snapshot)) {
@@ -287,6 +298,14 @@ type Found =
   | { readonly _tag: "damaged"; readonly fault: SegmentFault; readonly bytes: Uint8Array; readonly etag: string }
   | { readonly _tag: "missing" }
 
+/** What the log after a snapshot is seen to be before it is claimed. */
+interface Glimpse {
+  readonly base: number
+  readonly sizes: Array<number>
+  /** What is at its end. */
+  readonly end: Found | undefined
+}
+
 class Log {
   readonly #prefix: string
   readonly #store: Store
@@ -295,6 +314,7 @@ class Log {
   readonly #retainMillis: number
   readonly #snapshotsBefore: number
   readonly #deferVerification: boolean
+  readonly #peeked: SeenManifest | undefined
   readonly #pruneLimit: (prefix: string) => number
   readonly #owner = randomBytes(8).toString("hex")
   /** The upper 40 bits of every nonce of this handle. The lower 24 count its attempts. */
@@ -332,6 +352,7 @@ class Log {
     this.#retainMillis = options.retainMillis ?? 0
     this.#snapshotsBefore = options.snapshotsBefore ?? Number.POSITIVE_INFINITY
     this.#deferVerification = options.deferVerification ?? false
+    this.#peeked = options.seen
   }
 
   handle(): PartitionLogHandle {
@@ -367,10 +388,10 @@ class Log {
 
   /** See {@link open}. */
   readonly open = Effect.fnUntraced(function* (this: Log) {
-    const isNew = yield* this.#claim()
+    const { isNew, glimpse } = yield* this.#claim()
     // Not when it was asked for: the claim may have taken its time, and others count from when it took effect.
     this.#claimedAt = yield* now
-    yield* Effect.catchTag(this.#locate(isNew), "LogCorrupt", (error) => this.#unlessOvertaken(error))
+    yield* Effect.catchTag(this.#locate(isNew, glimpse), "LogCorrupt", (error) => this.#unlessOvertaken(error))
   })
 
   /** What looks like damage may be what a newer owner has pruned under this one's eyes. */
@@ -381,15 +402,15 @@ class Log {
     )
   }
 
-  /** Makes this handle the manifest's owner. True where there was no manifest before. */
+  /** Makes this handle the manifest's owner. `isNew` where there was no manifest before. */
   #claim = Effect.fnUntraced(function* (this: Log) {
     let doubts = 0
     for (let race = 0; race < racesMax; race++) {
       const at = yield* now
-      const seen = yield* this.#readManifest()
+      const seen = (race === 0 ? this.#peeked : undefined) ?? (yield* this.#readManifest())
       // A claim whose outcome was uncertain has taken effect.
       if (seen !== undefined && seen.manifest.owner === this.#owner && seen.manifest.epoch > this.#epoch) {
-        return this.#claimed(seen, at, seen.manifest.epoch === 1)
+        return { isNew: this.#claimed(seen, at, seen.manifest.epoch === 1), glimpse: undefined }
       }
       if (seen === undefined) {
         const left = yield* this.#anythingLeft()
@@ -409,9 +430,12 @@ class Log {
         seen === undefined
           ? this.#store.create(this.#manifestKey, body)
           : this.#store.replace(this.#manifestKey, body, seen.etag)
-      const written = yield* Effect.result(write)
+      // Most often the log is the same before the claim and after it.
+      const glimpse = seen === undefined ? Effect.undefined : this.#glimpse(seen.manifest)
+      const [written, glimpsed] = yield* Effect.all([Effect.result(write), glimpse], { concurrency: 2 })
       if (Result.isSuccess(written)) {
-        return this.#claimed({ manifest, etag: written.success }, at, seen === undefined)
+        const isNew = this.#claimed({ manifest, etag: written.success }, at, seen === undefined)
+        return { isNew, glimpse: glimpsed }
       }
       const error = written.failure
       if (error._tag === "StoreFailure" && (!error.uncertain || ++doubts > doubtsMax)) return yield* error
@@ -432,12 +456,26 @@ class Log {
     return isNew
   }
 
+  /**
+   * The log after a manifest's newest snapshot. A claim on top of that manifest finds this and perhaps more: what is pruned
+   * is before the snapshot, and the end is looked for from here on. `undefined` where it cannot be told.
+   */
+  #glimpse(manifest: PartitionManifest): Effect.Effect<Glimpse | undefined> {
+    const base = manifest.snapshots[0]?.seq ?? 0
+    return Effect.gen({ self: this }, function* () {
+      const sizes = yield* this.#listSizes(base)
+      const end = sizes.length === 0 ? undefined : yield* this.#readSegment(base + sizes.length)
+      return end?._tag === "missing" ? undefined : { base, sizes, end }
+    }).pipe(Effect.catch(() => Effect.undefined))
+  }
+
   /** Finds the snapshot to begin with and the end of the log, and closes the end. */
-  #locate = Effect.fnUntraced(function* (this: Log, isNew: boolean) {
+  #locate = Effect.fnUntraced(function* (this: Log, isNew: boolean, glimpse: Glimpse | undefined) {
     yield* this.#chooseSnapshot()
     const base = this.#snapshotSeq()
-    const sizes = yield* this.#listSizes(base)
-    yield* this.#closeEnd(base, sizes, isNew)
+    const known = glimpse?.base === base ? glimpse : undefined
+    const sizes = known?.sizes ?? (yield* this.#listSizes(base))
+    yield* this.#closeEnd(base, sizes, isNew, known?.end)
     // Also a true end: what was found may have been the gap that a newer owner's pruning has left.
     if (!(yield* this.#isOwner())) return yield* this.#overtaken()
     this.#sizes = sizes
@@ -512,12 +550,18 @@ class Log {
   })
 
   /** Takes over what is at the end of the log and puts an empty segment of this epoch there. */
-  #closeEnd = Effect.fnUntraced(function* (this: Log, base: number, sizes: Array<number>, isNew: boolean) {
+  #closeEnd = Effect.fnUntraced(function* (
+    this: Log,
+    base: number,
+    sizes: Array<number>,
+    isNew: boolean,
+    end: Found | undefined
+  ) {
     let doubts = 0
     for (let step = 0; step < takeOversMax; step++) {
       const last = base + sizes.length
       if (sizes.length > 0) {
-        const found = yield* this.#readSegment(last)
+        const found = (step === 0 ? end : undefined) ?? (yield* this.#readSegment(last))
         if (found._tag === "missing") return yield* this.#faultError(last, "missing")
         if (found._tag === "damaged") {
           if (found.fault.kind === "format") return yield* this.#faultError(last, found.fault)
@@ -1053,7 +1097,7 @@ const objectFault = (
     )
     .pipe(Effect.catchTag("ObjectMissing", () => Effect.succeed(`${object.key} is missing`)))
 
-interface SeenManifest {
+export interface SeenManifest {
   readonly manifest: PartitionManifest
   readonly etag: string
 }

@@ -10,7 +10,6 @@ import { randomBytes } from "node:crypto"
 import { Clock, Data, Effect, Result, Schema, Stream } from "effect"
 import type { Collection } from "../protocol/Collection.ts"
 import { putKeys } from "./ApiKeys.ts"
-import { snapshotObjects, storedFault, withCopy } from "./Backup.ts"
 import { type BackupCollection, BackupDamaged, type BackupRun, type Chain } from "./BackupManifest.ts"
 import {
   chainPrefix,
@@ -32,14 +31,18 @@ import {
   removedKept
 } from "./CatalogueObject.ts"
 import { decodeSegment, encodeSegment, type LogOp, opBytes } from "./LogSegment.ts"
+import type { ObjectChanged, ObjectExists, ObjectMissing, ObjectStore, StoreFailure } from "./ObjectStore.ts"
+import { encodeManifest } from "./PartitionManifest.ts"
 import {
-  type ObjectChanged,
-  type ObjectExists,
-  type ObjectMissing,
-  type ObjectStore,
-  StoreFailure
-} from "./ObjectStore.ts"
-import { encodeManifest, type Snapshot } from "./PartitionManifest.ts"
+  changedBeneath,
+  iso,
+  NotRestorable,
+  putNew,
+  restoredEpoch,
+  restoreSnapshot,
+  snapshotFault
+} from "./RestoredObjects.ts"
+import { planTopics, type RestoredTopic, restoreTopics } from "./RestoredTopics.ts"
 
 type Store = ObjectStore["Service"]
 
@@ -59,6 +62,7 @@ export interface RestoreOptions {
 
 export interface RestoreReport {
   readonly collections: ReadonlyArray<RestoredCollection>
+  readonly topics: ReadonlyArray<RestoredTopic>
   /** Greatest version time restored, nanoseconds since 1970; 0 for none. */
   readonly newest: bigint
   /** What the backup is good for, up to: every operation acknowledged by then is in it. */
@@ -74,9 +78,6 @@ export interface RestoredCollection {
   /** Where the backup holds this collection only up to a time before the one asked for: that time. */
   readonly onlyToMillis: number | undefined
 }
-
-/** The time is not one that can be restored, or the collection is none of that time. `message` is one line for people. */
-export class NotRestorable extends Data.TaggedError("NotRestorable")<{ readonly message: string }> {}
 
 /** The target holds something already. */
 export class TargetNotEmpty extends Data.TaggedError("TargetNotEmpty")<{ readonly object: string }> {
@@ -99,8 +100,11 @@ export const restore: (options: RestoreOptions) => Effect.Effect<RestoreReport, 
   const wanted = yield* chosenCollections(run, atMillis, options.only)
   const atNanos = atMillis === undefined ? everything : BigInt(atMillis) * 1_000_000n + 999_999n
   const plans = yield* Effect.forEach(wanted, (one) => planCollection(backup, run, one, atMillis))
+  const topicPlans = options.only === undefined ? yield* planTopics(backup, run, atMillis) : []
 
-  const total = plans.reduce((sum, { parts }) => sum + parts.reduce((bytes, part) => bytes + part.bytes, 0), 0)
+  const bytesOf = ({ parts }: { readonly parts: ReadonlyArray<{ readonly bytes: number }> }) =>
+    parts.reduce((sum, { bytes }) => sum + bytes, 0)
+  const total = [...plans, ...topicPlans].reduce((sum, plan) => sum + bytesOf(plan), 0)
   let done = 0
   const progress = (bytes: number) => {
     done += bytes
@@ -130,6 +134,8 @@ export const restore: (options: RestoreOptions) => Effect.Effect<RestoreReport, 
     restored.push({ from, collection, operations, bytes, onlyToMillis })
   }
 
+  const topics = yield* restoreTopics({ backup, target, scratch: options.scratch, progress }, topicPlans, atMillis)
+
   // The newest, whatever the time that is restored: a key that was revoked since stays so.
   if (options.only === undefined) {
     yield* Effect.catchTag(putKeys(target, run.keys ?? []), "ObjectExists", ({ key }) =>
@@ -152,7 +158,7 @@ export const restore: (options: RestoreOptions) => Effect.Effect<RestoreReport, 
   const written: Effect.Effect<string, ObjectChanged | ObjectExists | ObjectMissing | StoreFailure> =
     existing === undefined ? target.create(catalogueKey, body) : target.replace(catalogueKey, body, existing.etag)
   yield* Effect.mapError(written, (error) => (error._tag === "StoreFailure" ? error : changedBeneath(catalogueKey)))
-  return { collections: restored, newest, horizonMillis: run.horizonMillis }
+  return { collections: restored, topics, newest, horizonMillis: run.horizonMillis }
 })
 
 /** What a backup can restore of one incarnation of a collection. */
@@ -241,28 +247,12 @@ export const planCollection = Effect.fnUntraced(function* (
   return { from: one.collection, parts, onlyToMillis }
 })
 
-/** What is wrong with the objects of a snapshot. */
-export const snapshotFault = Effect.fnUntraced(function* (store: Store, snapshot: StoredSnapshot) {
-  for (const [name, digest] of Object.entries(snapshot.objects)) {
-    const object = `${snapshot.prefix}/${name}`
-    const detail = yield* storedFault(store, object, digest)
-    if (detail !== undefined) return new BackupDamaged({ object, detail })
-  }
-  return undefined
-})
-
-/** ISO 8601, UTC. */
-export const iso = (millis: number): string => new Date(millis).toISOString()
-
 const prefixOf = (one: BackupCollection, partition: number, chain: Chain): string =>
   chainPrefix(partitionPrefix(one.collection.uid, partition), chain.id)
 
 const everything = 2n ** 64n
 
 const millisAfter = (nanos: bigint): number => Number((nanos + 999_999n) / 1_000_000n)
-
-const changedBeneath = (what: string) =>
-  new StoreFailure({ operation: "restore", key: what, detail: "it was changed meanwhile", uncertain: false })
 
 /** The target's catalogue, where one collection is restored beside others; else it has to be empty. */
 const readTarget = Effect.fnUntraced(function* (target: Store, only: RestoreOptions["only"]) {
@@ -357,9 +347,6 @@ const planPartition = Effect.fnUntraced(function* (
 /** Bytes of operations gathered into one segment. */
 const segmentBytesMax = 8 * 1_048_576
 
-/** Objects of a partition are written under this epoch; the first owner raises it. */
-const restoredEpoch = 1
-
 const restorePartition = Effect.fnUntraced(function* (
   options: RestoreOptions,
   prefix: string,
@@ -424,39 +411,3 @@ const restorePartition = Effect.fnUntraced(function* (
   }
   return { operations, newest }
 })
-
-const restoreSnapshot = Effect.fnUntraced(function* (
-  backup: Store,
-  target: Store,
-  prefix: string,
-  base: StoredSnapshot,
-  scratch: string,
-  progress: (bytes: number) => void
-) {
-  const folder = `snapshot/${hex16(base.seq)}-${restoredEpoch}-${randomBytes(8).toString("hex")}`
-  const objects: Record<string, Snapshot["records"]> = {}
-  for (const [name, digest] of Object.entries(base.objects)) {
-    // The copy is another history: what was done in the one before has places in that one's log.
-    if (name === "requests") continue
-    const key = `${folder}/${name}`
-    yield* withCopy(backup, `${base.prefix}/${name}`, digest, scratch, (file) =>
-      target
-        .create(`${prefix}/${key}`, { file })
-        .pipe(Effect.catchTag("ObjectExists", () => Effect.fail(changedBeneath(key))))
-    )
-    objects[name] = { key, ...digest }
-    progress(digest.bytes)
-  }
-  const snapshot = { seq: base.seq, ...objects, createdMillis: base.createdMillis } as unknown as Snapshot
-  for (const name of ["records", "graph"]) {
-    if (snapshotObjects(snapshot).some(([found]) => found === name)) continue
-    return yield* new BackupDamaged({ object: `${base.prefix}/about`, detail: `it names no ${name}` })
-  }
-  return snapshot
-})
-
-const putNew = (target: Store, key: string, body: Uint8Array): Effect.Effect<void, StoreFailure> =>
-  target.create(key, body).pipe(
-    Effect.asVoid,
-    Effect.catchTag("ObjectExists", () => Effect.fail(changedBeneath(key)))
-  )

@@ -8,7 +8,7 @@
 import { Context, Effect, Layer, Metric, Semaphore } from "effect"
 import { Settings } from "../config.ts"
 import { type BackupError, type BackupReport, backup } from "./Backup.ts"
-import type { BackupRun } from "./BackupManifest.ts"
+import type { BackupRun, Chain } from "./BackupManifest.ts"
 import { newestRun } from "./BackupReader.ts"
 import { type BackupPlaceError, openToWrite } from "./BackupStore.ts"
 import { isBucketUrl } from "./Bucket.ts"
@@ -16,6 +16,7 @@ import { partitionPrefix } from "./CatalogueObject.ts"
 import { DataDirectory } from "./DataDirectory.ts"
 import { ObjectStore } from "./ObjectStore.ts"
 import { PruneLimit } from "./PartitionLog.ts"
+import { topicPrefixes } from "./TopicsObject.ts"
 
 const runs = Metric.counter("ruvector_backups", { description: "Backups that ended well" })
 const failures = Metric.counter("ruvector_backup_failures", {
@@ -99,7 +100,7 @@ export class ServerBackup extends Context.Service<
     )
 }
 
-/** How far each partition's log is in the backup, and as of when. */
+/** How far each log is in the backup, and as of when. */
 class CopiedLogs {
   readonly #lagMillisMax: number
   readonly #logs = new Map<string, { readonly seq: number; readonly horizonMillis: number }>()
@@ -115,15 +116,19 @@ class CopiedLogs {
   note(run: BackupRun): void {
     this.unknown = false
     this.#logs.clear()
-    for (const { collection, partitions, removedMillis } of run.collections) {
-      for (const [partition, chains] of partitions.entries()) {
-        const prefix = partitionPrefix(collection.uid, partition)
-        const newest = chains.at(-1)
-        if (removedMillis !== undefined) this.#asked.delete(prefix)
-        else if (newest !== undefined) {
-          this.#logs.set(prefix, { seq: newest.lastSeq, horizonMillis: newest.horizonMillis })
-        }
+    const copied = (prefix: string, chains: ReadonlyArray<Chain>, removedMillis: number | undefined) => {
+      const newest = chains.at(-1)
+      if (removedMillis !== undefined) this.#asked.delete(prefix)
+      else if (newest !== undefined) {
+        this.#logs.set(prefix, { seq: newest.lastSeq, horizonMillis: newest.horizonMillis })
       }
+    }
+    for (const { collection, partitions, removedMillis } of run.collections) {
+      for (const [partition, chains] of partitions.entries())
+        copied(partitionPrefix(collection.uid, partition), chains, removedMillis)
+    }
+    for (const { topic, logs, removedMillis } of run.topics ?? []) {
+      for (const [i, prefix] of topicPrefixes(topic).entries()) copied(prefix, logs[i] ?? [], removedMillis)
     }
   }
 

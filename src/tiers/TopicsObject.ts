@@ -22,3 +22,9 @@ export const channelPrefix = (uid: string, channel: number): string =>
 
 /** Key prefix of the objects of a topic's tasks. */
 export const queuePrefix = (uid: string): string => `channels/${uid}/tasks`
+
+/** Of all logs of a topic: its channels' in order, then its tasks'. */
+export const topicPrefixes = ({ uid, channels }: Topic): ReadonlyArray<string> => [
+  ...Array.from({ length: channels }, (_, channel) => channelPrefix(uid, channel)),
+  queuePrefix(uid)
+]

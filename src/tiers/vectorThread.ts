@@ -9,10 +9,14 @@
  */
 import { parentPort, receiveMessageOnPort, workerData } from "node:worker_threads"
 import { collectGarbage, collectGrown } from "./collectGarbage.ts"
+import { memoryOf } from "./index/Assembler.ts"
 import { BlockCache } from "./index/BlockCache.ts"
+import { checkKernelOf } from "./index/CheckKernel.ts"
 import { FileFault } from "./index/RecordsFile.ts"
 import { type Hits, Resident } from "./index/Resident.ts"
+import { rowKernelOf } from "./index/RowKernel.ts"
 import { SearchDesk } from "./index/SearchDesk.ts"
+import { sketchKernelOf } from "./index/SketchKernel.ts"
 import {
   type Answer,
   atWork,
@@ -62,6 +66,9 @@ const collectEveryMillis = 1_000
 
 /** How long the thread waits at the desk for the next search after one, before it waits for messages again. */
 const lingerMillis = 100
+
+/** After its start the thread compiles what it will need. */
+const compileAfterMillis = 50
 
 interface Search {
   readonly request: number
@@ -667,6 +674,15 @@ const schedule = (): void => {
   scheduled = true
   setImmediate(turn)
 }
+
+/** Compiled before they are first needed, once the thread has had time to do what it was started for. */
+const compileKernels = (): void => {
+  const memory = memoryOf(0)
+  rowKernelOf(memory)
+  sketchKernelOf(memory)
+  checkKernelOf(memory)
+}
+setTimeout(compileKernels, compileAfterMillis).unref()
 
 port.on("message", (message: ToThread) => {
   if (!enter()) return

@@ -284,6 +284,23 @@ describe("compressed bodies", () => {
       assert.include(await rpc.text(), '"_tag":"Success"')
     })
 
+    it(`${coding}: come whole, also of many pieces`, async () => {
+      const textOf = (i: number) => `${i} `.repeat(100)
+      const vectors = Array.from({ length: 1_500 }, (_, i) => ({
+        id: `${coding}-${i}`,
+        vector: [1, Math.sin(i), Math.cos(i)],
+        metadata: { text: textOf(i) }
+      }))
+      const body = compress(Buffer.from(JSON.stringify({ vectors })))
+      assert.deepStrictEqual(await post("/api/v1/insert", body, encoded), { status: 200, body: { inserted: 1_500 } })
+      for (const i of [0, 700, 1_499]) {
+        const search = Buffer.from(`{"query_vector_id":"${coding}-${i}","k":1,"include":["metadata"]}`)
+        const { body: found } = await post("/api/v1/search", compress(search), encoded)
+        const [nearest] = found["results"] as ReadonlyArray<{ vector_id: string; metadata: { text: string } }>
+        assert.deepStrictEqual([nearest?.vector_id, nearest?.metadata.text], [`${coding}-${i}`, textOf(i)])
+      }
+    })
+
     it(`${coding}: bombs are refused for what they become, long before they have`, async () => {
       const bomb = compress(Buffer.alloc(64 << 20, 32))
       const before = process.memoryUsage().rss

@@ -97,7 +97,7 @@ const mutations: ReadonlyArray<Mutation & { readonly illness?: Illness; readonly
   },
   {
     name: "doubt about an append is taken for a no",
-    foundBefore: 343,
+    foundBefore: 129,
     from: "      this.#unsettled = true\n      // It may have been there",
     to: "      // It may have been there"
   },
@@ -105,7 +105,8 @@ const mutations: ReadonlyArray<Mutation & { readonly illness?: Illness; readonly
     name: "a position found empty by one that slept is taken for a no",
     from: "      yield* this.#confirmOwner(seq)\n      return yield* new StoreFailure({ ...fieldsOf(error), uncertain: false })",
     to: "      return yield* new StoreFailure({ ...fieldsOf(error), uncertain: false })",
-    foundBefore: 17_215
+    illness: { ...sleepy, asleep: 0.04, unanswered: 0.15 },
+    foundBefore: 2_010
   },
   {
     name: "what was found late is not reported",
@@ -126,7 +127,7 @@ const mutations: ReadonlyArray<Mutation & { readonly illness?: Illness; readonly
     name: "pruning by a clock that may be set",
     from: "    const age = monotonicMillis(this.#claimedAt, yield* now)",
     to: "    const age = elapsedMillis(this.#claimedAt, yield* now)",
-    foundBefore: 399
+    foundBefore: 1_186
   },
   {
     name: "pruning the snapshots that others are making",
@@ -140,10 +141,19 @@ const mutations: ReadonlyArray<Mutation & { readonly illness?: Illness; readonly
     to: "      if (seen === undefined) return yield* this.#overtaken()\n      // Ours"
   },
   {
+    // Of one that could not see the log while it claimed; where it did, what it reads next tells it mostly.
     name: "an opener that does not look whether it was overtaken",
     foundBefore: 1_105,
-    from: "    if (!(yield* this.#isOwner())) return yield* this.#overtaken()\n    this.#sizes = sizes",
-    to: "    this.#sizes = sizes"
+    from: `    const known = glimpse?.base === base ? glimpse : undefined
+    const sizes = known?.sizes ?? (yield* this.#listSizes(base))
+    yield* this.#closeEnd(base, sizes, isNew, known?.end)
+    // Also a true end: what was found may have been the gap that a newer owner's pruning has left.
+    if (!(yield* this.#isOwner())) return yield* this.#overtaken()
+`,
+    to: `    void glimpse
+    const sizes = yield* this.#listSizes(base)
+    yield* this.#closeEnd(base, sizes, isNew, undefined)
+`
   },
   {
     name: "a loser that goes on",

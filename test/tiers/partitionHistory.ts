@@ -3,7 +3,7 @@
  * history. Every promise of the log is checked here, against what the owners were told.
  */
 import { assert } from "@effect/vitest"
-import { Effect, Fiber, Result, Stream } from "effect"
+import { Effect, Fiber, Option, Result, Stream } from "effect"
 import { verifySegment } from "../../src/tiers/LogSegment.ts"
 import * as PartitionLog from "../../src/tiers/PartitionLog.ts"
 import { decodeManifest } from "../../src/tiers/PartitionManifest.ts"
@@ -141,7 +141,10 @@ class History {
     const simulation = this.#simulation
     return Effect.scoped(
       Effect.gen({ self: this }, function* () {
-        const opened = yield* Effect.result(openOwner({ leaseMillis }, open))
+        // Some look at the manifest beforehand, and it may be another one by the time they claim.
+        const peeked = simulation.chance(0.5) ? yield* Effect.option(PartitionLog.peek(prefix)) : Option.none()
+        const seen = Option.isSome(peeked) && peeked.value !== undefined ? { seen: peeked.value.seen } : {}
+        const opened = yield* Effect.result(openOwner({ leaseMillis, ...seen }, open))
         if (Result.isFailure(opened)) {
           const { _tag } = opened.failure
           const overtaken = this.#claimed > (this.#claimedBy.get(name) ?? 0)

@@ -292,9 +292,12 @@ export const writeAll = async (handle: FileHandle, bytes: Uint8Array, position: 
   }
 }
 
+/** Bytes asked for in one read: the system gives no more. */
+const readBytesMax = 2 ** 30
+
 export const readAll = async (handle: FileHandle, bytes: Uint8Array, position: number): Promise<void> => {
   for (let at = 0; at < bytes.length; ) {
-    const { bytesRead } = await handle.read(bytes, at, bytes.length - at, position + at)
+    const { bytesRead } = await handle.read(bytes, at, Math.min(bytes.length - at, readBytesMax), position + at)
     if (bytesRead === 0) throw new FileFault("a file that ends early")
     at += bytesRead
   }

@@ -2,7 +2,7 @@
  * The codes of many vectors in inverted lists, and the search over them: the lists nearest to a query are scanned, and the
  * vectors whose codes are nearest are the candidates, to be scored again by who has the vectors themselves.
  */
-import { memoryOf } from "./Assembler.ts"
+import type { Memory } from "./Assembler.ts"
 import type { Bitset } from "./Bitset.ts"
 import { Layout, prepare, type Quantiser, setHalfNorms, strideOf, subspacesOf } from "./Quantiser.ts"
 import { type RowKernel, rowKernelOf } from "./RowKernel.ts"
@@ -26,12 +26,43 @@ export const codesBytesOf = (sizes: Uint32Array, dimensions: number): number => 
   return blocks * blockStride * subspacesOf(dimensions)
 }
 
+/** Where in a sketch's memory is what a search works with, and from where on there is room for what it is searched in. */
+export const workingLayout = (dimensions: number, lists: number) => {
+  const stride = strideOf(dimensions)
+  const subspaces = subspacesOf(dimensions)
+  const layout = new Layout()
+  const at = {
+    query: layout.take(stride * 4),
+    residual: layout.take(stride * 4),
+    halfNorms: layout.take(lists * 4),
+    list: layout.take(lists * 4),
+    listScores: layout.take(lists * 4),
+    entries: layout.take(subspaces * 64),
+    leasts: layout.take(subspaces * 16),
+    tables: layout.take(subspaces * 16),
+    sums: layout.take(64),
+    out: layout.take(outVectors * 8)
+  }
+  return { at, bytes: layout.bytes }
+}
+
+/** What a sketch is of that lies in one memory, by its addresses there. */
+export interface SketchMemory {
+  readonly memory: Memory
+  /** See {@link workingLayout}. */
+  readonly working: ReturnType<typeof workingLayout>["at"]
+  readonly centroids: number
+  readonly codebook: number
+  readonly codes: number
+  /** Bytes of the memory that are somebody else's. */
+  readonly otherBytes: number
+}
+
 export class Sketch {
   readonly quantiser: Quantiser
   readonly lists: Lists
-  /** To be filled by whoever reads or makes them. */
-  readonly codes: Uint8Array<ArrayBuffer>
   readonly #memory
+  readonly #otherBytes: number
   readonly #kernel: SketchKernel
   readonly #rows: RowKernel
   readonly #floats: Float32Array
@@ -42,21 +73,7 @@ export class Sketch {
   /** Where each list's blocks begin, in blocks. */
   readonly #firstBlock: Uint32Array
   readonly #cap: number
-  readonly #at: {
-    readonly query: number
-    readonly residual: number
-    readonly centroids: number
-    readonly halfNorms: number
-    readonly list: number
-    readonly listScores: number
-    readonly codebook: number
-    readonly entries: number
-    readonly leasts: number
-    readonly tables: number
-    readonly sums: number
-    readonly out: number
-    readonly codes: number
-  }
+  readonly #at: SketchMemory["working"] & Pick<SketchMemory, "centroids" | "codebook" | "codes">
   readonly #nearest = new TopK()
   #nearestLists = new Int32Array(0)
   #nearestScores = new Float32Array(0)
@@ -64,10 +81,21 @@ export class Sketch {
   #values = new Int32Array(0)
   #slots = new Int32Array(0)
   #gathered = 0
+  /**
+   * How many of them there are by their values, in buckets: so it is known at any time below which value there are enough.
+   * `#below` are in the buckets up to `#last`.
+   */
+  readonly #counts = new Int32Array(bucketsBelow + bucketsAbove)
+  readonly #shift: number
+  #below = 0
+  #last = 0
 
-  constructor(quantiser: Quantiser, lists: Lists) {
+  constructor(quantiser: Quantiser, lists: Lists, { memory, working, otherBytes, ...at }: SketchMemory) {
     this.quantiser = quantiser
     this.lists = lists
+    this.#memory = memory
+    this.#otherBytes = otherBytes
+    this.#at = { ...working, ...at }
     const stride = strideOf(quantiser.dimensions)
     const subspaces = subspacesOf(quantiser.dimensions)
     const count = quantiser.centroids.length / stride
@@ -75,33 +103,14 @@ export class Sketch {
     this.#subspaces = subspaces
     this.#listCount = count
     this.#cap = Math.min(255, Math.floor(sumMax / subspaces))
-    const codesBytes = codesBytesOf(lists.sizes, quantiser.dimensions)
-    const layout = new Layout()
-    this.#at = {
-      query: layout.take(stride * 4),
-      residual: layout.take(stride * 4),
-      centroids: layout.take(count * stride * 4),
-      halfNorms: layout.take(count * 4),
-      list: layout.take(count * 4),
-      listScores: layout.take(count * 4),
-      codebook: layout.take(subspaces * codebookBytes),
-      entries: layout.take(subspaces * 64),
-      leasts: layout.take(subspaces * 16),
-      tables: layout.take(subspaces * 16),
-      sums: layout.take(64),
-      out: layout.take(outVectors * 8),
-      codes: layout.take(codesBytes)
-    }
-    this.#memory = memoryOf(layout.pages)
-    const { buffer } = this.#memory
-    this.#kernel = sketchKernelOf(this.#memory)
-    this.#rows = rowKernelOf(this.#memory)
+    this.#shift = Math.max(0, Math.ceil(Math.log2((this.#cap * subspaces) / bucketsAbove)))
+    const { buffer } = memory
+    this.#kernel = sketchKernelOf(memory)
+    this.#rows = rowKernelOf(memory)
     this.#floats = new Float32Array(buffer)
     this.#ints = new Int32Array(buffer)
-    this.codes = new Uint8Array(buffer, this.#at.codes, codesBytes)
-    this.#floats.set(quantiser.centroids, this.#at.centroids / 4)
-    this.#floats.set(quantiser.codebook, this.#at.codebook / 4)
-    setHalfNorms(this.#floats, this.#at.centroids / 4, this.#at.halfNorms / 4, count, count, stride)
+    if (quantiser.metric === "l2")
+      setHalfNorms(this.#floats, this.#at.centroids / 4, this.#at.halfNorms / 4, count, count, stride)
     this.#firstBlock = new Uint32Array(count + 1)
     for (let list = 0; list < count; list++) {
       this.#ints[this.#at.list / 4 + list] = list
@@ -120,7 +129,10 @@ export class Sketch {
    */
   candidates(query: Float32Array, depth: number, probed: number, allowed: Bitset): Int32Array {
     this.#gathered = 0
-    const room = 2 * depth + outVectors
+    this.#counts.fill(0)
+    this.#below = 0
+    this.#last = this.#counts.length - 1
+    const room = roomFactor * depth + outVectors
     if (this.#values.length < room) {
       this.#values = new Int32Array(room)
       this.#slots = new Int32Array(room)
@@ -169,14 +181,17 @@ export class Sketch {
       const above = Number.isNaN(steps) ? 0 : Math.max(-biasMax, Math.min(biasMax, steps))
       limit = this.#scanList(list, above, limit, depth, allowed)
     }
-    if (this.#gathered > depth) this.#keepBest(depth)
+    if (this.#gathered > depth) {
+      this.#keepUpTo(limit)
+      if (this.#gathered > depth) this.#keepBest(depth)
+    }
     return this.#slots.subarray(0, this.#gathered)
   }
 
   get bytes(): number {
     return (
-      this.#memory.buffer.byteLength +
-      this.lists.slots.byteLength +
+      this.#memory.buffer.byteLength -
+      this.#otherBytes +
       this.lists.sizes.byteLength +
       this.quantiser.centroids.byteLength +
       this.quantiser.codebook.byteLength +
@@ -192,6 +207,10 @@ export class Sketch {
     const { slots } = this.lists
     const { words } = allowed
     const ints = this.#ints
+    const values = this.#values
+    const found = this.#slots
+    const counts = this.#counts
+    const shift = this.#shift
     const tablesEnd = at.tables + this.#subspaces * 16
     for (let block = this.#firstBlock[list]!, blocks = 0; block < last; block += blocks) {
       const threshold = limit - bias
@@ -203,16 +222,59 @@ export class Sketch {
       const below = Math.min(threshold, sumMax + 1)
       const end = this.#kernel.scan(codes, codesEnd, at.tables, tablesEnd, below, block * blockVectors, at.sums, at.out)
       let gathered = this.#gathered
+      let enough = this.#below
+      let final = this.#last
       for (let i = at.out >>> 2; i < end >>> 2; i += 2) {
+        const value = ints[i + 1]! + bias
+        if (value >= limit) continue
         const slot = slots[ints[i]!]!
         if (slot < 0 || ((words[slot >>> 5]! >>> (slot & 31)) & 1) === 0) continue
-        this.#values[gathered] = ints[i + 1]! + bias
-        this.#slots[gathered++] = slot
+        values[gathered] = value
+        found[gathered++] = slot
+        const bucket = (value >> shift) + bucketsBelow
+        const counted = Math.max(0, Math.min(bucket, final))
+        counts[counted] = counts[counted]! + 1
+        enough += 1
+        // There are enough without those of the last bucket: what is in it is not looked for any more.
+        while (enough - counts[final]! >= depth && final > 0) {
+          enough -= counts[final--]!
+          limit = Math.min(limit, (final + 1 - bucketsBelow) << shift)
+        }
       }
       this.#gathered = gathered
-      if (gathered >= 2 * depth) limit = this.#keepBest(depth)
+      this.#below = enough
+      this.#last = final
+      if (gathered > values.length - outVectors) limit = this.#makeRoom(depth, limit)
     }
     return limit
+  }
+
+  /** Gives up all but the `depth` least values; returns the limit from then on. */
+  #makeRoom(depth: number, limit: number): number {
+    this.#keepUpTo(limit)
+    if (this.#gathered <= depth) return limit
+    const greatest = this.#keepBest(depth)
+    this.#counts.fill(0)
+    for (let i = 0; i < depth; i++) {
+      const bucket = Math.max(0, Math.min(this.#last, (this.#values[i]! >> this.#shift) + bucketsBelow))
+      this.#counts[bucket]! += 1
+    }
+    this.#below = depth
+    return Math.min(limit, greatest)
+  }
+
+  /** Gives up what is above a limit. What is as great stays: it may be among the least of many that are equal. */
+  #keepUpTo(limit: number): void {
+    const values = this.#values
+    const slots = this.#slots
+    let kept = 0
+    for (let i = 0; i < this.#gathered; i++) {
+      const value = values[i]!
+      if (value > limit) continue
+      values[kept] = value
+      slots[kept++] = slots[i]!
+    }
+    this.#gathered = kept
   }
 
   /**
@@ -324,6 +386,13 @@ const spreadReach = 5
 
 /** Lists put into order, in those that hold what is looked at on average. */
 const orderedShare = 1.5
+
+/** Buckets of values from that of the nearest list's least on, and before it. */
+const bucketsAbove = 1_024
+const bucketsBelow = 512
+
+/** How many times those wanted are gathered before the others are given up. */
+const roomFactor = 4
 
 /** Blocks scanned at once, and so the vectors that may be found in them. */
 const outBlocks = 64

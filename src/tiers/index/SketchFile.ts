@@ -5,13 +5,14 @@
 import type { FileHandle } from "node:fs/promises"
 import { crc32 } from "node:zlib"
 import type { IndexSpec } from "../VectorIndex.ts"
-import { Bitset } from "./Bitset.ts"
+import { memoryOf, pageBytes } from "./Assembler.ts"
 import { blockBytes } from "./BlockCache.ts"
+import { checkKernelOf } from "./CheckKernel.ts"
 import { bucketsFor, IdTable } from "./IdTable.ts"
 import { Encoder, type Quantiser, type RowSource, strideOf, subspacesOf, trainQuantiser } from "./Quantiser.ts"
 import { expectSame, FileFault, metrics, type RecordsOutline, readAll, writeAll } from "./RecordsFile.ts"
 import { offsetGroup, type RecordsMap } from "./RecordsView.ts"
-import { codesBytesOf, Sketch } from "./Sketch.ts"
+import { codesBytesOf, Sketch, workingLayout } from "./Sketch.ts"
 import { blockStride, blockVectors, codebookBytes, nibbleOf } from "./SketchKernel.ts"
 import { settled, type Work, withFile } from "./Work.ts"
 
@@ -203,11 +204,10 @@ export const offsetsOf = (all: Float64Array): Pick<RecordsMap, "groups" | "offse
   return { groups, offsets }
 }
 
+/** The whole file is read into the sketch's own memory at once, and what is in it is used there. */
 function* readAllOf(handle: FileHandle, spec: IndexSpec): Work<SketchRead> {
-  const { size } = yield* settled(handle.stat())
-  if (size < headerBytes) throw new FileFault(`a sketch of ${size} bytes, its header has ${headerBytes}`)
   const header = Buffer.alloc(headerBytes)
-  yield* settled(readAll(handle, header, 0))
+  const [{ size }] = yield* settled(Promise.all([handle.stat(), readAll(handle, header, 0)]))
   if (header.readUInt32LE(0) !== magic) throw new FileFault("not a sketch file")
   if (header.readUInt32LE(headerBytes - 4) !== crc32(header.subarray(0, headerBytes - 4))) {
     throw new FileFault("the sketch's header checksum differs")
@@ -230,23 +230,20 @@ function* readAllOf(handle: FileHandle, spec: IndexSpec): Work<SketchRead> {
   const unit = header.readDoubleLE(48)
   if (!(unit > 0 && unit < Number.POSITIVE_INFINITY)) throw new FileFault(`a sketch whose unit is ${unit}`)
 
+  // Behind the file there is room for a bit of each slot.
+  const { at: working, bytes: workingBytes } = workingLayout(spec.dimensions, listCount)
+  const bits = workingBytes + align(size)
+  const memory = memoryOf(Math.ceil((bits + Math.ceil(count / 32) * 4) / pageBytes))
+  yield* settled(
+    readAll(handle, new Uint8Array(memory.buffer, workingBytes + headerBytes, size - headerBytes), headerBytes)
+  )
+  const image = new Image(memory.buffer, workingBytes, size, header)
+
   // What there is up to the slots has a length that the header says; theirs is that of the lists.
-  const stride = strideOf(spec.dimensions)
-  const front = new Sections(header, headerBytes, 0)
-  front.add(listCount * stride * 4)
-  front.add(subspacesOf(spec.dimensions) * codebookBytes)
-  front.add(listCount * 4)
-  front.add(listCount * 4)
-  yield* front.read(handle, size)
-  const centroids = front.floats(0)
-  const codebook = front.floats(1)
-  const sizes = front.words(2)
-  const spreads = front.floats(3)
-  for (const floats of [centroids, codebook, spreads]) {
-    for (let i = 0; i < floats.length; i++) {
-      if (!Number.isFinite(floats[i]!)) throw new FileFault("a sketch with a centroid that is nowhere")
-    }
-  }
+  const centroids = yield* image.take(Float32Array, listCount * strideOf(spec.dimensions))
+  const codebook = yield* image.take(Float32Array, (subspacesOf(spec.dimensions) * codebookBytes) / 4)
+  const sizes = yield* image.take(Uint32Array, listCount)
+  const spreads = yield* image.take(Float32Array, listCount)
   let sum = 0
   let blocks = 0
   for (let list = 0; list < listCount; list++) {
@@ -254,26 +251,36 @@ function* readAllOf(handle: FileHandle, spec: IndexSpec): Work<SketchRead> {
     blocks += Math.ceil(sizes[list]! / blockVectors)
   }
   expectSame("the vectors in the sketch's lists", sum, count)
+  const slots = yield* image.take(Int32Array, blocks * blockVectors)
+  const groups = yield* image.take(Float64Array, Math.ceil(entries / offsetGroup))
+  const offsets = yield* image.take(Uint32Array, entries)
+  const starts = yield* image.take(Uint32Array, buckets + 1)
+  const fingerprints = yield* image.take(Uint16Array, entries)
+  const idEntries = yield* image.take(Uint32Array, entries)
+  const blockSums = yield* image.take(Uint32Array, Math.ceil(recordsBytes / blockBytes))
+  const codes = yield* image.take(Uint8Array, codesBytesOf(sizes, spec.dimensions))
+  expectSame("the sketch's size by its counts", size, image.bytes)
 
-  const middle = new Sections(header, front.end, 4)
-  middle.add(blocks * blockVectors * 4)
-  middle.add(Math.ceil(entries / offsetGroup) * 8)
-  middle.add(entries * 4)
-  middle.add((buckets + 1) * 4)
-  middle.add(entries * 2)
-  middle.add(entries * 4)
-  middle.add(Math.ceil(recordsBytes / blockBytes) * 4)
-  yield* middle.read(handle, size)
-  const slots = middle.ints(0)
-  const groups = middle.doubles(1)
-  const offsets = middle.words(2)
-  const ids = new IdTable(middle.words(3), middle.shorts(4), middle.words(5))
-  checkSlots(slots, sizes, count)
+  const checks = checkKernelOf(memory)
+  for (const floats of [centroids, codebook, spreads]) {
+    if (checks.endless(floats.byteOffset, endOf(floats)) > 0)
+      throw new FileFault("a sketch with a centroid that is nowhere")
+  }
+  if (checks.distinct(slots.byteOffset, endOf(slots), count, bits) !== count)
+    throw new FileFault("a sketch whose lists have not every slot")
+  checkEmptyPlaces(slots, sizes)
   yield
-  checkOffsets(groups, offsets, recordsBytes)
-  checkIds(ids, entries)
+  if (checks.stalling(offsets.byteOffset, endOf(offsets), offsetGroup - 1) > 0)
+    throw new FileFault("a sketch whose entries do not follow each other")
+  checkGroups(groups, offsets, recordsBytes)
+  yield
+  if (starts[0] !== 0 || starts[buckets] !== entries || checks.falling(starts.byteOffset, endOf(starts)) > 0)
+    throw new FileFault("a sketch whose buckets are not all")
+  if (checks.beyond(idEntries.byteOffset, endOf(idEntries), entries) > 0)
+    throw new FileFault("a sketch with an id that is nowhere")
   yield
 
+  // Kept by who makes the next sketch with it, when this memory has gone.
   const quantiser: Quantiser = {
     dimensions: spec.dimensions,
     metric: spec.metric,
@@ -283,15 +290,24 @@ function* readAllOf(handle: FileHandle, spec: IndexSpec): Work<SketchRead> {
     trainedOn: header.readUInt32LE(64),
     error: header.readDoubleLE(56)
   }
-  expectSame("the sketch's size by its counts", size, middle.end + align(codesBytesOf(sizes, spec.dimensions)))
-  const sketch = new Sketch(quantiser, { sizes: sizes.slice(), spreads: spreads.slice(), slots })
-  yield* settled(readAll(handle, sketch.codes, middle.end))
-  expectSame("the checksum of the sketch's codes", crc32(sketch.codes), header.readUInt32LE(checksumsAt + 11 * 4))
+  const ids = new IdTable(starts, fingerprints, idEntries)
+  const sketch = new Sketch(
+    quantiser,
+    { sizes, spreads, slots },
+    {
+      memory,
+      working,
+      centroids: centroids.byteOffset,
+      codebook: codebook.byteOffset,
+      codes: codes.byteOffset,
+      otherBytes: ids.bytes + groups.byteLength + offsets.byteLength + blockSums.byteLength
+    }
+  )
   return {
     sketch,
     ids,
     hashSeed: header.readUInt32LE(32),
-    map: { recordsBytes, groups, offsets, blocks: middle.words(6) },
+    map: { recordsBytes, groups, offsets, blocks: blockSums },
     recordsHeaderCrc: header.readUInt32LE(36),
     count,
     hiddenCount,
@@ -299,103 +315,71 @@ function* readAllOf(handle: FileHandle, spec: IndexSpec): Work<SketchRead> {
   }
 }
 
-const checkSlots = (slots: Int32Array, sizes: Uint32Array, count: number): void => {
-  const seen = new Bitset(count)
+/** Places behind the vectors of each list. */
+const checkEmptyPlaces = (slots: Int32Array, sizes: Uint32Array): void => {
   let place = 0
   for (let list = 0; list < sizes.length; list++) {
-    for (let i = 0; i < sizes[list]!; i++, place++) {
-      const slot = slots[place]!
-      if (slot < 0 || slot >= count || !seen.add(slot))
-        throw new FileFault(`a sketch whose place ${place} has slot ${slot}`)
-    }
+    place += sizes[list]!
     for (; place % blockVectors !== 0; place++) {
       if (slots[place] !== -1) throw new FileFault(`a sketch whose place ${place} is not empty`)
     }
   }
 }
 
-const checkOffsets = (groups: Float64Array, offsets: Uint32Array, recordsBytes: number): void => {
+/** What follows each other in every group does so from one to the next, and all is in the file. */
+const checkGroups = (groups: Float64Array, offsets: Uint32Array, recordsBytes: number): void => {
   let before = 0
-  for (let i = 0; i < offsets.length; i++) {
-    const offset = groups[Math.floor(i / offsetGroup)]! + offsets[i]!
-    if (!(offset > before && offset <= recordsBytes) || !Number.isInteger(offset)) {
-      throw new FileFault(`a sketch whose entry ${i} is at ${offset}`)
-    }
-    before = offset
+  for (let group = 0; group < groups.length; group++) {
+    const begins = groups[group]!
+    const first = begins + offsets[group * offsetGroup]!
+    if (!Number.isInteger(begins) || first <= before)
+      throw new FileFault(`a sketch whose group ${group} is at ${first}`)
+    before = begins + offsets[Math.min(offsets.length, (group + 1) * offsetGroup) - 1]!
   }
+  if (before > recordsBytes) throw new FileFault(`a sketch whose last entry is at ${before}`)
 }
 
-const checkIds = ({ starts, entries }: IdTable, count: number): void => {
-  for (let i = 0; i + 1 < starts.length; i++) {
-    if (starts[i]! > starts[i + 1]!) throw new FileFault(`a sketch whose bucket ${i} has no end`)
-  }
-  if (starts[0] !== 0 || starts[starts.length - 1] !== count) throw new FileFault("a sketch whose buckets are not all")
-  for (let i = 0; i < count; i++) if (entries[i]! >= count) throw new FileFault(`a sketch with an id at ${entries[i]}`)
-}
+const endOf = ({ byteOffset, byteLength }: Section): number => byteOffset + byteLength
 
-/** Sections that are read together. */
-class Sections {
-  readonly #header: Buffer
+/** The bytes of a file in memory, and the sections in it, one after another. */
+class Image {
+  readonly #buffer: ArrayBuffer
   readonly #from: number
-  readonly #firstChecksum: number
-  readonly #parts: Array<{ readonly at: number; readonly bytes: number }> = []
-  #buffer = new ArrayBuffer(0)
-  #bytes = 0
+  readonly #size: number
+  readonly #header: Buffer
+  #sections = 0
+  /** Those up to the end of the section taken last. */
+  bytes = headerBytes
 
-  constructor(header: Buffer, from: number, firstChecksum: number) {
-    this.#header = header
+  constructor(buffer: ArrayBuffer, from: number, size: number, header: Buffer) {
+    this.#buffer = buffer
     this.#from = from
-    this.#firstChecksum = firstChecksum
+    this.#size = size
+    this.#header = header
   }
 
-  get end(): number {
-    return this.#from + this.#bytes
-  }
-
-  add(bytes: number): void {
-    this.#parts.push({ at: this.#bytes, bytes })
-    this.#bytes += align(bytes)
-  }
-
-  *read(handle: FileHandle, size: number): Work<void> {
-    if (this.end > size) throw new FileFault("a sketch that ends early")
-    this.#buffer = new ArrayBuffer(this.#bytes)
-    yield* settled(readAll(handle, new Uint8Array(this.#buffer), this.#from))
-    for (const [i, { at, bytes }] of this.#parts.entries()) {
-      const section = this.#firstChecksum + i
-      const sum = crc32(new Uint8Array(this.#buffer, at, bytes))
-      expectSame(
-        `the checksum of the sketch's section ${section}`,
-        sum,
-        this.#header.readUInt32LE(checksumsAt + section * 4)
-      )
+  /** The next section, whose checksum holds. */
+  *take<A extends Section>(kind: SectionKind<A>, length: number): Work<A> {
+    const from = this.#from + this.bytes
+    const byteLength = length * kind.BYTES_PER_ELEMENT
+    this.bytes += align(byteLength)
+    if (this.bytes > this.#size) throw new FileFault("a sketch that ends early")
+    const bytes = new Uint8Array(this.#buffer, from, byteLength)
+    let sum = 0
+    for (let at = 0; at < byteLength; at += stepBytes) {
+      sum = crc32(bytes.subarray(at, at + stepBytes), sum)
+      yield
     }
+    const section = this.#sections++
+    const expected = this.#header.readUInt32LE(checksumsAt + section * 4)
+    expectSame(`the checksum of the sketch's section ${section}`, sum, expected)
+    return new kind(this.#buffer, from, length)
   }
+}
 
-  floats(part: number): Float32Array {
-    const { at, bytes } = this.#parts[part]!
-    return new Float32Array(this.#buffer, at, bytes / 4)
-  }
-
-  doubles(part: number): Float64Array {
-    const { at, bytes } = this.#parts[part]!
-    return new Float64Array(this.#buffer, at, bytes / 8)
-  }
-
-  ints(part: number): Int32Array {
-    const { at, bytes } = this.#parts[part]!
-    return new Int32Array(this.#buffer, at, bytes / 4)
-  }
-
-  words(part: number): Uint32Array {
-    const { at, bytes } = this.#parts[part]!
-    return new Uint32Array(this.#buffer, at, bytes / 4)
-  }
-
-  shorts(part: number): Uint16Array {
-    const { at, bytes } = this.#parts[part]!
-    return new Uint16Array(this.#buffer, at, bytes / 2)
-  }
+interface SectionKind<A> {
+  readonly BYTES_PER_ELEMENT: number
+  new (buffer: ArrayBuffer, byteOffset: number, length: number): A
 }
 
 type Section = Float32Array | Float64Array | Int32Array | Uint32Array | Uint16Array | Uint8Array

@@ -24,6 +24,9 @@ const sourceOf = (vectors: ReadonlyArray<Float32Array>): RowSource => ({
   }
 })
 
+/** Records that are the same; few enough for one list, more than are gathered at once. */
+const equal = 3_500
+
 interface Case {
   readonly metric: Metric
   readonly quantization: Quantization
@@ -99,6 +102,32 @@ describe("a quantised collection", () => {
       resident.dispose()
     })
   }
+
+  it("gives as many as are wanted where more are equally near than it can hold", async () => {
+    const source = random(seedOf(71))
+    const dimensions = 8
+    const resident = residentOf({ dimensions, metric: "ip", m: 16, efConstruction: 200, quantization: "pq" })
+    const middle = Float32Array.from(source.vector(dimensions))
+    // All in one list, and those that are nearer come last.
+    const vectors = Array.from({ length: equal }, () => middle)
+    for (let i = 0; i < 3; i++) vectors.push(middle.map((x) => x * 1.5))
+    await applied(
+      resident,
+      vectors.map((vector, at) => ({
+        kind: "upsert",
+        id: `${at}`,
+        version: { time: 1n, region: "a", counter: at + 1 },
+        vector,
+        metadata: ""
+      }))
+    )
+    await finished(resident.snapshot(join(directory, "equal")))
+    const { ids, scores } = resident.search(middle, 5, 5, undefined, false, false)
+    assert.lengthOf(ids, 5)
+    const product = scoreOf("ip", middle, middle)
+    for (let i = 0; i < 5; i++) assert.closeTo((scores[i] as number) / product, i < 3 ? 1.5 : 1, 1e-5)
+    resident.dispose()
+  })
 
   it("is exact where all records are candidates", async () => {
     const source = random(seedOf(70))
