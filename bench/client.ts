@@ -185,7 +185,7 @@ const cold = (directory: string, entry: URL, isPlain: boolean): Cold => {
 
 const colds = (directory: string): Record<string, Cold> => {
   const source = new URL("../src/index.ts", import.meta.url)
-  const built = new URL("../dist/index.js", import.meta.url)
+  const built = new URL("../dist/bundle/index.js", import.meta.url)
   return {
     source: cold(directory, source, false),
     sourcePlain: cold(directory, source, true),

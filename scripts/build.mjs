@@ -1,4 +1,5 @@
-// Builds what a program installs: plain ESM with types, and the client as one file for pages without a bundler.
+// Builds what a program installs: plain ESM with types; the client and the engine with promises in a few files that a program
+// loads in a fraction of the time; and the client as one file for pages without a bundler.
 //
 //   node scripts/build.mjs            into dist/
 
@@ -97,10 +98,30 @@ const bundleClient = async () => {
   await bundle.close()
 }
 
+/**
+ * The client and the engine as few files, Effect and all: what a program that uses promises loads. Native code and what only
+ * some settings need stay packages of their own.
+ */
+const bundleEngine = async () => {
+  const { rolldown } = await import("rolldown")
+  const bundle = await rolldown({
+    input: { index: join(target, "index.js"), vectorThread: join(target, "tiers", "vectorThread.js") },
+    platform: "node",
+    external: [/^hnswlib-node/, /^ioredis/, /^@google-cloud\//, ofNodes]
+  })
+  // Side by side, since the engine starts the thread by its address.
+  await bundle.write({ dir: join(target, "bundle"), format: "esm", minify: true })
+  await bundle.close()
+}
+
+/** What nodes with wires, or in a cluster, load when their settings ask for it. An engine in a program's process is neither. */
+const ofNodes = /\/(?:PostgresCluster|PostgresDirectory|IssuedTokens)\.js$/
+
 await main(async () => {
   await ensureInstalled()
   rmSync(target, { recursive: true, force: true })
   compile()
   rename()
+  await bundleEngine()
   await bundleClient()
 })

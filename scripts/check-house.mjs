@@ -1,9 +1,9 @@
 // The folder rule: what is in src/ imports downwards only.
 //
-//   src/main.ts > src/commands > src/server.ts > src/index.ts > src/embedded > src/gateway > src/actors > src/shards > src/tiers > src/protocol
+//   src/main.ts > src/commands > src/server.ts > src/effect.ts > src/index.ts > src/embedded > src/gateway > src/actors > src/shards > src/tiers > src/protocol
 //
 // A folder knows nothing of the ones above it. src/config.ts may be imported from everywhere but protocol and client,
-// and imports protocol only. src/client imports protocol only, and is for main.ts, index.ts and embedded to hand out. test/,
+// and imports protocol only. src/client imports protocol only, and is for main.ts, effect.ts, index.ts and embedded to hand out. test/,
 // bench/, deploy/ and scripts/ may import anything of src/; src/ imports none of them.
 //
 //   node scripts/check-house.mjs [folder with a src/ in it]
@@ -17,6 +17,7 @@ const floors = [
   "main.ts",
   "commands",
   "server.ts",
+  "effect.ts",
   "index.ts",
   "embedded",
   "gateway",
@@ -30,7 +31,7 @@ const floors = [
 /** @type {Record<string, { imports: ReadonlyArray<string>, importedBy: ReadonlyArray<string> }>} */
 const beside = {
   "config.ts": { imports: ["protocol"], importedBy: floors.filter((floor) => floor !== "protocol") },
-  client: { imports: ["protocol"], importedBy: ["main.ts", "index.ts", "embedded"] }
+  client: { imports: ["protocol"], importedBy: ["main.ts", "effect.ts", "index.ts", "embedded"] }
 }
 
 const outside = ["test", "bench", "deploy", "scripts"]

@@ -16,6 +16,11 @@ import type { OpenOptions } from "./OpenOptions.ts"
 export const openEngine = <M>(options: OpenOptions<M>): Effect.Effect<EngineOptions<M>, VectorDBError> =>
   Effect.gen(function* () {
     const settings = { ...defaultSettings, searchWaitMillis, ...options.settings, data: options.path }
+    for (const name of ofClusters) {
+      if (settings[name] !== "") {
+        return yield* Effect.fail(ownError("not_opened", `${name}: an engine in a program's own process stands alone`))
+      }
+    }
     const scope = yield* Scope.make()
     const context = yield* Layer.buildWithScope(engine(settings), scope).pipe(
       Effect.onError((cause) => Scope.close(scope, Exit.failCause(cause))),
@@ -39,6 +44,9 @@ export const openEngine = <M>(options: OpenOptions<M>): Effect.Effect<EngineOpti
       ...(metadata === undefined ? {} : { metadata })
     }
   })
+
+/** What makes a process one of several. What that takes is not in the package's bundle (`scripts/build.mjs`). */
+const ofClusters = ["databaseUrl", "directoryUrl"] as const
 
 /**
  * A program that waits for a search is answered twice as fast where its thread waits for the vector thread, asleep. It is kept

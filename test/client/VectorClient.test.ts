@@ -5,7 +5,7 @@ import { join } from "node:path"
 import { assert, describe, it } from "@effect/vitest"
 import { Context, Effect, Fiber, Layer, Queue, Schema, Stream } from "effect"
 import { hasCode, type TypedClient, VectorClient } from "../../src/client/index.ts"
-import { layerEmbedded, makeEmbedded } from "../../src/index.ts"
+import { layerEmbedded, makeEmbedded } from "../../src/effect.ts"
 import { startNode } from "../support/Node.ts"
 
 const temporary = Effect.acquireRelease(

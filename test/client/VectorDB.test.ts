@@ -383,6 +383,15 @@ describe("VectorDB in trouble", () => {
 })
 
 describe("VectorDB.open", () => {
+  it.each(["databaseUrl", "directoryUrl"] as const)("stands alone: %s is refused", async (name) => {
+    const path = join(tmpdir(), "ruvector-never-made")
+    const refused = await EmbeddedDB.open({ path, settings: { [name]: "postgres://127.0.0.1:1/none" } }).then(
+      () => "",
+      (error: VectorDBError) => `${error.code}: ${error.message}`
+    )
+    assert.match(refused, new RegExp(`^not_opened: ${name}: `))
+  })
+
   it("shares its data format with the server, and keeps what was acknowledged", async () => {
     const path = await mkdtemp(join(tmpdir(), "ruvector-embedded-"))
     const db = await EmbeddedDB.open({ path })

@@ -44,6 +44,22 @@ describe("the installed package", () => {
     assert.strictEqual(await output("embedded.mjs", text, [join(installed.directory, "data")]), "a,b\n")
   })
 
+  it("has a client and an engine on the program's own Effect", async () => {
+    const text = `
+      import { Effect } from "effect"
+      import { layerEmbedded, VectorClient } from "ruvector-streaming/effect"
+      const program = Effect.gen(function* () {
+        const client = yield* VectorClient
+        yield* client.insert({ id: "a", vector: [1, 0, 0] })
+        return yield* client.search([1, 0, 0])
+      })
+      const [hit] = await Effect.runPromise(Effect.provide(program, layerEmbedded({ path: process.argv[2] })))
+      console.log(hit.id)
+    `
+    const printed = await output("effect.mjs", text, [join(installed.directory, "effect")])
+    assert.strictEqual(printed.trim().split("\n").at(-1), "a")
+  })
+
   it("talks to a service, imported, required, and by the entries for pages", async () => {
     const text = `
       const clients = [
@@ -98,7 +114,8 @@ describe("the installed package", () => {
   it("is typed, in strict settings that check declarations too", { timeout: 60_000 }, async () => {
     const program = `
       import { Effect } from "effect"
-      import { type Hit, type Metadata, VectorClient, VectorDB, type VectorDBError } from "ruvector-streaming"
+      import { VectorDB } from "ruvector-streaming"
+      import { type Hit, type Metadata, VectorClient, type VectorDBError } from "ruvector-streaming/effect"
       import { VectorDB as Client } from "ruvector-streaming/client"
       const db: VectorDB = await VectorDB.open({ path: "data" })
       const [hit] = await db.search([1, 2])
