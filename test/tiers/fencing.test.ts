@@ -143,7 +143,8 @@ const mutations: ReadonlyArray<Mutation & { readonly illness?: Illness; readonly
   {
     // Of one that could not see the log while it claimed; where it did, what it reads next tells it mostly.
     name: "an opener that does not look whether it was overtaken",
-    foundBefore: 1_105,
+    illness: sleepy,
+    foundBefore: 1_820,
     from: `    const known = glimpse?.base === base ? glimpse : undefined
     const sizes = known?.sizes ?? (yield* this.#listSizes(base))
     yield* this.#closeEnd(base, sizes, isNew, known?.end)
