@@ -3,7 +3,7 @@ import { once } from "node:events"
 import { connect } from "node:net"
 import { NodeSocket } from "@effect/platform-node"
 import { assert, it } from "@effect/vitest"
-import { Deferred, Effect, Exit } from "effect"
+import { Deferred, Effect, Exit, Option } from "effect"
 import { SocketServer } from "effect/socket"
 import * as ClusterListener from "../../src/shards/ClusterListener.ts"
 
@@ -16,7 +16,7 @@ it("fails what is written to a connection that is gone, and does not wait for it
         server.run((socket) =>
           Effect.scoped(
             Effect.gen(function* () {
-              const connection = yield* NodeSocket.NetSocket
+              const connection = Option.getOrThrow(yield* Effect.serviceOption(NodeSocket.NetSocket))
               yield* socket.reader
               const writer = yield* socket.writer
               yield* writer.write("there")
