@@ -33,17 +33,20 @@ interface Target {
   readonly openMillis: number
 }
 
-/** What is written to it once it is gone fails, in place of waiting for ever until it takes more. */
-export const failsOnceGone = (connection: NetSocket): void => {
+/**
+ * What is written to it once it is gone is lost, as what is under way to the other side is; else the writer would wait for ever
+ * until it takes more. That it is gone is told to those who wait for answers, by its end.
+ */
+export const takesAllOnceGone = (connection: NetSocket): void => {
   const write = connection.write
   connection.write = function (this: NetSocket, ...given: Parameters<NetSocket["write"]>) {
-    if (connection.destroyed) throw new Error("The connection is gone.")
+    if (connection.destroyed) return true
     return write.apply(connection, given)
   } as NetSocket["write"]
 }
 
 const corked = (connection: NetSocket): NetSocket => {
-  failsOnceGone(connection)
+  takesAllOnceGone(connection)
   let isHeld = false
   const release = () => {
     isHeld = false
