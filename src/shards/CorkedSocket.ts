@@ -1,5 +1,5 @@
 /**
- * Connections to another node that send what is written in one turn of the event loop with one call of the operating system:
+ * Connections between nodes that send what is written in one turn of the event loop with one call of the operating system:
  * that call is the greatest part of what a search through a gateway costs.
  */
 import { connect, type Socket as NetSocket } from "node:net"
@@ -34,7 +34,7 @@ interface Target {
 }
 
 /** What is written to it once it is gone fails, in place of waiting for ever until it takes more. */
-export const failsOnceGone = (connection: NetSocket): void => {
+const failsOnceGone = (connection: NetSocket): void => {
   const write = connection.write
   connection.write = function (this: NetSocket, ...given: Parameters<NetSocket["write"]>) {
     if (connection.destroyed) throw new Error("The connection is gone.")
@@ -42,7 +42,8 @@ export const failsOnceGone = (connection: NetSocket): void => {
   } as NetSocket["write"]
 }
 
-const corked = (connection: NetSocket): NetSocket => {
+/** Also: what is written to it once it is gone fails. */
+export const corked = (connection: NetSocket): NetSocket => {
   failsOnceGone(connection)
   let isHeld = false
   const release = () => {
