@@ -1,9 +1,10 @@
 /**
  * Topics and tasks of a server in a process of its own, by the client over WebSockets, durable as served: the time from the call
- * of `publish` to the message at a listener at a steady rate; acknowledged publishings a second, one message each; and agents
- * that compete for tasks and are killed at random.
+ * of `publish` to the message at a listener at a steady rate, apart from the first seconds, in which a process that has just
+ * started compiles what it runs; acknowledged publishings a second, one message each; and agents that compete for tasks and are
+ * killed at random.
  *
- *   npm run bench:topics -- [--rate 1000] [--seconds 8] [--in-flight 256] [--agents 50] [--tasks 20000] [--seed 1]
+ *   npm run bench:topics -- [--rate 1000] [--warm-up 5] [--seconds 8] [--in-flight 256] [--agents 50] [--tasks 20000] [--seed 1]
  */
 import { mkdtempSync, rmSync } from "node:fs"
 import { tmpdir } from "node:os"
@@ -24,6 +25,7 @@ const main = async (): Promise<void> => {
   const { values } = parseArgs({
     options: {
       rate: { type: "string", default: "1000" },
+      "warm-up": { type: "string", default: "5" },
       seconds: { type: "string", default: "8" },
       "in-flight": { type: "string", default: "256" },
       agents: { type: "string", default: "50" },
@@ -36,7 +38,7 @@ const main = async (): Promise<void> => {
   const server = await startOurs(directory, limits)
   try {
     const seconds = Number(values.seconds)
-    await latency(server.url, Number(values.rate), seconds)
+    await latency(server.url, Number(values.rate), Number(values["warm-up"]), seconds)
     await throughput(server, Number(values["in-flight"]), seconds)
     if (Number(values.tasks) > 0) {
       await distribution(server.url, Number(values.agents), Number(values.tasks), randomOf(Number(values.seed)))
@@ -47,19 +49,20 @@ const main = async (): Promise<void> => {
   }
 }
 
-const latency = async (endpoint: string, rate: number, seconds: number): Promise<void> => {
+const latency = async (endpoint: string, rate: number, warmUp: number, seconds: number): Promise<void> => {
   const [publisher, listener] = [new VectorDB({ endpoint }), new VectorDB({ endpoint })]
   const channel = publisher.channel<number>("vector-updates")
   await channel.publish(0)
-  const millis: Array<number> = []
-  const acknowledged: Array<number> = []
-  const total = rate * seconds
+  /** By when it was sent, and how long it took. */
+  const took: Array<readonly [number, number]> = []
+  const acknowledged: Array<readonly [number, number]> = []
+  const total = Math.round(rate * (warmUp + seconds))
   const ready = Promise.withResolvers<void>()
   const heard = (async () => {
     for await (const { message } of listener.channel<number>("vector-updates").subscribe()) {
       if (message < 0) ready.resolve()
-      else millis.push(performance.now() - message)
-      if (millis.length === total) break
+      else took.push([message, performance.now() - message])
+      if (took.length === total) break
     }
   })()
   // Until the listener is there.
@@ -73,16 +76,26 @@ const latency = async (endpoint: string, rate: number, seconds: number): Promise
     const wait = due - performance.now()
     if (wait > 0) await new Promise((resolve) => setTimeout(resolve, wait))
     const at = performance.now()
-    sent.push(channel.publish(at, { key: `k${n % 64}` }).then(() => void acknowledged.push(performance.now() - at)))
+    sent.push(
+      channel.publish(at, { key: `k${n % 64}` }).then(() => void acknowledged.push([at, performance.now() - at]))
+    )
   }
   await Promise.all(sent)
   await heard
-  console.log(
-    `publish to subscribe, ${rate} messages/s: p50 ${show(percentile(millis, 50))} ms, p99 ${show(percentile(millis, 99))} ms (${millis.length} messages)`
-  )
-  console.log(
-    `publish to its acknowledgement: p50 ${show(percentile(acknowledged, 50))} ms, p99 ${show(percentile(acknowledged, 99))} ms`
-  )
+  const steady = started + warmUp * 1_000
+  const told = (what: string, all: ReadonlyArray<readonly [number, number]>): void => {
+    for (const [when, isOf] of [
+      [`the first ${warmUp} s`, (at: number) => at < steady],
+      [`${seconds} s after them`, (at: number) => at >= steady]
+    ] as const) {
+      const millis = all.filter(([at]) => isOf(at)).map(([, millis]) => millis)
+      console.log(
+        `${what}, ${when}: p50 ${show(percentile(millis, 50))} ms, p99 ${show(percentile(millis, 99))} ms (${millis.length} messages)`
+      )
+    }
+  }
+  told(`publish to subscribe, ${rate} messages/s`, took)
+  told("publish to its acknowledgement", acknowledged)
   await publisher.close()
   await listener.close()
 }

@@ -15,12 +15,19 @@ export class NotHere extends Schema.TaggedError<NotHere>()("NotHere", {}) {}
 export const Moving = Schema.Struct({ collection: Collection, partition: Schema.Int })
 export type Moving = typeof Moving.Type
 
+const PeerAsk = Schema.Struct({ partition: Schema.String, ...PartitionQuery.fields })
+export type PeerAsk = typeof PeerAsk.Type
+
+const PeerError = Schema.Union([PartitionError, NotHere])
+
+/** One of both. Not a union: of two structures the binary encoding could not tell which it is. */
+const PeerAnswer = Schema.Struct({ hits: Schema.optionalKey(PartitionHits), error: Schema.optionalKey(PeerError) })
+export type PeerAnswer = typeof PeerAnswer.Type
+
 export class PeerRpcs extends RpcGroup.make(
-  Rpc.make("PeerSearch", {
-    payload: { partition: Schema.String, ...PartitionQuery.fields },
-    success: PartitionHits,
-    error: Schema.Union([PartitionError, NotHere])
-  }),
+  Rpc.make("PeerSearch", { payload: PeerAsk.fields, success: PartitionHits, error: PeerError }),
+  /** Several at once, answered together and in their order. */
+  Rpc.make("PeerSearches", { payload: { asks: Schema.Array(PeerAsk) }, success: Schema.Array(PeerAnswer) }),
   /** Answered when a snapshot of each has what is in it, as it is about to be another's; what is not here is passed over. */
   Rpc.make("PeerHandOver", { payload: { partitions: Schema.Array(Schema.String) }, success: Schema.Void }),
   /** Answered when what can be prepared is, for the partitions that this process is to own next. */

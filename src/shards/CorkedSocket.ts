@@ -1,5 +1,5 @@
 /**
- * Connections to another node that send what is written in one turn of the event loop with one call of the operating system:
+ * Connections between nodes that send what is written in one turn of the event loop with one call of the operating system:
  * that call is the greatest part of what a search through a gateway costs.
  */
 import { connect, type Socket as NetSocket } from "node:net"
@@ -37,7 +37,7 @@ interface Target {
  * What is written to it once it is gone is lost, as what is under way to the other side is; else the writer would wait for ever
  * until it takes more. That it is gone is told to those who wait for answers, by its end.
  */
-export const takesAllOnceGone = (connection: NetSocket): void => {
+const takesAllOnceGone = (connection: NetSocket): void => {
   const write = connection.write
   connection.write = function (this: NetSocket, ...given: Parameters<NetSocket["write"]>) {
     if (connection.destroyed) return true
@@ -45,7 +45,8 @@ export const takesAllOnceGone = (connection: NetSocket): void => {
   } as NetSocket["write"]
 }
 
-const corked = (connection: NetSocket): NetSocket => {
+/** Also: nobody waits to write to it once it is gone. */
+export const corked = (connection: NetSocket): NetSocket => {
   takesAllOnceGone(connection)
   let isHeld = false
   const release = () => {

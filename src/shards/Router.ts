@@ -459,16 +459,22 @@ export class Router extends Context.Service<
         const ask = (
           of: Collection,
           partition: number,
-          query: PartitionQuery
-        ): Effect.Effect<PartitionHits, PartitionError> => {
+          query: PartitionQuery,
+          deadlineMillis: number
+        ): Effect.Effect<PartitionHits, PartitionError | DeadlineExceeded> => {
           const entityId = idOf(of, partition)
           access.touchPartition(entityId)
           const resident = local.partitions.get(entityId)
-          if (resident !== undefined) return resident.search(query)
-          const byMessage = delivered(of, partition, partitionClient(entityId).Search(query))
+          if (resident !== undefined) return within(resident.search(query), deadlineMillis)
+          const byMessage = Effect.suspend(() => delivered(of, partition, partitionClient(entityId).Search(query)))
           const owner = placement.ownerOf(partitionsGroup, entityId)
-          if (owner === undefined) return byMessage
-          return hedged(latenessOf(of, partition), peers.search(owner, entityId, query), byMessage)
+          if (owner === undefined) return within(byMessage, deadlineMillis)
+          return hedged(
+            latenessOf(of, partition),
+            deadlineMillis,
+            (context, done) => peers.search(context, owner, entityId, query, done),
+            byMessage
+          )
         }
 
         /** What is late of each partition's searches elsewhere. */
@@ -499,7 +505,7 @@ export class Router extends Context.Service<
         ) {
           const partitionQuery = partitionQueryOf(of, query, vector)
           const exits = yield* eachPartition(of, (partition) =>
-            Effect.exit(within(ask(of, partition, partitionQuery), deadlineMillis))
+            Effect.exit(ask(of, partition, partitionQuery, deadlineMillis))
           )
           const lists: Array<PartitionHits> = []
           const missing: Array<number> = []
@@ -623,9 +629,7 @@ export class Router extends Context.Service<
             tookMillis: performance.now() - started
           })
           return of.partitions === 1
-            ? Effect.map(within(ask(of, 0, partitionQueryOf(of, query, vector)), deadlineMillis), (hits) =>
-                answered(hits, [])
-              )
+            ? Effect.map(ask(of, 0, partitionQueryOf(of, query, vector), deadlineMillis), (hits) => answered(hits, []))
             : Effect.map(scatter(of, query, vector, deadlineMillis), ({ hits, missing }) => answered(hits, missing))
         }
 

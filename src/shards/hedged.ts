@@ -1,5 +1,6 @@
 /** A search of a partition elsewhere that may be asked twice. */
 import { Context, Effect, Exit, type Fiber, Metric, Option } from "effect"
+import { DeadlineExceeded } from "../protocol/Errors.ts"
 import type { PartitionError, PartitionHits } from "../protocol/IndexPartition.ts"
 import type { NotHere } from "../protocol/Peer.ts"
 import type { Lateness } from "./Lateness.ts"
@@ -7,13 +8,18 @@ import type { PeerGone } from "./Peers.ts"
 
 /**
  * Asks directly, and by a message where the partition is not there, the connection has broken, or the answer is late by what
- * is usual: a message goes by another connection, to whoever owns the partition by then. The first good answer counts.
+ * is usual: a message goes by another connection, to whoever owns the partition by then. The first good answer counts, within the
+ * deadline. `direct` begins it and answers how it is given up: a fiber less in every search.
  */
 export const hedged = (
   late: Lateness,
-  direct: Effect.Effect<PartitionHits, PartitionError | NotHere | PeerGone>,
+  deadlineMillis: number,
+  direct: (
+    context: Context.Context<never>,
+    done: (exit: Exit.Exit<PartitionHits, PartitionError | NotHere | PeerGone>) => void
+  ) => () => void,
   byMessage: Effect.Effect<PartitionHits, PartitionError>
-): Effect.Effect<PartitionHits, PartitionError> =>
+): Effect.Effect<PartitionHits, PartitionError | DeadlineExceeded> =>
   Effect.withFiber((parent) =>
     Effect.callback((resume) => {
       const fork = Effect.runForkWith(parent.context as Context.Context<never>)
@@ -21,11 +27,19 @@ export const hedged = (
       let second: Fiber.Fiber<PartitionHits, PartitionError> | undefined
       let isFirstWaiting = true
       let failure: Exit.Exit<PartitionHits, PartitionError> | undefined
-      const end = (exit: Exit.Exit<PartitionHits, PartitionError>) => {
+      let isEnded = false
+      let giveUp = () => {}
+      const stop = () => {
+        isEnded = true
         clearTimeout(timer)
-        resume(exit)
-        first.interruptUnsafe()
+        clearTimeout(deadline)
+        giveUp()
         second?.interruptUnsafe()
+      }
+      const end = (exit: Exit.Exit<PartitionHits, PartitionError | DeadlineExceeded>) => {
+        if (isEnded) return
+        stop()
+        resume(exit)
       }
       const askAgain = () => {
         if (second !== undefined) return
@@ -40,8 +54,9 @@ export const hedged = (
         hedges.updateUnsafe(1, Context.empty())
         askAgain()
       }, late.millis)
-      const first = fork(direct)
-      first.addObserver((exit) => {
+      const deadline = setTimeout(() => end(Exit.fail(new DeadlineExceeded({ deadlineMillis }))), deadlineMillis)
+      giveUp = direct(parent.context as Context.Context<never>, (exit) => {
+        if (isEnded) return
         isFirstWaiting = false
         if (Exit.isSuccess(exit)) {
           late.took(performance.now() - started)
@@ -53,11 +68,7 @@ export const hedged = (
         if (failure === undefined) askAgain()
         else end(failure)
       })
-      return Effect.sync(() => {
-        clearTimeout(timer)
-        first.interruptUnsafe()
-        second?.interruptUnsafe()
-      })
+      return Effect.sync(stop)
     })
   )
 
