@@ -207,7 +207,8 @@ class Door {
   get #room(): number {
     const { searchQueueMax, searchQueueMillis, searchQueueMin } = this.#settings
     const inTime = Math.ceil((this.#limit.perSecond * searchQueueMillis) / 1_000)
-    return Math.min(searchQueueMax, Math.max(searchQueueMin, inTime))
+    // Who would be under way, were it not for a look at what searches take alone, waits instead.
+    return Math.min(searchQueueMax, Math.max(searchQueueMin, inTime) + this.#limit.withheld)
   }
 
   /** And so long: twice what those take, since some take longer than others. */

@@ -81,6 +81,11 @@ export class ConcurrencyLimit {
     return this.#probeFrom === 0 ? Math.floor(this.#limit) : Math.min(this.#options.parallel, Math.floor(this.#limit))
   }
 
+  /** How many would be under way besides, were it not being found out what they take alone. */
+  get withheld(): number {
+    return Math.max(0, Math.floor(this.#limit) - Math.max(this.limit, this.#inFlight))
+  }
+
   get inFlight(): number {
     return this.#inFlight
   }

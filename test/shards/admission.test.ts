@@ -199,6 +199,30 @@ describe("the door", () => {
     assert.isBelow(later, atTheDoor / 10)
   })
 
+  test("refuses nobody for a look at what searches take alone: who would be under way waits", async () => {
+    const underWay = 8
+    const { admission, clock, endOne, search } = await openDoor({
+      ...{ searchLimitMin: underWay, searchLimitMax: underWay, searchProbeMillis: 500 },
+      ...{ searchQueueMin: 4, searchQueueMillis: 1 }
+    })
+    let arrived = 0
+    let looks = 0
+    // As above, an overload.
+    for (let millisecond = 0; millisecond < 3_000; millisecond++) {
+      clock.now += 1
+      for (let i = 0; i < 3; i++) {
+        const source = `s${arrived++ % 1_000}`
+        if (admission.refusal({ tier: "standard" }, source) === undefined) search(source, "standard", 10_000, source)
+      }
+      await endOne()
+      const state = admission.state()
+      if (millisecond < 1_000 || state.limit === underWay) continue
+      looks += 1
+      assert.isAtLeast(state.underWay + state.waiting, underWay + 4 - 1)
+    }
+    assert.isAbove(looks, 10)
+  })
+
   test("lets begin as many as the limit says, the others in the order they came", async () => {
     const { admission, begun, search } = await openDoor()
     const all = ["a", "b", "c"].map((name) => search(name))
