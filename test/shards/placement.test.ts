@@ -1,11 +1,16 @@
 /** Where the partitions of new collections come to lie, by the hash ring that Effect Cluster deals shards out with. */
 import { assert, describe, it } from "@effect/vitest"
-import { Context, Effect, Exit, HashRing, Layer, Scope } from "effect"
+import { Context, Effect, Exit, HashRing, Layer, Option, Scope } from "effect"
+import * as MessageStorage from "effect/cluster/MessageStorage"
 import * as Runner from "effect/cluster/Runner"
 import * as RunnerAddress from "effect/cluster/RunnerAddress"
+import * as RunnerHealth from "effect/cluster/RunnerHealth"
+import * as RunnerStorage from "effect/cluster/RunnerStorage"
+import * as Runners from "effect/cluster/Runners"
+import * as Sharding from "effect/cluster/Sharding"
+import * as ShardingConfig from "effect/cluster/ShardingConfig"
 import { defaultSettings, Settings } from "../../src/config.ts"
 import { partitionId, partitionsGroup } from "../../src/protocol/IndexPartition.ts"
-import * as Cluster from "../../src/shards/Cluster.ts"
 import { Membership, shardsPerGroup } from "../../src/shards/Membership.ts"
 import { Placement } from "../../src/shards/Placement.ts"
 import { random } from "../support/Seeded.ts"
@@ -22,6 +27,13 @@ const ownersOf = (runners: ReadonlyArray<Runner.Runner>) => {
   return HashRing.getShards(ring, shardsPerGroup) ?? []
 }
 
+/** Says which of a cluster's shards an actor is in. */
+const sharding = Sharding.layer.pipe(
+  Layer.provide([Runners.layerNoop, RunnerStorage.layerMemory, RunnerHealth.layerNoop]),
+  Layer.provide(MessageStorage.layerMemory),
+  Layer.provide(ShardingConfig.layer({ shardsPerGroup, runnerAddress: Option.none() }))
+)
+
 const placed = async (weights: ReadonlyArray<number>, use: (placement: Placement["Service"]) => void) => {
   const runners = runnersOf(weights)
   const membership = {
@@ -33,7 +45,7 @@ const placed = async (weights: ReadonlyArray<number>, use: (placement: Placement
   }
   const scope = await Effect.runPromise(Scope.make())
   const layer = Placement.layer.pipe(
-    Layer.provide(Cluster.layerNode),
+    Layer.provide(sharding),
     Layer.provide([Layer.succeed(Membership, membership), Layer.succeed(Settings, defaultSettings)])
   )
   try {
