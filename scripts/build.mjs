@@ -94,8 +94,9 @@ const rename = () => {
 const bundleClient = async () => {
   const { rolldown } = await import("rolldown")
   const bundle = await rolldown({ input: join(target, "client", "index.js"), platform: "browser" })
-  await bundle.write({ file: join(target, "browser.js"), format: "esm", minify: true })
+  const written = await bundle.write({ file: join(target, "browser.js"), format: "esm", minify: true })
   await bundle.close()
+  writeFileSync(join(target, "browser.licenses.txt"), licensesOf(written))
 }
 
 /**
@@ -110,8 +111,32 @@ const bundleEngine = async () => {
     external: [/^hnswlib-node/, /^ioredis/, /^@google-cloud\//, ofNodes]
   })
   // Side by side, since the engine starts the thread by its address.
-  await bundle.write({ dir: join(target, "bundle"), format: "esm", minify: true })
+  const written = await bundle.write({ dir: join(target, "bundle"), format: "esm", minify: true })
   await bundle.close()
+  writeFileSync(join(target, "bundle", "licenses.txt"), licensesOf(written))
+}
+
+/**
+ * The licences of the packages whose code is in a bundle, which they ask for.
+ * @param {import("rolldown").RolldownOutput} written
+ */
+const licensesOf = ({ output }) => {
+  const folders = new Set()
+  for (const chunk of output) {
+    for (const module of chunk.type === "chunk" ? chunk.moduleIds : []) {
+      const folder = /^.*\/node_modules\/(?:@[^/]+\/)?[^/]+(?=\/)/.exec(module)?.[0]
+      if (folder) folders.add(folder)
+    }
+  }
+  return [...folders]
+    .sort()
+    .map((folder) => {
+      const { license, name, version } = JSON.parse(readFileSync(join(folder, "package.json"), "utf8"))
+      const file = readdirSync(folder).find((entry) => /^licen[cs]e/i.test(entry))
+      if (!file) throw new SetupError(`${name} is in a bundle and has no file with its licence`)
+      return `${name} ${version} (${license})\n\n${readFileSync(join(folder, file), "utf8").trim()}\n`
+    })
+    .join("\n---\n\n")
 }
 
 /** What nodes with wires, or in a cluster, load when their settings ask for it. An engine in a program's process is neither. */

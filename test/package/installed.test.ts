@@ -154,6 +154,13 @@ describe("the installed package", () => {
     assert.isAtMost(gzipSync(code, { level: 9 }).length, 40 * 1_024)
   })
 
+  it("says whose code is in its bundles, and under which licence", async () => {
+    for (const file of ["bundle/licenses.txt", "browser.licenses.txt"]) {
+      const text = await readFile(join(installed.directory, "../node_modules/ruvector-streaming/dist", file), "utf8")
+      assert.match(text, /^effect [\d.]+ \(MIT\)\n\nMIT License\n/)
+    }
+  })
+
   it("has what it needs and no more", async () => {
     const names = await readdir(join(installed.directory, "../node_modules/ruvector-streaming"))
     const expected = ["LICENSE", "README.md", "dist", "docs", "package.json", "proto", "scripts"]
