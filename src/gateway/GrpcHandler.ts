@@ -12,7 +12,14 @@ import {
 } from "node:http2"
 import { Context, Effect, Layer, Result } from "effect"
 import { Settings } from "../config.ts"
-import { type ApiError, InvalidInput, Overloaded, ShuttingDown, toProblem } from "../protocol/Errors.ts"
+import {
+  type ApiError,
+  DeadlineExceeded,
+  InvalidInput,
+  Overloaded,
+  ShuttingDown,
+  toProblem
+} from "../protocol/Errors.ts"
 import { anonymous, type Principal } from "../protocol/Principal.ts"
 import { Router } from "../shards/Router.ts"
 import { Access, isPrincipal } from "./Access.ts"
@@ -156,6 +163,9 @@ export class GrpcHandler extends Context.Service<
         if (encoding === undefined) return refuse(unimplemented(`Messages in ${encodingName} are not read.`), 415)
         const timeoutMillis = timeoutOf(headers["grpc-timeout"] as string | undefined)
         if (Result.isFailure(timeoutMillis)) return fail(timeoutMillis.failure)
+        if (timeoutMillis.success > 0 && timeoutMillis.success < timeoutMillisMin) {
+          return fail(new DeadlineExceeded({ deadlineMillis: 0 }))
+        }
         if (draining && method.isOpen !== true) return fail(shuttingDown)
         if (open.size >= settings.grpcCallsMax) return fail(tooMany("grpcCallsMax"))
         if (method.name === "Watch" && watches >= settings.grpcWatchesMax) return fail(tooMany("grpcWatchesMax"))
@@ -274,6 +284,9 @@ const accepts = (headers: IncomingHttpHeaders, encoding: Encoding): boolean => {
 
 const unitMillis: Readonly<Record<string, number>> = { H: 3_600_000, M: 60_000, S: 1_000, m: 1, u: 1e-3, n: 1e-6 }
 
+/** A call that has less time is over when it is read: its answer would only be in time by chance. */
+const timeoutMillisMin = 1
+
 /** Milliseconds of `grpc-timeout`: at most eight digits and a unit; 0: there is none. */
 const timeoutOf = (text: string | undefined): Result.Result<number, InvalidInput> => {
   if (text === undefined) return Result.succeed(0)
@@ -282,6 +295,5 @@ const timeoutOf = (text: string | undefined): Result.Result<number, InvalidInput
     const expected = "at most 8 digits and one of H M S m u n"
     return Result.fail(new InvalidInput({ field: "grpc-timeout", expected, got: text.slice(0, 80) }))
   }
-  // What is over already still has a timer, which goes off at once.
   return Result.succeed(Math.max(Number.MIN_VALUE, Number(match[1]) * (unitMillis[match[2] as string] as number)))
 }

@@ -186,10 +186,18 @@ const ask = async (server: ServerProcess, method: string, path: string, body?: u
   return { status: response.status, body: text === "" ? undefined : (JSON.parse(text) as unknown) }
 }
 
-const allFiles = async (folder: string): Promise<ReadonlyArray<string>> =>
-  (await readdir(folder, { recursive: true, withFileTypes: true }))
-    .filter((file) => file.isFile())
-    .map((file) => join(file.parentPath, file.name))
+const allFiles = async (folder: string): Promise<ReadonlyArray<string>> => {
+  for (let tries = 1; ; tries++) {
+    try {
+      return (await readdir(folder, { recursive: true, withFileTypes: true }))
+        .filter((file) => file.isFile())
+        .map((file) => join(file.parentPath, file.name))
+    } catch (error) {
+      // A folder may be removed while it is looked at: then it is looked at anew.
+      if ((error as NodeJS.ErrnoException).code !== "ENOENT" || tries === 20) throw error
+    }
+  }
+}
 
 const filesHolding = async (folder: string, word: string): Promise<ReadonlyArray<string>> => {
   const found: Array<string> = []

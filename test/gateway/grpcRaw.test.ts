@@ -122,6 +122,9 @@ describe("frames", () => {
     const two = frameOf(requestBytes({ collection: endless, query: [1] }))
     assert.deepStrictEqual(await refused([two, two]), invalid)
     assert.deepStrictEqual(await refused([frameOf(search)], { "grpc-timeout": "soon" }), invalid)
+    for (const over of ["0S", "1n", "999u"]) {
+      assert.strictEqual((await refused([frameOf(search)], { "grpc-timeout": over }))[0], "4", over)
+    }
     const id = frameOf(requestBytes({ query: [1, 1], request_id: "x".repeat(129) }))
     assert.deepStrictEqual(await refused([id], {}, bidirectionalPath), invalid)
     assert.strictEqual((await refused([frameOf(search)], { "grpc-encoding": "br" }))[0], "12")
