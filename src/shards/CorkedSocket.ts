@@ -37,17 +37,7 @@ interface Target {
  * What is written to it once it is gone is lost, as what is under way to the other side is; else the writer would wait for ever
  * until it takes more. That it is gone is told to those who wait for answers, by its end.
  */
-const takesAllOnceGone = (connection: NetSocket): void => {
-  const write = connection.write
-  connection.write = function (this: NetSocket, ...given: Parameters<NetSocket["write"]>) {
-    if (connection.destroyed) return true
-    return write.apply(connection, given)
-  } as NetSocket["write"]
-}
-
-/** Also: nobody waits to write to it once it is gone. */
 export const corked = (connection: NetSocket): NetSocket => {
-  takesAllOnceGone(connection)
   let isHeld = false
   const release = () => {
     isHeld = false
@@ -55,6 +45,7 @@ export const corked = (connection: NetSocket): NetSocket => {
   }
   const write = connection.write
   connection.write = function (this: NetSocket, ...given: Parameters<NetSocket["write"]>) {
+    if (connection.destroyed) return true
     if (!isHeld) {
       isHeld = true
       connection.cork()
