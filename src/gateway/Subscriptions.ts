@@ -302,7 +302,8 @@ class AnswerTexts {
   #whole: { readonly of: Members; readonly event: StreamEvent } | undefined
   /**
    * The answer that was gone to last, and by the answer before the event that says so; `undefined` where nothing is to be
-   * said. All who keep up ask for the same one; those behind come from others.
+   * said. All who keep up ask for the same one; those behind come from others, one
+   * for each listener at most.
    */
   #to: Members | undefined
   readonly #steps = new Map<Members, StreamEvent | undefined>()

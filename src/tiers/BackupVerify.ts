@@ -92,8 +92,7 @@ export const verifyData = Effect.fn("BackupVerify.verifyData")(function* (
 ): Effect.fn.Return<DataVerdict, StoreFailure> {
   const tally = new Tally(options.onProgress, yield* countObjects(store))
   const read = yield* Effect.result(readCatalogue(store))
-  if (Result.isFailure(read) && read.failure._tag === "StoreFailure") return yield* read.failure
-  if (Result.isFailure(read) && read.failure._tag === "BackupDamaged") tally.damaged.push(read.failure)
+  if (Result.isFailure(read)) yield* note(tally, read.failure)
   const collections = Result.isSuccess(read) ? (read.success?.collections ?? []) : []
   let partitions = 0
   for (const collection of collections) {

@@ -51,6 +51,7 @@ export const restoreSnapshot = Effect.fnUntraced(function* (
     objects[name] = { key, ...digest }
     progress(digest.bytes)
   }
+  // Its objects by name, which a backup has for itself: that those are there without which there is no snapshot is seen below.
   const snapshot = { seq: base.seq, ...objects, createdMillis: base.createdMillis } as unknown as Snapshot
   for (const name of ["records", "graph"]) {
     if (snapshotObjects(snapshot).some(([found]) => found === name)) continue
